@@ -1,0 +1,62 @@
+# Every target works on a fresh clone: it makes .venv with the packages it needs first.
+# PYTHON: interpreter that .venv is made from (3.11 or newer).  ARGS: more arguments for the target's command.
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+INSTALLED_DEV := .venv/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow lint format bench clean
+
+help:
+	@echo "make demo       train on drawn shapes, make masks, score them, write a page of pictures (minutes on 2 cores)"
+	@echo "make test       lint, types and tests"
+	@echo "make test-slow  the tests that take more than ten seconds each"
+	@echo "make lint       ruff and mypy"
+	@echo "make format     let ruff rewrite the files"
+	@echo "make bench      speed and memory, side by side with what we compare to"
+	@echo "make clean      remove .venv and caches (runs/ stays)"
+
+demo: $(INSTALLED)
+	@$(BIN)/python training/run_all.py --config training/recipes/shapes.yaml $(ARGS)
+
+# One thread for each pytest worker: more of them fight over the cores.
+test: lint
+	@echo "== tests"
+	@OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --durations=15 $(ARGS)
+
+test-slow: $(INSTALLED_DEV)
+	@HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m slow --durations=15 $(ARGS)
+
+lint: $(INSTALLED_DEV)
+	@echo "== ruff"
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+format: $(INSTALLED_DEV)
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+bench: $(INSTALLED)
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"Python {v[0]}.{v[1]} found, 3.11 or newer needed: make PYTHON=/path/to/python3.11 ...")'
+	@echo "== making .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	@echo "== installing bitrans-hf and what it needs into .venv (once, some minutes: PyTorch is large)"
+	@$(BIN)/python -m pip install -q -e .
+	@touch $@
+
+$(INSTALLED_DEV): pyproject.toml | $(BIN)/python
+	@echo "== installing bitrans-hf with the development tools into .venv (once, some minutes: PyTorch is large)"
+	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@touch $@ $(INSTALLED)

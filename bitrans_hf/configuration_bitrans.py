@@ -1,0 +1,127 @@
+"""Configuration of the Bi-Trans model."""
+
+from transformers.configuration_utils import PreTrainedConfig, strict
+
+from .views import VIEWS
+
+SCC_CLASSES = ("all", "present")
+ATTENTION_MAP_MODES = ("recompute", "eager")
+
+
+@strict
+class BiTransConfig(PreTrainedConfig):
+    r"""Architecture of a multi-class-token vision transformer and the weights of its training loss.
+
+    The defaults are DeiT-Small at 224 px with the paper's losses; `id2label` names the C object classes, without
+    background, in class-token order.
+
+    Args:
+        image_size (`int`, defaults to 224): Side in pixels of the square training images; it sets how many patch
+            position embeddings are learnt. Other sizes work at inference by interpolation.
+        patch_size (`int`, defaults to 16): Side of a patch in pixels.
+        num_channels (`int`, defaults to 3): Channels of an image.
+        hidden_size (`int`, defaults to 384): Width D of a token.
+        num_hidden_layers (`int`, defaults to 12): Number of transformer layers L.
+        num_attention_heads (`int`, defaults to 6): Heads of each layer; must divide `hidden_size`.
+        mlp_ratio (`float`, defaults to 4.0): Width of a layer's MLP as a multiple of `hidden_size`.
+        layer_norm_eps (`float`, defaults to 1e-6): Epsilon of LayerNorm; DeiT weights need 1e-6.
+        drop_path_rate (`float`, defaults to 0.1): Stochastic depth of the last layer while training, rising
+            linearly from 0 at the first.
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
+        num_seed_layers (`int`, defaults to 3): K, how many of the last layers give the SC-CAM (Eq. 2).
+        view (`str`, defaults to `"hflip"`): Second view f (Eq. 1): "hflip", "vflip", "rot90", "rot180", or "none"
+            for a single-view baseline.
+        scc_weight (`float`, defaults to 1.0): Weight of the class-specific consistency loss (Eq. 3).
+        pac_weight (`float`, defaults to 1.0): Weight alpha of the pair-wise affinity consistency loss (Eq. 11).
+        scc_classes (`str`, defaults to `"all"`): Classes that the SCC loss averages over, "all" or "present".
+        detach_second_view (`bool`, defaults to `False`): Let no gradient of the consistency losses reach the network
+            through the second view.
+        attention_map_mode (`str`, defaults to `"recompute"`): How training keeps what the attention maps need for the
+            backward pass. "recompute": nothing but queries and keys, the maps are computed again, head by head.
+            "eager": the maps of all heads. Results are the same.
+
+    Raises:
+        StrictDataclassClassValidationError, StrictDataclassFieldValidationError: a value is of the wrong type or out
+            of range; the message says which and what is allowed.
+
+    Example:
+        >>> config = BiTransConfig(id2label={0: "cat", 1: "dog"}, hidden_size=192, num_attention_heads=3)
+        >>> config.num_labels, config.label2id
+        (2, {'cat': 0, 'dog': 1})
+    """
+
+    model_type = "bitrans"
+    # Trainer would gather every map of every image, affinity (B, N, N) included, in predict and evaluate.
+    keys_to_ignore_at_inference = (
+        "losses", "class_logits", "patch_logits", "sc_cam", "coarse_cam", "pseudo_mask", "affinity",
+        "last_hidden_state", "hidden_states", "attentions",
+    )  # fmt: skip
+
+    image_size: int = 224
+    patch_size: int = 16
+    num_channels: int = 3
+    hidden_size: int = 384
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 6
+    mlp_ratio: float | int = 4.0
+    layer_norm_eps: float | int = 1e-6
+    drop_path_rate: float | int = 0.1
+    initializer_range: float | int = 0.02
+    num_seed_layers: int = 3
+    view: str = "hflip"
+    scc_weight: float | int = 1.0
+    pac_weight: float | int = 1.0
+    scc_classes: str = "all"
+    detach_second_view: bool = False
+    attention_map_mode: str = "recompute"
+
+    def __post_init__(self, **kwargs):
+        id2label = kwargs.get("id2label", getattr(self, "id2label", None))
+        if id2label and not kwargs.get("label2id", getattr(self, "label2id", None)):
+            # transformers leaves label2id None when only id2label is given.
+            self.label2id = {name: int(index) for index, name in id2label.items()}
+        if self.problem_type is None:
+            self.problem_type = "multi_label_classification"  # the stock image-classification pipeline: sigmoid
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        """Check that the sizes fit each other (called by transformers when the config is built and saved)."""
+        for name in ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.image_size < self.patch_size or self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}; "
+                f"use {max(1, round(self.image_size / self.patch_size)) * self.patch_size}."
+            )
+        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads, "
+                f"got {self.num_attention_heads}."
+            )
+        if not 1 <= self.num_seed_layers <= self.num_hidden_layers:
+            raise ValueError(
+                f"num_seed_layers must be in [1, num_hidden_layers = {self.num_hidden_layers}], "
+                f"got {self.num_seed_layers}."
+            )
+        if not 0 <= self.drop_path_rate < 1:
+            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
+        if self.mlp_ratio <= 0 or self.layer_norm_eps <= 0 or self.initializer_range < 0:
+            raise ValueError(
+                "mlp_ratio and layer_norm_eps must be above 0 and initializer_range at least 0, got "
+                f"{self.mlp_ratio}, {self.layer_norm_eps} and {self.initializer_range}."
+            )
+
+    def validate_losses(self):
+        """Check the view and the loss options."""
+        if self.view not in VIEWS:
+            raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {self.view!r}.")
+        for name in ("scc_weight", "pac_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
+        if self.scc_classes not in SCC_CLASSES:
+            raise ValueError(f"scc_classes must be one of {', '.join(SCC_CLASSES)}, got {self.scc_classes!r}.")
+        if self.attention_map_mode not in ATTENTION_MAP_MODES:
+            raise ValueError(
+                f"attention_map_mode must be one of {', '.join(ATTENTION_MAP_MODES)}, got {self.attention_map_mode!r}."
+            )

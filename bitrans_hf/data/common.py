@@ -1,0 +1,297 @@
+"""What every loader shares: the columns of a row, pictures and masks opened safely, masks in another class order."""
+
+from __future__ import annotations
+
+import difflib
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from ..image_processing_bitrans import to_rgb
+from ..labels import BACKGROUND, IGNORE_INDEX, palette
+
+ImageCell: TypeAlias = Mapping[str, Any] | PILImage.Image | str | Path
+"""A picture as a row may hold it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
+
+# What PIL raises on damaged files, depending on the format and on where the damage is.
+_DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, OverflowError,
+    struct.error, zlib.error, PILImage.DecompressionBombError,
+)  # fmt: skip
+
+_Opened = TypeVar("_Opened")
+
+
+class DataError(ValueError):
+    """A data set that cannot be used as it is: what was found, what was expected, what to do."""
+
+
+class UnreadableImageError(DataError):
+    """A picture or mask whose file is missing, damaged or no image; the message names the file."""
+
+
+# ---- Rows.
+
+
+def row_features(classes: Sequence[str]) -> Features:
+    """Return the columns of every loader, for object classes named in the order of their ids.
+
+    Pictures stay undecoded, because decoding by `datasets` would turn them upright by their EXIF tag, while masks are
+    drawn on the stored pixels: see `open_image`.
+    """
+    return Features(
+        {
+            "image_id": Value("string"),
+            "image": Image(decode=False),
+            "labels": List(ClassLabel(names=list(classes))),
+            "mask": Image(),
+        }
+    )
+
+
+def build_dataset(
+    image_ids: Sequence[str],
+    images: Sequence[Path],
+    labels: Sequence[Iterable[int]],
+    masks: Sequence[Path | bytes | None],
+    classes: Sequence[str],
+) -> Dataset:
+    """Put rows together; pictures and masks given as paths are not opened.
+
+    Args:
+        image_ids: One id per row.
+        images: Path of each picture.
+        labels: Ids of the object classes in each picture, in any order, repeats allowed; stored sorted and unique.
+        masks: For each row the path of an index image, the bytes of a PNG, or None where no mask is known.
+        classes: Names of the object classes, in the order of their ids.
+    """
+    cells = [
+        None if mask is None else {"path": None, "bytes": mask} if isinstance(mask, bytes) else {"path": str(mask)}
+        for mask in masks
+    ]
+    columns = {
+        "image_id": list(image_ids),
+        "image": [str(image) for image in images],
+        "labels": [sorted(set(ids)) for ids in labels],
+        "mask": cells,
+    }
+    return Dataset.from_dict(columns, features=row_features(classes))
+
+
+def class_names(dataset: Dataset) -> list[str]:
+    """Return the names of the object classes of `dataset`, in the order of their ids, without background.
+
+    Raises:
+        DataError: `dataset` has no column `labels` that holds lists of `ClassLabel`.
+    """
+    feature = dataset.features.get("labels")
+    names = getattr(getattr(feature, "feature", None), "names", None)
+    if names is None:
+        raise DataError(
+            f"the data set's column 'labels' is {feature!r}, expected List(ClassLabel(names=...)); "
+            "load it with a loader of bitrans_hf.data or cast the column."
+        )
+    return list(names)
+
+
+# ---- Pictures and masks.
+
+
+def open_image(cell: ImageCell) -> PILImage.Image:
+    """Open a picture as RGB, with the pixels as they are stored.
+
+    An EXIF orientation tag is not applied: masks of VOC, COCO and of annotation tools belong to the stored pixels.
+
+    Args:
+        cell: The `image` of a row, a path or a PIL image of any mode.
+
+    Raises:
+        UnreadableImageError: the file is missing, damaged or no image.
+    """
+    return _open(cell, "image", to_rgb)
+
+
+def open_mask(
+    cell: ImageCell, *, image_size: tuple[int, int] | None = None, num_classes: int | None = None
+) -> NDArray[np.uint8]:
+    """Open a mask as label ids: 0 background, class id + 1 for objects, 255 ignored.
+
+    Args:
+        cell: The `mask` of a row, a path or a PIL image. Palette and gray images hold label ids as they are.
+        image_size: (height, width) of the picture; given, the mask must have this size.
+        num_classes: Number of object classes; given, other ids than 0 to `num_classes` and 255 are refused.
+
+    Returns:
+        (H, W) uint8.
+
+    Raises:
+        UnreadableImageError: the file is missing, damaged or no image.
+        DataError: the image is no index image, or its size or its ids do not fit.
+    """
+    mask, mode = _open(cell, "mask", _pixels_and_mode)
+    name = _name(cell)
+    if mask.ndim != 2:
+        raise DataError(
+            f"mask {name} is a {mode} image, expected a palette or gray image whose pixels are label ids; "
+            "convert its colours to ids (0 background, 1 for the first class)."
+        )
+    if image_size is not None and mask.shape != tuple(image_size):
+        raise DataError(
+            f"mask {name} is {mask.shape[0]}x{mask.shape[1]} (height x width) and its image "
+            f"{image_size[0]}x{image_size[1]}; save the mask at the size of the stored image, without EXIF rotation."
+        )
+    largest = IGNORE_INDEX if num_classes is None else num_classes
+    wrong = mask[(mask != IGNORE_INDEX) & ((mask > largest) | (mask < 0))]
+    if wrong.size:
+        raise DataError(
+            f"mask {name} holds the id {int(wrong[0])}, expected {BACKGROUND} for background, 1 to {largest} for "
+            f"classes and {IGNORE_INDEX} for ignored pixels; check the list of classes and its order."
+        )
+    return mask.astype(np.uint8)
+
+
+def _pixels_and_mode(image: PILImage.Image) -> tuple[NDArray[Any], str]:
+    return np.array(image), image.mode
+
+
+def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened]) -> _Opened:
+    """Return what `read` makes of the image in `cell`; every way of failing becomes one named error."""
+    name = _name(cell)
+    try:
+        if isinstance(cell, PILImage.Image):
+            return read(cell)
+        source: Any = cell
+        if isinstance(cell, Mapping):
+            content = cell.get("bytes")
+            source = cell.get("path") if content is None else io.BytesIO(content)
+        with PILImage.open(source) as image:
+            return read(image)
+    except FileNotFoundError as error:
+        raise UnreadableImageError(f"{kind} {name} is not there; was it moved or deleted?") from error
+    except _DECODING_ERRORS as error:
+        raise UnreadableImageError(
+            f"{kind} {name} cannot be read ({type(error).__name__}: {error}); replace the file or leave it out."
+        ) from error
+
+
+def _name(cell: ImageCell) -> str:
+    if isinstance(cell, Mapping):
+        return str(cell.get("path") or "held in memory")
+    if isinstance(cell, PILImage.Image):
+        return str(getattr(cell, "filename", "") or "held in memory")
+    return str(cell)
+
+
+# ---- Classes.
+
+
+def read_class_file(path: Path) -> list[str]:
+    """Read class names, one per line, in the order of their ids; blank lines are skipped.
+
+    Raises:
+        DataError: the file is not UTF-8, names no class or names one twice.
+    """
+    return check_classes([line.strip() for line in read_text(path).splitlines() if line.strip()], str(path))
+
+
+def check_classes(names: Sequence[str], source: str) -> list[str]:
+    """Return `names` as a list after refusing an empty list and repeated names; `source` says where they are from."""
+    if isinstance(names, str):
+        raise DataError(f"{source} is the text {names!r}, expected a list of class names such as [{names!r}].")
+    if not names:
+        raise DataError(f"{source} names no class, expected one name or more; background does not count.")
+    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    if repeated:
+        raise DataError(f"{source} names {repeated[0]!r} more than once; give each class once, in the order of ids.")
+    return list(names)
+
+
+def suggest(name: str, known: Sequence[str]) -> str:
+    """Say which of `known` may have been meant by `name`: a piece of a message."""
+    close = difflib.get_close_matches(name, known, n=1)
+    shown = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")
+    return f"did you mean {close[0]!r}?" if close else f"known are: {shown}."
+
+
+def chosen_classes(wanted: Sequence[str] | None, available: Sequence[str], source: str) -> list[str]:
+    """Return the classes to load, in the order of their new ids: all those `available`, or the `wanted` ones.
+
+    Raises:
+        DataError: a wanted class is not available or named twice; `source` says what offers the classes.
+    """
+    if wanted is None:
+        return list(available)
+    for name in check_classes(wanted, "classes"):
+        if name not in available:
+            raise DataError(f"class {name!r} is not in {source}: {suggest(name, available)}")
+    return list(wanted)
+
+
+def label_lookup(source: Sequence[str], target: Sequence[str]) -> NDArray[np.uint8] | None:
+    """Return the table (256,) from label ids for the classes `source` to those for `target`, or None if all stay.
+
+    Classes that are not in `target` become background; 255 stays 255.
+    """
+    if list(source) == list(target):
+        return None
+    table = np.full(256, BACKGROUND, dtype=np.uint8)
+    table[IGNORE_INDEX] = IGNORE_INDEX
+    for class_id, name in enumerate(source):
+        if name in target:
+            table[class_id + 1] = list(target).index(name) + 1
+    return table
+
+
+def masks_in_order(
+    masks: Sequence[Path | None], source: Sequence[str], target: Sequence[str]
+) -> Sequence[Path | bytes | None]:
+    """Return `masks`, drawn with the ids of `source`, as masks with the ids of `target`.
+
+    A mask that needs no change stays a path. Others become PNG bytes, about 3 kB and 2 ms each: a row of a data set
+    can hold a path or bytes but no recipe, and files written to some cache would outlive the data they come from.
+
+    Raises:
+        DataError: a mask is unreadable or holds ids beyond `source`.
+    """
+    table = label_lookup(source, target)
+    if table is None:
+        return masks
+
+    def translate(mask: Path | None) -> bytes | None:
+        return None if mask is None else index_png(table[open_mask(mask, num_classes=len(source))])
+
+    with ThreadPoolExecutor() as pool:  # PIL and zlib release the interpreter lock
+        return list(pool.map(translate, masks))
+
+
+def index_png(label_map: NDArray[np.uint8]) -> bytes:
+    """Return a label map (H, W) as a PNG with the VOC palette."""
+    image = PILImage.fromarray(label_map)
+    image.putpalette(palette())
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)
+    return stream.getvalue()
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file, with or without a byte order mark.
+
+    Raises:
+        DataError: the file is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at position {error.start}); "
+            "save it again as UTF-8, in a spreadsheet as 'CSV UTF-8'."
+        ) from error

@@ -1,0 +1,380 @@
+"""Drawn scenes with exact masks: textured shapes on clutter, made on the fly from a seed.
+
+A class is a silhouette and nothing else. Colours and textures of objects come from the same draws as those of the
+background, its patches and the clutter, whatever the class, so that only shape tells what a picture holds.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from numpy.typing import NDArray
+from PIL import Image as PILImage
+
+from ..labels import palette
+
+FloatArray = NDArray[np.float32]
+
+REFERENCE_SIZE = 64
+"""Side in pixels of the scenes that every length below is given for; other sizes scale all lengths alike."""
+
+DIAMETER_RANGE_PX = (18.0, 36.0)
+"""Greatest width of an object, in pixels of a 64-pixel scene."""
+
+MIN_IMAGE_SIZE = 32
+"""Below this the smallest objects have too few pixels to show their shape."""
+
+MAX_OBJECTS = 3
+MIN_VISIBLE_FRACTION = 0.6
+"""Share of an object's silhouette that stays in sight when a later one covers a part of it."""
+
+_PLACEMENT_TRIES = 20
+_COLOUR_RANGE = (24.0, 232.0)
+_OBJECT_TO_SURROUNDINGS = 110.0  # RGB distances, of 255 per channel
+_OBJECT_TO_OBJECT = 70.0
+_PATCH_TO_BACKGROUND = 50.0
+
+
+@dataclass(frozen=True)
+class DrawnShape:
+    """One object of a scene.
+
+    Attributes:
+        class_id: Index into `SHAPE_CLASSES`.
+        centre: (row, column) of the circumcentre in pixels, (0.0, 0.0) being the middle of the first pixel.
+        diameter: Greatest width of the silhouette in pixels.
+        rotation: Angle in radians, from the direction of growing columns towards growing rows.
+    """
+
+    class_id: int
+    centre: tuple[float, float]
+    diameter: float
+    rotation: float
+
+    @property
+    def radius(self) -> float:
+        """Radius of the circumscribed circle in pixels."""
+        return self.diameter * _SILHOUETTES[SHAPE_CLASSES[self.class_id]][1]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, its label map and what was drawn.
+
+    Attributes:
+        image: (H, W, 3) uint8 RGB.
+        mask: (H, W) uint8, 0 background, class id + 1 on objects; later objects cover earlier ones.
+        objects: The objects in the order of drawing.
+    """
+
+    image: NDArray[np.uint8]
+    mask: NDArray[np.uint8]
+    objects: tuple[DrawnShape, ...]
+
+
+# ---- Silhouettes: signed distances (negative inside) for a circumscribed circle of radius 1 around the origin.
+
+
+def _disc(x: FloatArray, y: FloatArray) -> FloatArray:
+    return np.hypot(x, y) - np.float32(1.0)
+
+
+def _cross(x: FloatArray, y: FloatArray) -> FloatArray:
+    length, half_width = np.float32(math.cos(0.34)), np.float32(math.sin(0.34))  # a corner lies on the circle
+    long_side, short_side = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
+    return np.maximum(long_side - length, short_side - half_width)
+
+
+def _pointed(x: FloatArray, y: FloatArray, points: int, inner: float) -> FloatArray:
+    """Star with `points` tips at radius 1 and notches at radius `inner`; the apothem makes it a regular polygon."""
+    sector = 2.0 * math.pi / points
+    angle = np.abs((np.arctan2(y, x) + sector / 2.0) % sector - sector / 2.0)
+    radius = np.hypot(x, y)
+    # Folded into half a sector, the outline is the one straight line from the tip (1, 0) to the next notch.
+    edge_x, edge_y = inner * math.cos(sector / 2.0) - 1.0, inner * math.sin(sector / 2.0)
+    length = math.hypot(edge_x, edge_y)
+    distance = (radius * np.cos(angle) - 1.0) * (edge_y / length) - radius * np.sin(angle) * (edge_x / length)
+    return np.asarray(distance, dtype=np.float32)
+
+
+# name -> (signed distance, circumradius of a silhouette whose greatest width is 1)
+_SILHOUETTES: dict[str, tuple[Callable[[FloatArray, FloatArray], FloatArray], float]] = {
+    "disc": (_disc, 0.5),
+    "square": (partial(_pointed, points=4, inner=math.cos(math.pi / 4)), 0.5),
+    "triangle": (partial(_pointed, points=3, inner=0.5), 1.0 / math.sqrt(3.0)),
+    "star": (partial(_pointed, points=5, inner=0.45), 0.5 / math.sin(math.radians(72.0))),
+    "cross": (_cross, 0.5),
+}
+
+SHAPE_CLASSES: tuple[str, ...] = tuple(_SILHOUETTES)
+"""Object classes of the scenes, in the order of their ids; background is not one of them."""
+
+
+def make_shapes(n: int, seed: int, *, image_size: int = REFERENCE_SIZE) -> Dataset:
+    """Draw `n` scenes of one to three shapes among clutter, with their image labels and exact masks.
+
+    Scene i of a seed is the same whatever `n` is, and the scenes of two seeds have nothing in common, so that a
+    training and a validation set only need different seeds.
+
+    Args:
+        n: Number of scenes, at least 1.
+        seed: Which stream of scenes, 0 or greater.
+        image_size: Side of the square scenes in pixels, at least 32. Objects are 18 to 36 pixels wide at 64 and
+            scale with it.
+
+    Returns:
+        A dataset with `image_id` ("shapes-<seed>-<index>"), `image` (PNG, undecoded), `labels` (sorted ids of the
+        classes present, indices into `SHAPE_CLASSES`) and `mask` (palette PNG: 0 background, class id + 1).
+
+    Raises:
+        ValueError: `n`, `seed` or `image_size` is too small.
+
+    Example:
+        >>> scenes = make_shapes(2, seed=0)
+        >>> scenes["image_id"][1], scenes[1]["mask"].size
+        ('shapes-0-1', (64, 64))
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1 scene, got {n}; ask for one scene or more.")
+    _check_seed(seed)
+    features = Features(
+        {
+            "image_id": Value("string"),
+            "image": Image(decode=False),
+            "labels": List(ClassLabel(names=list(SHAPE_CLASSES))),
+            "mask": Image(),
+        }
+    )
+    columns: dict[str, list[object]] = {name: [] for name in features}
+    colours = palette()
+    for index in range(n):
+        scene = draw_scene(seed, index, image_size=image_size)
+        mask = PILImage.fromarray(scene.mask)
+        mask.putpalette(colours)
+        columns["image_id"].append(f"shapes-{seed}-{index}")
+        columns["image"].append({"path": None, "bytes": _png(PILImage.fromarray(scene.image))})
+        columns["labels"].append(sorted({shape.class_id for shape in scene.objects}))
+        columns["mask"].append({"path": None, "bytes": _png(mask)})
+    return Dataset.from_dict(columns, features=features)
+
+
+def draw_scene(seed: int, index: int, *, image_size: int = REFERENCE_SIZE) -> Scene:
+    """Draw one scene, a function of (seed, index, image_size) alone.
+
+    Args:
+        seed: Which stream of scenes, 0 or greater.
+        index: Which scene of the stream, 0 or greater.
+        image_size: Side of the square scene in pixels, at least 32.
+
+    Returns:
+        The scene, with at least one object; each object keeps at least 60 % of its silhouette in sight.
+
+    Raises:
+        ValueError: `seed`, `index` or `image_size` is too small.
+    """
+    _check_seed(seed)
+    if index < 0:
+        raise ValueError(f"index must be 0 or greater, got {index}; scenes of a seed are counted from 0.")
+    if image_size < MIN_IMAGE_SIZE:
+        raise ValueError(
+            f"image_size must be at least {MIN_IMAGE_SIZE} pixels, got {image_size}; "
+            "smaller scenes cannot show their shapes."
+        )
+    # A spawn key keeps streams apart for every pair (seed, index); a plain list [seed, index] does not.
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
+    objects, mask = _place_objects(rng, image_size)
+    canvas, used_colours = _draw_background(rng, image_size)
+    _draw_clutter(rng, canvas)
+    for position, shape in enumerate(objects):
+        distances = np.full(len(used_colours), _OBJECT_TO_SURROUNDINGS, dtype=np.float32)
+        distances[len(used_colours) - position :] = _OBJECT_TO_OBJECT
+        colour = _pick_colour(rng, np.stack(used_colours), distances)
+        _draw_object(rng, canvas, shape, colour)
+        used_colours.append(colour)
+    canvas += np.float32(rng.uniform(2.0, 8.0)) * rng.standard_normal(size=canvas.shape, dtype=np.float32)
+    return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), mask, tuple(objects))
+
+
+def _check_seed(seed: int) -> None:
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or greater, got {seed}; any other number gives other scenes.")
+
+
+def _png(image: PILImage.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", compress_level=1)  # noise hardly compresses; time matters more
+    return stream.getvalue()
+
+
+# ---- What stands where.
+
+
+def _place_objects(rng: np.random.Generator, image_size: int) -> tuple[list[DrawnShape], NDArray[np.uint8]]:
+    """Choose classes, sizes and places; return the objects and the label map (H, W)."""
+    scale = image_size / REFERENCE_SIZE
+    mask = np.zeros((image_size, image_size), dtype=np.uint8)
+    owner = np.full((image_size, image_size), -1, dtype=np.int8)
+    objects: list[DrawnShape] = []
+    full_areas: list[int] = []
+    for class_id in rng.integers(len(SHAPE_CLASSES), size=rng.integers(1, MAX_OBJECTS + 1)).tolist():
+        for _ in range(_PLACEMENT_TRIES):
+            diameter = scale * rng.uniform(*DIAMETER_RANGE_PX)
+            # The whole circumscribed circle lies inside the picture.
+            margin = diameter * _SILHOUETTES[SHAPE_CLASSES[class_id]][1] - 0.5
+            row, column = rng.uniform(margin, image_size - 1.0 - margin, size=2).tolist()
+            shape = DrawnShape(class_id, (row, column), diameter, rng.uniform(0.0, 2.0 * math.pi))
+            if any(math.dist(shape.centre, other.centre) < 0.4 * (diameter + other.diameter) for other in objects):
+                continue
+            window, y, x = _window(shape.centre, shape.radius + 1.0, image_size)
+            inside = _signed_distance(shape, y, x) <= 0.0
+            covered = np.bincount(owner[window][inside] + 1, minlength=len(objects) + 1)[1:]
+            visible = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:] - covered
+            if np.any(visible < MIN_VISIBLE_FRACTION * np.asarray(full_areas)):
+                continue
+            owner[window][inside] = len(objects)
+            mask[window][inside] = class_id + 1
+            objects.append(shape)
+            full_areas.append(int(inside.sum()))
+            break
+    return objects, mask
+
+
+def _signed_distance(shape: DrawnShape, y: FloatArray, x: FloatArray) -> FloatArray:
+    """Return distances in pixels to the outline of `shape`, negative inside, for offsets from its centre."""
+    cos, sin = math.cos(shape.rotation) / shape.radius, math.sin(shape.rotation) / shape.radius
+    silhouette, _ = _SILHOUETTES[SHAPE_CLASSES[shape.class_id]]
+    return np.float32(shape.radius) * silhouette(x * cos + y * sin, y * cos - x * sin)
+
+
+def _window(
+    centre: tuple[float, float], reach: float, image_size: int
+) -> tuple[tuple[slice, slice], FloatArray, FloatArray]:
+    """Return the square window of half side `reach` around `centre`, and (row, column) offsets from the centre."""
+    # Clamping both ends leaves an empty window, not a wrapped one, where a stroke has walked out of the picture.
+    rows, columns = (
+        slice(
+            min(max(math.floor(value - reach), 0), image_size), min(max(math.ceil(value + reach) + 1, 0), image_size)
+        )
+        for value in centre
+    )
+    y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] - np.float32(centre[0])
+    x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :] - np.float32(centre[1])
+    return (rows, columns), y, x
+
+
+# ---- What it looks like: one palette and one set of textures for objects, patches and clutter alike.
+
+
+def _pick_colour(rng: np.random.Generator, others: FloatArray, min_distances: FloatArray) -> FloatArray:
+    """Return a random colour (3,) that keeps its RGB distance to each of `others` (k, 3), or the best of 64 tries."""
+    candidates = rng.uniform(*_COLOUR_RANGE, size=(64, 3)).astype(np.float32)
+    room = (np.linalg.norm(candidates[:, None] - others[None], axis=2) / min_distances).min(axis=1)
+    fitting = np.flatnonzero(room >= 1.0)
+    choice: FloatArray = candidates[fitting[0] if len(fitting) else room.argmax()]
+    return choice
+
+
+def _texture(rng: np.random.Generator, y: FloatArray, x: FloatArray, scale: float) -> FloatArray:
+    """Return one of five textures (h, w) in about [-1, 1]: plain, grain, stripes, checks or dots, at any angle."""
+    kind = int(rng.integers(5))
+    angle = rng.uniform(0.0, math.pi)
+    frequency = 2.0 * math.pi / (scale * rng.uniform(4.0, 8.0))
+    if kind == 0:
+        return np.zeros((y.shape[0], x.shape[1]), dtype=np.float32)
+    if kind == 1:
+        return np.asarray(rng.uniform(-1.0, 1.0, size=(y.shape[0], x.shape[1])), dtype=np.float32)
+    along = np.sin(frequency * (x * math.cos(angle) + y * math.sin(angle)))
+    if kind == 2:
+        wave = along
+    else:
+        across = np.sin(frequency * (y * math.cos(angle) - x * math.sin(angle)))
+        wave = along * across if kind == 3 else along + across - 0.8
+    return np.asarray(np.clip(3.0 * wave, -1.0, 1.0), dtype=np.float32)
+
+
+def _paint(
+    rng: np.random.Generator, y: FloatArray, x: FloatArray, colour: FloatArray, amplitude: float, scale: float
+) -> FloatArray:
+    """Return `colour` (3,) with a texture that moves it by up to `amplitude` per channel, (h, w, 3)."""
+    tint = (amplitude * rng.uniform(0.4, 1.0, size=3)).astype(np.float32)
+    return colour + _texture(rng, y, x, scale)[:, :, None] * tint
+
+
+def _draw_background(rng: np.random.Generator, image_size: int) -> tuple[FloatArray, list[FloatArray]]:
+    """Return a shaded, textured canvas (H, W, 3) with one or two soft patches, and the colours used."""
+    scale = image_size / REFERENCE_SIZE
+    y = np.arange(image_size, dtype=np.float32)[:, None]
+    x = y.T
+    colours = [rng.uniform(*_COLOUR_RANGE, size=3).astype(np.float32)]
+    canvas = _paint(rng, y, x, colours[0], rng.uniform(4.0, 24.0), scale)
+    for _ in range(int(rng.integers(1, 3))):
+        field = _smooth_field(rng, image_size)
+        level = np.quantile(field[::4, ::4], rng.uniform(0.7, 0.9))
+        # Patches end softly, over a few pixels, where objects end sharply.
+        alpha = np.clip((field - level) * 8.0 + 0.5, 0.0, 1.0)[:, :, None]
+        colour = _pick_colour(rng, np.stack(colours), np.full(len(colours), _PATCH_TO_BACKGROUND, dtype=np.float32))
+        canvas += alpha * (_paint(rng, y, x, colour, rng.uniform(4.0, 24.0), scale) - canvas)
+        colours.append(colour)
+    shade = _smooth_field(rng, image_size)
+    canvas += (shade - shade.mean())[:, :, None] * rng.uniform(10.0, 40.0, size=3).astype(np.float32)
+    return canvas, colours
+
+
+def _smooth_field(rng: np.random.Generator, image_size: int) -> FloatArray:
+    """Return a random field (H, W) in [0, 1] that varies over about a quarter of the picture."""
+    knots = rng.uniform(size=(5, 5)).astype(np.float32)
+    place = np.linspace(0.0, 4.0, image_size, dtype=np.float32)
+    # Cosine interpolation between neighbouring knots, as one matrix for rows and columns.
+    gap = np.clip(np.abs(place[:, None] - np.arange(5, dtype=np.float32)), 0.0, 1.0)
+    weights = 0.5 * (1.0 + np.cos(np.float32(math.pi) * gap))
+    return np.asarray(weights @ knots @ weights.T, dtype=np.float32)
+
+
+def _draw_clutter(rng: np.random.Generator, canvas: FloatArray) -> None:
+    """Draw dots, lines, thin curves and small blobs onto `canvas` (H, W, 3) in place, as chains of strokes."""
+    image_size = canvas.shape[0]
+    scale = image_size / REFERENCE_SIZE
+    for kind in rng.integers(4, size=rng.integers(6, 15)).tolist():
+        # kind -> number of strokes, stroke length, half width, greatest turn between strokes
+        strokes, length, half_width, turn = (
+            (1, 0.0, rng.uniform(0.5, 1.6), 0.0),  # dot or speckle
+            (1, rng.uniform(5.0, 14.0), rng.uniform(0.4, 0.9), 0.0),  # line
+            (4, rng.uniform(2.5, 5.0), rng.uniform(0.4, 0.9), 0.9),  # thin curve
+            (3, rng.uniform(1.5, 3.0), rng.uniform(1.5, 2.6), 2.0),  # blob
+        )[kind]
+        colour = rng.uniform(*_COLOUR_RANGE, size=3).astype(np.float32)
+        heading = rng.uniform(0.0, 2.0 * math.pi)
+        bend = rng.uniform(-turn, turn)
+        row, column = rng.uniform(0.0, image_size, size=2).tolist()
+        for _ in range(strokes):
+            step = (scale * length * math.sin(heading), scale * length * math.cos(heading))
+            _draw_stroke(canvas, (row, column), step, scale * half_width, colour)
+            row, column, heading = row + step[0], column + step[1], heading + bend
+
+
+def _draw_stroke(
+    canvas: FloatArray, start: tuple[float, float], step: tuple[float, float], half_width: float, colour: FloatArray
+) -> None:
+    """Draw a round-ended stroke from `start` to `start + step` (row, column) onto `canvas` in place."""
+    middle = (start[0] + step[0] / 2.0, start[1] + step[1] / 2.0)
+    window, y, x = _window(middle, math.hypot(*step) / 2.0 + half_width + 1.0, canvas.shape[0])
+    squared_length = step[0] ** 2 + step[1] ** 2
+    if squared_length > 0.0:
+        along = np.clip((y * step[0] + x * step[1]) / np.float32(squared_length), -0.5, 0.5)
+        y, x = y - along * np.float32(step[0]), x - along * np.float32(step[1])
+    alpha = np.clip(half_width + 0.5 - np.hypot(y, x), 0.0, 1.0)[:, :, None]
+    canvas[window] += alpha * (colour - canvas[window])
+
+
+def _draw_object(rng: np.random.Generator, canvas: FloatArray, shape: DrawnShape, colour: FloatArray) -> None:
+    """Draw `shape` onto `canvas` (H, W, 3) in place, its outline smoothed over one pixel."""
+    window, y, x = _window(shape.centre, shape.radius + 1.0, canvas.shape[0])
+    alpha = np.clip(0.5 - _signed_distance(shape, y, x), 0.0, 1.0)[:, :, None]
+    paint = _paint(rng, y, x, colour, rng.uniform(4.0, 32.0), canvas.shape[0] / REFERENCE_SIZE)
+    canvas[window] += alpha * (paint - canvas[window])

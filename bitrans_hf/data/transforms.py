@@ -1,0 +1,215 @@
+"""From a stored picture to the tensor a model trains on, reproducibly whatever process asks for it."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image as PILImage
+from timm.data import create_transform
+from torchvision import transforms
+
+from ..labels import class_ids_to_multi_hot
+from .common import DataError, UnreadableImageError, class_names, open_image
+
+logger = logging.getLogger(__name__)
+
+Transform: TypeAlias = Callable[[PILImage.Image], torch.Tensor]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+_BICUBIC = transforms.InterpolationMode.BICUBIC
+
+
+# ---- Presets of augmentation.
+
+
+def training_transform(image_size: int, preset: str = "reference", **options: Any) -> Transform:
+    """Return an augmentation of RGB pictures for training on image labels.
+
+    Args:
+        image_size: Side S of the square crops in pixels.
+        preset: "reference" is MCTformer's: random resized crop, flip, RandAugment, random erasing. "crop_flip" leaves
+            out the last two and crops less tightly. "flip" resizes to the square and flips, for pictures whose
+            objects must stay in sight.
+        **options: Values that the preset lets one change:
+            reference: `scale=(0.08, 1.0)`, `ratio=(3/4, 4/3)`, `hflip=0.5`, `rand_augment="rand-m9-mstd0.5-inc1"`
+            (None: none), `erasing=0.25` (probability);
+            crop_flip: `scale=(0.4, 1.0)`, `ratio=(3/4, 4/3)`, `hflip=0.5`;
+            flip: `hflip=0.5`.
+
+    Returns:
+        A function from a PIL RGB picture to a normalised tensor (3, S, S). It draws from the generators of `random`,
+        numpy and torch.
+
+    Raises:
+        DataError: unknown preset.
+        TypeError: an option that the preset does not have.
+    """
+    if preset not in PRESETS:
+        raise DataError(f"augmentation preset {preset!r} is unknown, expected one of {', '.join(PRESETS)}.")
+    return PRESETS[preset](image_size, **options)
+
+
+def evaluation_transform(image_size: int) -> Transform:
+    """Return the view for measuring image classification: the central square at 256/224 of the size, cropped.
+
+    Args:
+        image_size: Side S of the crop in pixels; the shorter side of the picture becomes int(256 / 224 * S).
+
+    Returns:
+        A function from a PIL RGB picture to a normalised tensor (3, S, S), without any random draw.
+    """
+    resize = transforms.Resize(int(256 / 224 * image_size), interpolation=_BICUBIC)
+    return transforms.Compose([resize, transforms.CenterCrop(image_size), *_to_tensor()])
+
+
+def _reference(
+    image_size: int,
+    *,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+    rand_augment: str | None = "rand-m9-mstd0.5-inc1",
+    erasing: float = 0.25,
+) -> Transform:
+    transform: Transform = create_transform(
+        image_size,
+        is_training=True,
+        scale=scale,
+        ratio=ratio,
+        hflip=hflip,
+        # The reference asks for 0.4, which timm switches off as soon as RandAugment is on.
+        color_jitter=None,
+        auto_augment=rand_augment,
+        interpolation="bicubic",
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+        re_prob=erasing,
+        re_mode="pixel",
+        re_count=1,
+    )
+    return transform
+
+
+def _crop_flip(
+    image_size: int,
+    *,
+    scale: tuple[float, float] = (0.4, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    hflip: float = 0.5,
+) -> Transform:
+    return _reference(image_size, scale=scale, ratio=ratio, hflip=hflip, rand_augment=None, erasing=0.0)
+
+
+def _flip(image_size: int, *, hflip: float = 0.5) -> Transform:
+    resize = transforms.Resize((image_size, image_size), interpolation=_BICUBIC)
+    return transforms.Compose([resize, transforms.RandomHorizontalFlip(hflip), *_to_tensor()])
+
+
+def _to_tensor() -> list[Any]:
+    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+
+
+PRESETS: Mapping[str, Callable[..., Transform]] = {"reference": _reference, "crop_flip": _crop_flip, "flip": _flip}
+"""Augmentations by name; each takes the size of the crop and its own options."""
+
+
+# ---- Pictures of a data set, augmented.
+
+
+class TrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
+    """Augmented pictures with multi-hot image labels.
+
+    How picture `index` looks in an epoch is a function of (seed, epoch, index) alone: the number of workers, of
+    processes and a resumed run change nothing, and the random generators of the caller stay as they were.
+
+    An item is `{"pixel_values": (3, S, S) float, "labels": (C,) float32 of 0 and 1, "index": int, "unreadable": str}`.
+    A picture that cannot be read is replaced by the next readable one of the data set: `index` and `labels` are then
+    those of the replacement, and `unreadable` is the `image_id` that was asked for, "" otherwise. It travels in the
+    item so that the training loop learns of it from any worker process.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Transform, *, seed: int = 0, strict: bool = False) -> None:
+        """Wrap a data set of this package.
+
+        Args:
+            dataset: Rows of `image_id`, `image` and `labels`; other columns, masks above all, are not looked at.
+            transform: From a PIL RGB picture to a tensor, e.g. a `training_transform`.
+            seed: Of all random draws, 0 or greater.
+            strict: Raise `UnreadableImageError` instead of replacing a picture.
+
+        Raises:
+            DataError: the dataset is empty, has no labels of named classes, or the seed is negative.
+        """
+        if len(dataset) == 0:
+            raise DataError("the data set is empty, expected one image or more to train on.")
+        if seed < 0:
+            raise DataError(f"seed must be 0 or greater, got {seed}.")
+        self.classes = class_names(dataset)
+        self.image_ids: list[str] = list(dataset["image_id"])
+        self._rows = dataset.select_columns(["image", "labels"])
+        self._transform = transform
+        self._seed = seed
+        self._strict = strict
+        # In shared memory, so that worker processes that outlive an epoch see the next one.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation later items have; call it before iterating over a loader."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        asked = range(len(self))[index]
+        used, labels, picture = self._readable(asked)
+        with _seeded(self._seed, int(self._epoch), asked):
+            pixel_values = self._transform(picture)
+        return {
+            "pixel_values": pixel_values,
+            "labels": torch.from_numpy(class_ids_to_multi_hot(labels, len(self.classes))),
+            "index": used,
+            "unreadable": "" if used == asked else self.image_ids[asked],
+        }
+
+    def _readable(self, asked: int) -> tuple[int, list[int], PILImage.Image]:
+        """Return the first picture from `asked` on that can be read: its index, its class ids and itself."""
+        for step in range(len(self)):
+            index = (asked + step) % len(self)
+            row = self._rows[index]
+            try:
+                return index, row["labels"], open_image(row["image"])
+            except UnreadableImageError as error:
+                if self._strict:
+                    raise
+                logger.warning("image %s is left out: %s", self.image_ids[index], error)
+        raise UnreadableImageError(f"none of the {len(self)} images can be read; check the folder they are in.")
+
+
+@contextmanager
+def _seeded(*key: int) -> Iterator[None]:
+    """Seed the three generators that augmentations draw from by `key`, and put them back afterwards.
+
+    Of torch only the CPU generator is touched: `torch.manual_seed` would also reset those of the GPUs, from which the
+    model draws.
+    """
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - timm draws from it
+    words = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(words[0]))
+    np.random.seed(int(words[1]))  # noqa: NPY002
+    torch.default_generator.manual_seed(int(words[2]))
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        torch.set_rng_state(before[2])

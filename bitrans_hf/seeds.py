@@ -1,0 +1,182 @@
+"""Class seeds: a trained model and an image with its labels in, one map per present class out (Eqs. 2, 8, 10).
+
+The procedure is MCTformer's: every scale and its horizontal flip is passed through the network, each view's maps are
+fused, refined and resized to the image, summed, and min-max normalised for each present class.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from .image_processing_bitrans import BiTransImageProcessor
+from .modeling_bitrans import BiTransModel, BiTransOutput
+
+CAM_FUSIONS: dict[str, Callable[[BiTransOutput], torch.Tensor]] = {
+    "fused": lambda output: output.pseudo_mask,
+    "sc_cam": lambda output: output.sc_cam,
+    "coarse_cam": lambda output: output.coarse_cam.relu(),
+}
+"""Names of `mode`: how the two branches' maps become one (B, C, h, w)."""
+
+SEED_VARIANTS: dict[str, tuple[str, bool]] = {
+    "sc_cam": ("sc_cam", False),
+    "coarse_cam": ("coarse_cam", False),
+    "fused": ("fused", False),
+    "refined": ("fused", True),
+}
+"""The (mode, refine) pairs that every report shows side by side."""
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Class seeds of one image.
+
+    Attributes:
+        class_ids: (K,) int64, 0-based ids of the present object classes, ascending.
+        maps: (K, H, W) float32 in [0, 1] at the image's size; each map's minimum is 0 and its maximum 1.
+    """
+
+    class_ids: np.ndarray
+    maps: np.ndarray
+
+
+def refine_with_affinity(maps: torch.Tensor, affinity: torch.Tensor) -> torch.Tensor:
+    """Spread class maps along patch affinities once: out_i = sum_j A_ij m_j for each class (Eq. 10).
+
+    Args:
+        maps: (B, C, h, w).
+        affinity: (B, N, N) with N = h*w, [query, key]; rows are used as they are, not normalised again.
+    """
+    return (maps.flatten(2) @ affinity.transpose(1, 2)).reshape(maps.shape)
+
+
+def sum_over_views(
+    model: BiTransModel,
+    scaled_views: Sequence[torch.Tensor],
+    variants: Mapping[str, tuple[str, bool]],
+    *,
+    flip: bool = True,
+    size: tuple[int, int] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Sum the maps of every scale and its flip, before normalisation.
+
+    Args:
+        model: In evaluation mode.
+        scaled_views: One normalised batch (B, 3, H_s, W_s) for each scale, on the model's device.
+        variants: Names of the results -> (mode, refine), see `SEED_VARIANTS`. All come from the same forward passes.
+        flip: Add the horizontally flipped image of each scale; image and flip run as one batch.
+        size: (H, W) to resize every view's maps to before summing; None leaves them on the token grid, which needs a
+            single scale and loses nothing: resizing and flipping commute with the sum.
+
+    Returns:
+        name -> (B, C, H, W) or (B, C, h, w) float32, for all C classes.
+    """
+    if size is None and len(scaled_views) > 1:
+        raise ValueError(f"{len(scaled_views)} scales have {len(scaled_views)} token grids; give the size to sum at.")
+    totals: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for pixel_values in scaled_views:
+            output = model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
+            for name, (mode, refine) in variants.items():
+                maps = CAM_FUSIONS[mode](output)
+                if refine:
+                    maps = refine_with_affinity(maps, output.affinity)
+                if flip:
+                    original, flipped = maps.chunk(2)
+                    maps = original + flipped.flip(-1)
+                if size is not None:
+                    maps = F.interpolate(maps, size=size, mode="bilinear")
+                totals[name] = totals[name] + maps if name in totals else maps
+    return totals
+
+
+def normalized_seeds(class_ids: np.ndarray, maps: torch.Tensor, size: tuple[int, int]) -> Seeds:
+    """Resize the maps of the present classes to the image and min-max normalise each: (x - min) / (max - min + 1e-8).
+
+    Args:
+        class_ids: (K,) ids that belong to `maps`.
+        maps: (K, h, w) float, any range.
+        size: (H, W) of the image in pixels.
+    """
+    if len(class_ids) == 0:
+        return Seeds(np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.float32))
+    maps = maps.float()
+    if maps.shape[1:] != size:
+        maps = F.interpolate(maps.unsqueeze(0), size=size, mode="bilinear").squeeze(0)
+    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
+    return Seeds(np.asarray(class_ids, dtype=np.int64), ((maps - low) / (high - low + 1e-8)).cpu().numpy())
+
+
+def extract_seeds(
+    model: BiTransModel,
+    image: Image.Image,
+    image_labels: Sequence[str] | Sequence[float] | np.ndarray | torch.Tensor,
+    *,
+    processor: BiTransImageProcessor,
+    scales: Sequence[float] = (1.0,),
+    flip: bool = True,
+    mode: str = "fused",
+    refine: bool = True,
+) -> Seeds:
+    """Localise the classes that an image is known to hold.
+
+    Args:
+        model: A trained model; it runs in evaluation mode and is left in the mode it was in.
+        image: PIL image of any mode, at least one patch in height and width.
+        image_labels: Names of the present classes, or a multi-hot vector (C,).
+        processor: Resizes and normalises.
+        scales: Sizes to average over, relative to the image; the first must be 1.0.
+        flip: Average over the horizontal flip of each size too.
+        mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), "sc_cam" or "coarse_cam".
+        refine: Spread the maps along the patch affinity once (Eq. 10).
+
+    Returns:
+        One map per present class, ascending by class id.
+
+    Raises:
+        ValueError: unknown mode or class name, wrong number of labels, first scale not 1.0, image smaller than a
+            patch.
+    """
+    if mode not in CAM_FUSIONS:
+        raise ValueError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
+    if len(scales) == 0 or scales[0] != 1.0:
+        raise ValueError(f"the first scale must be 1.0, which sets the size of the seeds; got {tuple(scales)}.")
+    class_ids = present_class_ids(image_labels, model.config.id2label)
+    size = (image.height, image.width)
+    views = [view.to(device=model.device, dtype=model.dtype) for view in processor.scaled_views(image, scales)]
+    was_training = model.training
+    model.eval()
+    try:
+        total = sum_over_views(model, views, {mode: (mode, refine)}, flip=flip, size=size)[mode]
+    finally:
+        model.train(was_training)
+    return normalized_seeds(class_ids, total[0, torch.from_numpy(class_ids)], size)
+
+
+def present_class_ids(
+    image_labels: Sequence[str] | Sequence[float] | np.ndarray | torch.Tensor, id2label: Mapping[int, str]
+) -> np.ndarray:
+    """Turn class names or a multi-hot vector (C,) into ascending 0-based class ids (K,) int64.
+
+    Raises:
+        ValueError: an unknown class name, or a vector that does not have C entries of 0 or 1.
+    """
+    labels = list(image_labels)
+    if labels and all(isinstance(label, str) for label in labels):
+        ids = {name: int(class_id) for class_id, name in id2label.items()}
+        unknown = sorted({label for label in labels if label not in ids})
+        if unknown:
+            raise ValueError(f"unknown class name {', '.join(map(repr, unknown))}; the model knows {', '.join(ids)}.")
+        return np.array(sorted({ids[label] for label in labels}), dtype=np.int64)
+    if labels and len(labels) != len(id2label):
+        raise ValueError(
+            f"expected one 0/1 label for each of {len(id2label)} classes, or class names; got {len(labels)} values."
+        )
+    values = np.array([float(label) for label in labels])
+    if not np.isin(values, (0.0, 1.0)).all():
+        raise ValueError(f"image labels must be 0 or 1, got {sorted(set(values.tolist()) - {0.0, 1.0})}.")
+    return np.flatnonzero(values).astype(np.int64)

@@ -1,0 +1,94 @@
+"""Seeds on disk: one small `.npz` for each image, no pickle, complete or absent."""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+import numpy as np
+import torch
+
+from .seeds import Seeds, normalized_seeds
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder and rename it to `path` at the end, so that readers see all or nothing.
+
+    The temporary file is removed when the body raises. Its name keeps `path`'s suffix, which libraries look at, and
+    carries the process id, so that two processes do not share it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class SeedStore:
+    """A folder of seeds. What is kept are each variant's summed maps on their own small grid in float16.
+
+    Resizing and min-max normalisation are done when reading: both are cheap, and the maps at the image's size are
+    some hundred times larger. Each kept map is scaled to [0, 1] on its grid, which changes nothing, since min-max
+    normalisation does not see a scale or an offset and bilinear resizing keeps both.
+
+    Args:
+        folder: Made when the first image is written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    def path(self, image_id: str) -> Path:
+        """Return the file of an image; ids with "/" or other special characters are percent-encoded."""
+        return self.folder / f"{quote(image_id, safe=' ')}.npz"
+
+    def __contains__(self, image_id: str) -> bool:
+        return self.path(image_id).is_file()
+
+    def ids(self) -> list[str]:
+        """Return the ids of all stored images, sorted."""
+        return sorted(unquote(path.stem) for path in self.folder.glob("[!.]*.npz"))
+
+    def write(
+        self, image_id: str, class_ids: np.ndarray, maps: Mapping[str, torch.Tensor], size: tuple[int, int]
+    ) -> None:
+        """Write one image's seeds by atomic rename.
+
+        Args:
+            image_id: Name of the image.
+            class_ids: (K,) ids of the present classes.
+            maps: Variant name -> (K, h, w) summed maps, any range, of the present classes.
+            size: (H, W) of the image in pixels.
+        """
+        arrays = {"class_ids": np.asarray(class_ids, dtype=np.int64), "size": np.array(size, dtype=np.int32)}
+        for variant, values in maps.items():
+            if values.shape[0] != len(class_ids):
+                raise ValueError(f"{image_id}: {values.shape[0]} maps of {variant!r} for {len(class_ids)} classes.")
+            if not torch.isfinite(values).all():
+                raise ValueError(f"{image_id}: the maps of {variant!r} hold NaN or infinity; the model is broken.")
+            scaled = normalized_seeds(class_ids, values, (values.shape[1], values.shape[2])).maps
+            arrays[f"maps_{variant}"] = scaled.astype(np.float16)
+        with atomic_write(self.path(image_id)) as temporary:
+            np.savez_compressed(temporary, allow_pickle=False, **arrays)
+
+    def read(self, image_id: str, variant: str) -> Seeds:
+        """Read one variant of an image's seeds at the image's size.
+
+        Raises:
+            FileNotFoundError: the image has no seeds here.
+            ValueError: this variant was not stored.
+        """
+        path = self.path(image_id)
+        if not path.is_file():
+            raise FileNotFoundError(f"no seeds of image {image_id!r} in {self.folder}; run training/make_seeds.py first.")
+        with np.load(path, allow_pickle=False) as arrays:
+            if f"maps_{variant}" not in arrays:
+                stored = ", ".join(name.removeprefix("maps_") for name in arrays if name.startswith("maps_"))
+                raise ValueError(f"{path} holds the variants {stored}, not {variant!r}.")
+            height, width = (int(side) for side in arrays["size"])
+            maps = torch.from_numpy(arrays[f"maps_{variant}"].astype(np.float32))
+            return normalized_seeds(arrays["class_ids"], maps, (height, width))

@@ -1,0 +1,19 @@
+"""Shared fixtures: the Hub is out of reach, and the real data sets are optional."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data sets: $BITRANS_SHARED/data, or ../shared/data beside the repository."""
+    shared = Path(os.environ.get("BITRANS_SHARED", REPOSITORY.parent / "shared"))
+    if not (shared / "data").is_dir():
+        pytest.skip(f"no real data at {shared / 'data'}; set BITRANS_SHARED to the folder that holds data/")
+    return shared / "data"

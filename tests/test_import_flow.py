@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers.dynamic_module_utils import get_relative_import_files
+
+PACKAGE = Path(__file__).parents[1] / "bitrans_hf"
+
+# The package is read from top to bottom: a file imports only from those above it. `data` is a folder.
+ORDER = (
+    "labels",
+    "views",
+    "configuration_bitrans",
+    "image_processing_bitrans",
+    "losses",
+    "modeling_bitrans",
+    "seeds",
+    "pipeline_bitrans",
+    "weights",
+    "data",
+    "store",
+    "crf",
+    "resnet38",
+    "configuration_affinitynet",
+    "modeling_affinitynet",
+    "random_walk",
+    "pseudo_labels",
+    "configuration_deeplab",
+    "modeling_deeplab",
+    "metrics",
+    "report",
+    "publishing",
+)
+
+# These files travel to the Hub as remote code, where neither this package nor its other dependencies are installed.
+HUB_FILES = frozenset(
+    {
+        "labels",
+        "views",
+        "configuration_bitrans",
+        "image_processing_bitrans",
+        "losses",
+        "modeling_bitrans",
+        "seeds",
+        "pipeline_bitrans",
+        "resnet38",
+        "configuration_affinitynet",
+        "modeling_affinitynet",
+        "configuration_deeplab",
+        "modeling_deeplab",
+    }
+)
+HUB_LIBRARIES = frozenset({"torch", "torchvision", "transformers", "numpy", "PIL"}) | sys.stdlib_module_names
+
+ENTRIES = tuple(
+    name for name in ORDER if (PACKAGE / f"{name}.py").exists() or (PACKAGE / name / "__init__.py").exists()
+)
+HUB_ENTRIES = tuple(name for name in ENTRIES if name in HUB_FILES)
+
+
+def files_of(entry: str) -> list[Path]:
+    """The module `entry`.py, or every file of the folder of that name."""
+    folder = PACKAGE / entry
+    return sorted(folder.rglob("*.py")) if folder.is_dir() else [PACKAGE / f"{entry}.py"]
+
+
+def imports_of(file: Path) -> list[tuple[int, str]]:
+    """(line, absolute dotted name) of every import anywhere in the file, function bodies included."""
+    found = []
+    own_package = ["bitrans_hf", *file.relative_to(PACKAGE).parts[:-1]]
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = own_package[: len(own_package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            if module == "bitrans_hf":  # `from . import x`: each name may be a file
+                found += [(node.lineno, f"bitrans_hf.{alias.name}") for alias in node.names]
+            else:
+                found.append((node.lineno, module))
+    return found
+
+
+def entries_imported_by(file: Path) -> list[tuple[int, str]]:
+    return [(line, name.split(".")[1]) for line, name in imports_of(file) if name.startswith("bitrans_hf.")]
+
+
+def test_every_package_file_has_a_place_in_the_order():
+    present = {
+        path.stem if path.is_file() else path.name
+        for path in PACKAGE.iterdir()
+        if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert present - {"__init__"} <= set(ORDER), "give each new file its place in ORDER"
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_a_file_imports_only_from_those_above_it(entry: str):
+    allowed = set(ORDER[: ORDER.index(entry)]) | ({entry} if entry == "data" else set())
+    wrong = [
+        f"{file.name}:{line} imports {name}"
+        for file in files_of(entry)
+        for line, name in entries_imported_by(file)
+        if name not in allowed
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("entry", HUB_ENTRIES)
+def test_a_file_for_the_hub_imports_only_what_the_hub_has(entry: str):
+    file = PACKAGE / f"{entry}.py"
+    wrong = []
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            # transformers copies the files that its regular expressions find: `from .flat_name import x` only.
+            if node.level != 1 or node.module is None or node.module not in HUB_FILES:
+                wrong.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            if any(name.split(".")[0] not in HUB_LIBRARIES for name in names):
+                wrong.append(f"line {node.lineno}: {ast.unparse(node)}")
+    assert not wrong
+
+
+@pytest.mark.parametrize("entry", HUB_ENTRIES)
+def test_transformers_finds_the_same_files_to_copy_as_python_imports(entry: str):
+    # transformers reads the text with regular expressions: a docstring line may fool it, `from . import x` escapes it.
+    copied = {Path(name).stem for name in get_relative_import_files(PACKAGE / f"{entry}.py")} - {entry}
+    reached: set[str] = set()
+    to_visit = [entry]
+    while to_visit:
+        new = {name for _, name in entries_imported_by(PACKAGE / f"{to_visit.pop()}.py")} - reached
+        reached |= new
+        to_visit += new
+    assert copied == reached
+    assert copied <= HUB_FILES
+
+
+def test_importing_the_package_prints_nothing(tmp_path: Path):
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "import bitrans_hf"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
