@@ -51,11 +51,12 @@ class BiTransConfig(PreTrainedConfig):
     """
 
     model_type = "bitrans"
-    # Trainer would gather every map of every image, affinity (B, N, N) included, in predict and evaluate.
-    keys_to_ignore_at_inference = (
+    # Trainer would gather every map of every image, affinity (B, N, N) included, in predict and evaluate. It adds a
+    # list to this, so it must be one.
+    keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers reads a plain class attribute
         "losses", "class_logits", "patch_logits", "sc_cam", "coarse_cam", "pseudo_mask", "affinity",
         "last_hidden_state", "hidden_states", "attentions",
-    )  # fmt: skip
+    ]  # fmt: skip
 
     image_size: int = 224
     patch_size: int = 16

@@ -3,7 +3,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -11,15 +10,8 @@ import torch
 
 from bitrans_hf import metrics
 from bitrans_hf.metrics import MeanIoU, ThresholdSweep, confusion_counts, iou_from_counts, mean_iou, threshold_sweep
-
-
-@dataclass(frozen=True)
-class FakeSeeds:
-    """The two fields that scoring reads, so that these tests need no network."""
-
-    class_ids: np.ndarray
-    maps: np.ndarray
-
+from bitrans_hf.pseudo_labels import seeds_to_label_map
+from bitrans_hf.seeds import Seeds
 
 # --- confusion counts and IoU ---------------------------------------------------------------------------------------
 
@@ -194,7 +186,7 @@ def made_up_picture(rng, num_classes, size=(11, 14), *, grid=None):
     if grid is not None:  # values on the thresholds themselves, and many ties between classes
         maps = (np.round(maps * grid) / np.float32(grid)).astype(np.float32)
     target = rng.choice([0, *(class_ids + 1).tolist(), 255], size).astype(np.uint8)
-    return FakeSeeds(class_ids, maps), target
+    return Seeds(class_ids, maps), target
 
 
 @pytest.mark.parametrize("grid", [None, 10, 100, 255])
@@ -220,14 +212,29 @@ def test_any_increasing_thresholds_are_exact(thresholds):
     edge = np.float32(thresholds[0])
     # The nearest float32 values on both sides of a threshold.
     near = np.array([[[edge, np.nextafter(edge, np.float32(0)), np.nextafter(edge, np.float32(1))]]], dtype=np.float32)
-    pictures.append((FakeSeeds(np.array([2]), near), np.array([[3, 3, 0]], dtype=np.uint8)))
+    pictures.append((Seeds(np.array([2]), near), np.array([[3, 3, 0]], dtype=np.uint8)))
     result = threshold_sweep(*zip(*pictures, strict=True), thresholds, num_classes=3)
     np.testing.assert_array_equal(result.miou, slow_sweep(pictures, thresholds, 3)[0])
 
 
+def test_the_sweep_scores_the_masks_that_are_written_at_that_threshold():
+    rng = np.random.default_rng(2)
+    pictures = []
+    for _ in range(6):
+        seeds, target = made_up_picture(rng, 6, grid=100)
+        order = seeds.class_ids.argsort()
+        pictures.append((Seeds(seeds.class_ids[order], seeds.maps[order]), target))
+    result = threshold_sweep(*zip(*pictures, strict=True), num_classes=6)
+    for threshold, miou in zip(result.thresholds, result.miou, strict=True):
+        metric = MeanIoU(7)
+        for seeds, target in pictures:
+            metric.add(prediction=seeds_to_label_map(seeds, float(threshold)), reference=target)
+        assert 100.0 * metric.compute()["mean_iou"] == miou
+
+
 def test_background_wins_ties_and_then_the_lower_class_id():
     # Class ids out of order: on a tie id 0 must win although it comes second.
-    seeds = FakeSeeds(np.array([1, 0]), np.full((2, 1, 2), 0.5, dtype=np.float32))
+    seeds = Seeds(np.array([1, 0]), np.full((2, 1, 2), 0.5, dtype=np.float32))
     sweep = ThresholdSweep(2, [0.4, 0.5])
     sweep.add(seeds, np.array([[0, 1]], dtype=np.uint8))
     np.testing.assert_array_equal(sweep.confusion(0), [[0, 1, 0], [0, 1, 0], [0, 0, 0]])
@@ -235,7 +242,7 @@ def test_background_wins_ties_and_then_the_lower_class_id():
 
 
 def test_a_picture_without_classes_is_background_at_every_threshold():
-    seeds = FakeSeeds(np.zeros(0, dtype=np.int64), np.zeros((0, 2, 2), dtype=np.float32))
+    seeds = Seeds(np.zeros(0, dtype=np.int64), np.zeros((0, 2, 2), dtype=np.float32))
     sweep = ThresholdSweep(3)
     sweep.add(seeds, np.array([[0, 0], [2, 255]], dtype=np.uint8))
     for index in range(101):
@@ -263,7 +270,7 @@ def test_one_pass_takes_a_twentieth_of_a_pass_for_each_threshold():
     y, x = np.mgrid[0:375, 0:500].astype(np.float32)
     maps = np.stack([np.exp(-((x - cx) ** 2 + (y - 180) ** 2) / 9e3) for cx in (150, 350)]).astype(np.float32)
     maps = np.clip(maps + rng.normal(0, 0.02, maps.shape).astype(np.float32), 0, 1)
-    pictures = [(FakeSeeds(np.array([3, 7]), maps), rng.choice([0, 4, 8, 255], (375, 500)).astype(np.uint8))]
+    pictures = [(Seeds(np.array([3, 7]), maps), rng.choice([0, 4, 8, 255], (375, 500)).astype(np.uint8))]
     start = time.perf_counter()
     miou, _ = slow_sweep(pictures, metrics.DEFAULT_THRESHOLDS, 20)
     slow_s = time.perf_counter() - start
@@ -276,7 +283,7 @@ def test_one_pass_takes_a_twentieth_of_a_pass_for_each_threshold():
     assert fast_s <= 0.05 * slow_s
 
 
-ONE = FakeSeeds(np.array([0]), np.full((1, 2, 2), 0.5, dtype=np.float32))
+ONE = Seeds(np.array([0]), np.full((1, 2, 2), 0.5, dtype=np.float32))
 TARGET = np.zeros((2, 2), dtype=np.uint8)
 
 
@@ -291,13 +298,13 @@ TARGET = np.zeros((2, 2), dtype=np.uint8)
         (lambda: ThresholdSweep(2, [math.nan]), "thresholds must be numbers in"),
         (lambda: ThresholdSweep(2).add(ONE, np.zeros((2, 3), np.uint8)), r"maps of shape \(1, 2, 2\) .* \(2, 3\)"),
         (lambda: ThresholdSweep(2).add(ONE, TARGET + 3), r"target holds label id 3; expected ids in \[0, 3\)"),
-        (lambda: ThresholdSweep(2).add(FakeSeeds(np.array([2]), ONE.maps), TARGET), r"class ids \[2\]"),
+        (lambda: ThresholdSweep(2).add(Seeds(np.array([2]), ONE.maps), TARGET), r"class ids \[2\]"),
         (
-            lambda: ThresholdSweep(2).add(FakeSeeds(np.array([1, 1]), np.zeros((2, 2, 2), np.float32)), TARGET),
+            lambda: ThresholdSweep(2).add(Seeds(np.array([1, 1]), np.zeros((2, 2, 2), np.float32)), TARGET),
             r"class ids \[1, 1\]; they must differ",
         ),
-        (lambda: ThresholdSweep(2).add(FakeSeeds(np.array([0]), ONE.maps * 3), TARGET), r"values in \[1.5, 1.5\]"),
-        (lambda: ThresholdSweep(2).add(FakeSeeds(np.array([0]), ONE.maps * np.nan), TARGET), "normalise the maps"),
+        (lambda: ThresholdSweep(2).add(Seeds(np.array([0]), ONE.maps * 3), TARGET), r"values in \[1.5, 1.5\]"),
+        (lambda: ThresholdSweep(2).add(Seeds(np.array([0]), ONE.maps * np.nan), TARGET), "normalise the maps"),
         (lambda: ThresholdSweep(2).compute(), "counted no pixel"),
         (lambda: ThresholdSweep(2).merge(ThresholdSweep(3)), "cannot merge a sweep over 3 classes"),
         (lambda: threshold_sweep([ONE], [], num_classes=2), "argument 2 is shorter"),

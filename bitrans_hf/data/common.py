@@ -28,6 +28,8 @@ _DECODING_ERRORS = (
     struct.error, zlib.error, PILImage.DecompressionBombError,
 )  # fmt: skip
 
+_PALETTE = palette()
+
 _Opened = TypeVar("_Opened")
 
 
@@ -168,12 +170,14 @@ def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened])
     name = _name(cell)
     try:
         if isinstance(cell, PILImage.Image):
+            cell.load()
             return read(cell)
         source: Any = cell
         if isinstance(cell, Mapping):
             content = cell.get("bytes")
             source = cell.get("path") if content is None else io.BytesIO(content)
         with PILImage.open(source) as image:
+            image.load()  # damage shows here, not at some later use after the file is closed
             return read(image)
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{kind} {name} is not there; was it moved or deleted?") from error
@@ -276,7 +280,7 @@ def masks_in_order(
 def index_png(label_map: NDArray[np.uint8]) -> bytes:
     """Return a label map (H, W) as a PNG with the VOC palette."""
     image = PILImage.fromarray(label_map)
-    image.putpalette(palette())
+    image.putpalette(_PALETTE)
     stream = io.BytesIO()
     image.save(stream, format="PNG", compress_level=1)
     return stream.getvalue()

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset
 
 from .common import (
@@ -109,21 +109,22 @@ def load_folder(
     chosen = chosen_classes(classes, known, str(class_file))
     ids = {name: class_id for class_id, name in enumerate(chosen)}
 
-    kept = _rows_of_split(rows, split, table_path)
-    labels = []
-    for position in kept:
-        for name in named[position]:
+    for row, names in zip(rows, named, strict=True):
+        for name in names:
             if name not in known:
                 raise DataError(
-                    f"{rows[position].where} ({rows[position].file_name}) names the class {name!r}, which is not in "
+                    f"{row.where} ({row.file_name}) names the class {name!r}, which is not in "
                     f"{class_file if class_file.is_file() else 'classes'}: {suggest(name, known)}"
                 )
-        if not named[position] and not allow_empty:
-            raise DataError(
-                f"{rows[position].where} ({rows[position].file_name}) names no class, expected one or more; fill it "
-                "in, take the row out, or pass allow_empty=True if the picture really shows none of the classes."
-            )
-        labels.append([ids[name] for name in named[position] if name in ids])
+    kept = _rows_of_split(rows, split, table_path)
+    empty = [position for position in kept if not named[position]]
+    if empty and not allow_empty:
+        row = rows[empty[0]]
+        raise DataError(
+            f"{row.where} ({row.file_name}) names no class, expected one or more ({len(empty)} such rows); fill it "
+            "in, take the row out, or pass allow_empty=True if the picture really shows none of the classes."
+        )
+    labels = [[ids[name] for name in named[position] if name in ids] for position in kept]
     image_ids = [str(PurePosixPath(rows[position].file_name).with_suffix("")) for position in kept]
     mask_paths = _mask_paths(image_ids, mask_folder)
     return build_dataset(
@@ -193,7 +194,7 @@ def _read_rows(path: Path) -> Iterator[_Row]:
 def _inner_path(file_name: str, where: str) -> str:
     """Return `file_name` with forward slashes, refusing every path that leaves the images folder."""
     path = PureWindowsPath(file_name)  # takes both slashes, and knows drives
-    if path.drive or path.root or ".." in path.parts:
+    if path.drive or path.root or ".." in path.parts or not path.name:
         raise DataError(
             f"{where} names {file_name!r}, which leads out of the images folder; use names relative to that folder, "
             "without '..'."
@@ -287,7 +288,7 @@ def _rows_of_split(rows: Sequence[_Row], split: str | None, table: Path) -> list
     if split is None:
         return list(range(len(rows)))
     if not all("split" in row.cells for row in rows):
-        raise DataError(f"{table} has no column split, so split={split!r} cannot be chosen; add it or pass split=None.")
+        raise DataError(f"{table} has no column split to look for {split!r} in; add it or pass split=None.")
     kept = [position for position, row in enumerate(rows) if str(row.cells["split"]).strip() == split]
     if not kept:
         found = sorted({str(row.cells["split"]).strip() for row in rows})
@@ -331,7 +332,7 @@ def _class_names_of_rows(
 
 def _find_separator(rows: Sequence[_Row], known: Sequence[str], table: Path) -> str:
     """Return the separator that the texts use; a text that is a known class as a whole says nothing."""
-    used = {}
+    used: dict[str, _Row] = {}
     for row in rows:
         text = row.cells["labels"]
         if text.strip() not in known:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,7 +75,7 @@ def _read_npy_dict(path: Path) -> Mapping[str, Any]:
             version = np.lib.format.read_magic(file)
             read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
             shape, _, dtype = read_header(file)
-            if dtype != object or shape != ():
+            if dtype.kind != "O" or shape != ():
                 raise DataError(
                     f"{path} holds {dtype} of shape {shape}, expected one dict from image id to labels, as "
                     "np.save(path, {...}) writes it."
@@ -117,7 +117,7 @@ class _Dtype(_StandIn):
         if code not in _NUMBER_CODES and code not in ("O8", "O"):
             raise pickle.UnpicklingError(f"it holds an array of type {code!r}, which is not a number")
         self.code = code
-        self.byte_order = "|"
+        self.byte_order: Literal["<", ">", "|", "="] = "|"
 
     def __setstate__(self, state: Any) -> None:
         byte_order = state[1]
@@ -130,7 +130,7 @@ class _Array(_StandIn):
     """Takes what a pickled array is made of."""
 
     def __init__(self, *reconstruct_arguments: object) -> None:
-        self.shape: tuple[int, ...] = ()
+        self.shape: Any = ()
         self.dtype: _Dtype | None = None
         self.content: Any = None
 
@@ -138,10 +138,19 @@ class _Array(_StandIn):
         _, self.shape, self.dtype, self.fortran_order, self.content = state
 
 
+class _FromBuffer(_StandIn):
+    """Stands for `numpy._core.numeric._frombuffer`, by which pickles of protocol 5 carry arrays."""
+
+    def __new__(cls, content: Any, dtype: Any, shape: Any, order: Any) -> Any:
+        array = _Array()
+        array.__setstate__((1, shape, dtype, order == "F", content))
+        return array
+
+
 class _Latin1(_StandIn):
     """Stands for `_codecs.encode`, by which old pickles carry bytes as text."""
 
-    def __new__(cls, text: str, encoding: str) -> Any:  # noqa: D102
+    def __new__(cls, text: str, encoding: str) -> Any:
         if encoding != "latin1":
             raise pickle.UnpicklingError(f"it encodes text as {encoding!r}")
         return text.encode("latin1")
@@ -153,6 +162,8 @@ class _NumbersOnlyUnpickler(pickle.Unpickler):
     _KNOWN: Mapping[tuple[str, str], Any] = {
         ("numpy.core.multiarray", "_reconstruct"): _Array,
         ("numpy._core.multiarray", "_reconstruct"): _Array,
+        ("numpy.core.numeric", "_frombuffer"): _FromBuffer,
+        ("numpy._core.numeric", "_frombuffer"): _FromBuffer,
         ("numpy", "ndarray"): "numpy.ndarray",  # only ever an argument of _reconstruct
         ("numpy", "dtype"): _Dtype,
         ("_codecs", "encode"): _Latin1,
@@ -174,8 +185,7 @@ def _array(value: Any) -> Any:
         if value.shape == () and isinstance(value.content, list) and len(value.content) == 1:
             return value.content[0]
         raise ValueError("it holds an array of objects")
-    if not isinstance(value.content, bytes):
+    if not isinstance(value.content, bytes | bytearray):
         raise ValueError("it holds an array whose content is not bytes")
-    order = "F" if value.fortran_order else "C"
     flat = np.frombuffer(value.content, dtype=np.dtype(value.dtype.code).newbyteorder(value.dtype.byte_order))
-    return flat.reshape(value.shape, order=order)
+    return flat.reshape(value.shape, order="F" if value.fortran_order else "C")

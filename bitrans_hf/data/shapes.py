@@ -1,7 +1,8 @@
 """Drawn scenes with exact masks: textured shapes on clutter, made on the fly from a seed.
 
 A class is a silhouette and nothing else. Colours and textures of objects come from the same draws as those of the
-background, its patches and the clutter, whatever the class, so that only shape tells what a picture holds.
+background, its patches and the clutter, whatever the class, and silhouettes of one size have equal areas, so that
+only shape tells what a picture holds.
 """
 
 from __future__ import annotations
@@ -9,15 +10,15 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import Dataset
 from numpy.typing import NDArray
-from PIL import Image as PILImage
+from PIL import Image
 
-from ..labels import palette
+from .common import index_png, row_features
 
 FloatArray = NDArray[np.float32]
 
@@ -25,7 +26,7 @@ REFERENCE_SIZE = 64
 """Side in pixels of the scenes that every length below is given for; other sizes scale all lengths alike."""
 
 DIAMETER_RANGE_PX = (18.0, 36.0)
-"""Greatest width of an object, in pixels of a 64-pixel scene."""
+"""Diameter of the disc of an object's area, in pixels of a 64-pixel scene."""
 
 MIN_IMAGE_SIZE = 32
 """Below this the smallest objects have too few pixels to show their shape."""
@@ -34,11 +35,16 @@ MAX_OBJECTS = 3
 MIN_VISIBLE_FRACTION = 0.6
 """Share of an object's silhouette that stays in sight when a later one covers a part of it."""
 
-_PLACEMENT_TRIES = 20
+_PLACEMENT_TRIES = 40
 _COLOUR_RANGE = (24.0, 232.0)
 _OBJECT_TO_SURROUNDINGS = 110.0  # RGB distances, of 255 per channel
 _OBJECT_TO_OBJECT = 70.0
 _PATCH_TO_BACKGROUND = 50.0
+# How busy a scene is: lowest and highest values of uniform draws; counts include both ends.
+_TEXTURE_AMPLITUDE = (4.0, 20.0)  # levels of 255, for objects, background and patches alike
+_NOISE_LEVEL = (2.0, 6.0)
+_PATCH_COUNT = (0, 2)
+_CLUTTER_COUNT = (4, 10)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ class DrawnShape:
     Attributes:
         class_id: Index into `SHAPE_CLASSES`.
         centre: (row, column) of the circumcentre in pixels, (0.0, 0.0) being the middle of the first pixel.
-        diameter: Greatest width of the silhouette in pixels.
+        diameter: Diameter in pixels of the disc with the silhouette's area.
         rotation: Angle in radians, from the direction of growing columns towards growing rows.
     """
 
@@ -60,7 +66,8 @@ class DrawnShape:
     @property
     def radius(self) -> float:
         """Radius of the circumscribed circle in pixels."""
-        return self.diameter * _SILHOUETTES[SHAPE_CLASSES[self.class_id]][1]
+        _, unit_area = _SILHOUETTES[SHAPE_CLASSES[self.class_id]]
+        return self.diameter / 2.0 * math.sqrt(math.pi / unit_area)
 
 
 @dataclass(frozen=True)
@@ -85,10 +92,12 @@ def _disc(x: FloatArray, y: FloatArray) -> FloatArray:
     return np.hypot(x, y) - np.float32(1.0)
 
 
+_CROSS_ANGLE = 0.4  # between an arm's axis and its corner; the arms are sin(0.4) = 0.39 wide for each side
+
+
 def _cross(x: FloatArray, y: FloatArray) -> FloatArray:
-    length, half_width = np.float32(math.cos(0.34)), np.float32(math.sin(0.34))  # a corner lies on the circle
     long_side, short_side = np.maximum(np.abs(x), np.abs(y)), np.minimum(np.abs(x), np.abs(y))
-    return np.maximum(long_side - length, short_side - half_width)
+    return np.maximum(long_side - np.float32(math.cos(_CROSS_ANGLE)), short_side - np.float32(math.sin(_CROSS_ANGLE)))
 
 
 def _pointed(x: FloatArray, y: FloatArray, points: int, inner: float) -> FloatArray:
@@ -103,13 +112,13 @@ def _pointed(x: FloatArray, y: FloatArray, points: int, inner: float) -> FloatAr
     return np.asarray(distance, dtype=np.float32)
 
 
-# name -> (signed distance, circumradius of a silhouette whose greatest width is 1)
+# name -> (signed distance, area inside), both for a circumscribed circle of radius 1
 _SILHOUETTES: dict[str, tuple[Callable[[FloatArray, FloatArray], FloatArray], float]] = {
-    "disc": (_disc, 0.5),
-    "square": (partial(_pointed, points=4, inner=math.cos(math.pi / 4)), 0.5),
-    "triangle": (partial(_pointed, points=3, inner=0.5), 1.0 / math.sqrt(3.0)),
-    "star": (partial(_pointed, points=5, inner=0.45), 0.5 / math.sin(math.radians(72.0))),
-    "cross": (_cross, 0.5),
+    "disc": (_disc, math.pi),
+    "square": (partial(_pointed, points=4, inner=math.cos(math.pi / 4)), 2.0),
+    "triangle": (partial(_pointed, points=3, inner=0.5), 0.75 * math.sqrt(3.0)),
+    "star": (partial(_pointed, points=5, inner=0.5), 2.5 * math.sin(math.pi / 5)),
+    "cross": (_cross, 4.0 * math.sin(2.0 * _CROSS_ANGLE) - 4.0 * math.sin(_CROSS_ANGLE) ** 2),
 }
 
 SHAPE_CLASSES: tuple[str, ...] = tuple(_SILHOUETTES)
@@ -125,8 +134,8 @@ def make_shapes(n: int, seed: int, *, image_size: int = REFERENCE_SIZE) -> Datas
     Args:
         n: Number of scenes, at least 1.
         seed: Which stream of scenes, 0 or greater.
-        image_size: Side of the square scenes in pixels, at least 32. Objects are 18 to 36 pixels wide at 64 and
-            scale with it.
+        image_size: Side of the square scenes in pixels, at least 32. At 64, objects have the area of
+            discs of 18 to 36 pixels; they scale with it.
 
     Returns:
         A dataset with `image_id` ("shapes-<seed>-<index>"), `image` (PNG, undecoded), `labels` (sorted ids of the
@@ -143,24 +152,14 @@ def make_shapes(n: int, seed: int, *, image_size: int = REFERENCE_SIZE) -> Datas
     if n < 1:
         raise ValueError(f"n must be at least 1 scene, got {n}; ask for one scene or more.")
     _check_seed(seed)
-    features = Features(
-        {
-            "image_id": Value("string"),
-            "image": Image(decode=False),
-            "labels": List(ClassLabel(names=list(SHAPE_CLASSES))),
-            "mask": Image(),
-        }
-    )
+    features = row_features(SHAPE_CLASSES)
     columns: dict[str, list[object]] = {name: [] for name in features}
-    colours = palette()
     for index in range(n):
         scene = draw_scene(seed, index, image_size=image_size)
-        mask = PILImage.fromarray(scene.mask)
-        mask.putpalette(colours)
         columns["image_id"].append(f"shapes-{seed}-{index}")
-        columns["image"].append({"path": None, "bytes": _png(PILImage.fromarray(scene.image))})
+        columns["image"].append({"path": None, "bytes": _png(scene.image)})
         columns["labels"].append(sorted({shape.class_id for shape in scene.objects}))
-        columns["mask"].append({"path": None, "bytes": _png(mask)})
+        columns["mask"].append({"path": None, "bytes": index_png(scene.mask)})
     return Dataset.from_dict(columns, features=features)
 
 
@@ -197,7 +196,7 @@ def draw_scene(seed: int, index: int, *, image_size: int = REFERENCE_SIZE) -> Sc
         colour = _pick_colour(rng, np.stack(used_colours), distances)
         _draw_object(rng, canvas, shape, colour)
         used_colours.append(colour)
-    canvas += np.float32(rng.uniform(2.0, 8.0)) * rng.standard_normal(size=canvas.shape, dtype=np.float32)
+    canvas += np.float32(rng.uniform(*_NOISE_LEVEL)) * rng.standard_normal(size=canvas.shape, dtype=np.float32)
     return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), mask, tuple(objects))
 
 
@@ -206,9 +205,9 @@ def _check_seed(seed: int) -> None:
         raise ValueError(f"seed must be 0 or greater, got {seed}; any other number gives other scenes.")
 
 
-def _png(image: PILImage.Image) -> bytes:
+def _png(image: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, format="PNG", compress_level=1)  # noise hardly compresses; time matters more
+    Image.fromarray(image).save(stream, format="PNG", compress_level=1)  # noise hardly compresses; time matters more
     return stream.getvalue()
 
 
@@ -224,11 +223,11 @@ def _place_objects(rng: np.random.Generator, image_size: int) -> tuple[list[Draw
     full_areas: list[int] = []
     for class_id in rng.integers(len(SHAPE_CLASSES), size=rng.integers(1, MAX_OBJECTS + 1)).tolist():
         for _ in range(_PLACEMENT_TRIES):
-            diameter = scale * rng.uniform(*DIAMETER_RANGE_PX)
+            diameter, rotation = scale * rng.uniform(*DIAMETER_RANGE_PX), rng.uniform(0.0, 2.0 * math.pi)
+            shape = DrawnShape(class_id, (0.0, 0.0), diameter, rotation)
             # The whole circumscribed circle lies inside the picture.
-            margin = diameter * _SILHOUETTES[SHAPE_CLASSES[class_id]][1] - 0.5
-            row, column = rng.uniform(margin, image_size - 1.0 - margin, size=2).tolist()
-            shape = DrawnShape(class_id, (row, column), diameter, rng.uniform(0.0, 2.0 * math.pi))
+            row, column = rng.uniform(shape.radius - 0.5, image_size - 0.5 - shape.radius, size=2).tolist()
+            shape = replace(shape, centre=(row, column))
             if any(math.dist(shape.centre, other.centre) < 0.4 * (diameter + other.diameter) for other in objects):
                 continue
             window, y, x = _window(shape.centre, shape.radius + 1.0, image_size)
@@ -298,28 +297,26 @@ def _texture(rng: np.random.Generator, y: FloatArray, x: FloatArray, scale: floa
     return np.asarray(np.clip(3.0 * wave, -1.0, 1.0), dtype=np.float32)
 
 
-def _paint(
-    rng: np.random.Generator, y: FloatArray, x: FloatArray, colour: FloatArray, amplitude: float, scale: float
-) -> FloatArray:
-    """Return `colour` (3,) with a texture that moves it by up to `amplitude` per channel, (h, w, 3)."""
-    tint = (amplitude * rng.uniform(0.4, 1.0, size=3)).astype(np.float32)
+def _paint(rng: np.random.Generator, y: FloatArray, x: FloatArray, colour: FloatArray, scale: float) -> FloatArray:
+    """Return `colour` (3,) with a random texture for the places (h, 1), (1, w): (h, w, 3)."""
+    tint = (rng.uniform(*_TEXTURE_AMPLITUDE) * rng.uniform(0.4, 1.0, size=3)).astype(np.float32)
     return colour + _texture(rng, y, x, scale)[:, :, None] * tint
 
 
 def _draw_background(rng: np.random.Generator, image_size: int) -> tuple[FloatArray, list[FloatArray]]:
-    """Return a shaded, textured canvas (H, W, 3) with one or two soft patches, and the colours used."""
+    """Return a shaded, textured canvas (H, W, 3) with up to two soft patches, and the colours used."""
     scale = image_size / REFERENCE_SIZE
     y = np.arange(image_size, dtype=np.float32)[:, None]
     x = y.T
     colours = [rng.uniform(*_COLOUR_RANGE, size=3).astype(np.float32)]
-    canvas = _paint(rng, y, x, colours[0], rng.uniform(4.0, 24.0), scale)
-    for _ in range(int(rng.integers(1, 3))):
+    canvas = _paint(rng, y, x, colours[0], scale)
+    for _ in range(int(rng.integers(*_PATCH_COUNT, endpoint=True))):
         field = _smooth_field(rng, image_size)
-        level = np.quantile(field[::4, ::4], rng.uniform(0.7, 0.9))
+        level = np.quantile(field[::4, ::4], rng.uniform(0.65, 0.9))
         # Patches end softly, over a few pixels, where objects end sharply.
         alpha = np.clip((field - level) * 8.0 + 0.5, 0.0, 1.0)[:, :, None]
         colour = _pick_colour(rng, np.stack(colours), np.full(len(colours), _PATCH_TO_BACKGROUND, dtype=np.float32))
-        canvas += alpha * (_paint(rng, y, x, colour, rng.uniform(4.0, 24.0), scale) - canvas)
+        canvas += alpha * (_paint(rng, y, x, colour, scale) - canvas)
         colours.append(colour)
     shade = _smooth_field(rng, image_size)
     canvas += (shade - shade.mean())[:, :, None] * rng.uniform(10.0, 40.0, size=3).astype(np.float32)
@@ -327,11 +324,11 @@ def _draw_background(rng: np.random.Generator, image_size: int) -> tuple[FloatAr
 
 
 def _smooth_field(rng: np.random.Generator, image_size: int) -> FloatArray:
-    """Return a random field (H, W) in [0, 1] that varies over about a quarter of the picture."""
-    knots = rng.uniform(size=(5, 5)).astype(np.float32)
-    place = np.linspace(0.0, 4.0, image_size, dtype=np.float32)
+    """Return a random field (H, W) in [0, 1] that varies over about a third of the picture."""
+    knots = rng.uniform(size=(4, 4)).astype(np.float32)
+    place = np.linspace(0.0, 3.0, image_size, dtype=np.float32)
     # Cosine interpolation between neighbouring knots, as one matrix for rows and columns.
-    gap = np.clip(np.abs(place[:, None] - np.arange(5, dtype=np.float32)), 0.0, 1.0)
+    gap = np.clip(np.abs(place[:, None] - np.arange(4, dtype=np.float32)), 0.0, 1.0)
     weights = 0.5 * (1.0 + np.cos(np.float32(math.pi) * gap))
     return np.asarray(weights @ knots @ weights.T, dtype=np.float32)
 
@@ -340,7 +337,7 @@ def _draw_clutter(rng: np.random.Generator, canvas: FloatArray) -> None:
     """Draw dots, lines, thin curves and small blobs onto `canvas` (H, W, 3) in place, as chains of strokes."""
     image_size = canvas.shape[0]
     scale = image_size / REFERENCE_SIZE
-    for kind in rng.integers(4, size=rng.integers(6, 15)).tolist():
+    for kind in rng.integers(4, size=rng.integers(*_CLUTTER_COUNT, endpoint=True)).tolist():
         # kind -> number of strokes, stroke length, half width, greatest turn between strokes
         strokes, length, half_width, turn = (
             (1, 0.0, rng.uniform(0.5, 1.6), 0.0),  # dot or speckle
@@ -365,10 +362,9 @@ def _draw_stroke(
     middle = (start[0] + step[0] / 2.0, start[1] + step[1] / 2.0)
     window, y, x = _window(middle, math.hypot(*step) / 2.0 + half_width + 1.0, canvas.shape[0])
     squared_length = step[0] ** 2 + step[1] ** 2
-    if squared_length > 0.0:
-        along = np.clip((y * step[0] + x * step[1]) / np.float32(squared_length), -0.5, 0.5)
-        y, x = y - along * np.float32(step[0]), x - along * np.float32(step[1])
-    alpha = np.clip(half_width + 0.5 - np.hypot(y, x), 0.0, 1.0)[:, :, None]
+    along = np.clip((y * step[0] + x * step[1]) / max(squared_length, 1e-6), -0.5, 0.5)  # a dot has no length
+    distance = np.hypot(y - along * step[0], x - along * step[1])
+    alpha = np.clip(half_width + 0.5 - distance, 0.0, 1.0)[:, :, None]
     canvas[window] += alpha * (colour - canvas[window])
 
 
@@ -376,5 +372,5 @@ def _draw_object(rng: np.random.Generator, canvas: FloatArray, shape: DrawnShape
     """Draw `shape` onto `canvas` (H, W, 3) in place, its outline smoothed over one pixel."""
     window, y, x = _window(shape.centre, shape.radius + 1.0, canvas.shape[0])
     alpha = np.clip(0.5 - _signed_distance(shape, y, x), 0.0, 1.0)[:, :, None]
-    paint = _paint(rng, y, x, colour, rng.uniform(4.0, 32.0), canvas.shape[0] / REFERENCE_SIZE)
+    paint = _paint(rng, y, x, colour, canvas.shape[0] / REFERENCE_SIZE)
     canvas[window] += alpha * (paint - canvas[window])

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image as PILImage
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
 from ..labels import class_ids_to_multi_hot
@@ -41,7 +41,7 @@ def training_transform(image_size: int, preset: str = "reference", **options: An
             objects must stay in sight.
         **options: Values that the preset lets one change:
             reference: `scale=(0.08, 1.0)`, `ratio=(3/4, 4/3)`, `hflip=0.5`, `rand_augment="rand-m9-mstd0.5-inc1"`
-            (None: none), `erasing=0.25` (probability);
+            (timm's grammar), `erasing=0.25` (probability);
             crop_flip: `scale=(0.4, 1.0)`, `ratio=(3/4, 4/3)`, `hflip=0.5`;
             flip: `hflip=0.5`.
 
@@ -68,7 +68,7 @@ def evaluation_transform(image_size: int) -> Transform:
         A function from a PIL RGB picture to a normalised tensor (3, S, S), without any random draw.
     """
     resize = transforms.Resize(int(256 / 224 * image_size), interpolation=_BICUBIC)
-    return transforms.Compose([resize, transforms.CenterCrop(image_size), *_to_tensor()])
+    return _chain(resize, transforms.CenterCrop(image_size))
 
 
 def _reference(
@@ -77,17 +77,16 @@ def _reference(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     hflip: float = 0.5,
-    rand_augment: str | None = "rand-m9-mstd0.5-inc1",
+    rand_augment: str = "rand-m9-mstd0.5-inc1",
     erasing: float = 0.25,
 ) -> Transform:
+    # The reference's colour jitter is missing on purpose: timm switches it off as soon as RandAugment is on.
     transform: Transform = create_transform(
         image_size,
         is_training=True,
         scale=scale,
         ratio=ratio,
         hflip=hflip,
-        # The reference asks for 0.4, which timm switches off as soon as RandAugment is on.
-        color_jitter=None,
         auto_augment=rand_augment,
         interpolation="bicubic",
         mean=IMAGENET_MEAN,
@@ -106,16 +105,20 @@ def _crop_flip(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     hflip: float = 0.5,
 ) -> Transform:
-    return _reference(image_size, scale=scale, ratio=ratio, hflip=hflip, rand_augment=None, erasing=0.0)
+    crop = transforms.RandomResizedCrop(image_size, scale=scale, ratio=ratio, interpolation=_BICUBIC)
+    return _chain(crop, transforms.RandomHorizontalFlip(hflip))
 
 
 def _flip(image_size: int, *, hflip: float = 0.5) -> Transform:
     resize = transforms.Resize((image_size, image_size), interpolation=_BICUBIC)
-    return transforms.Compose([resize, transforms.RandomHorizontalFlip(hflip), *_to_tensor()])
+    return _chain(resize, transforms.RandomHorizontalFlip(hflip))
 
 
-def _to_tensor() -> list[Any]:
-    return [transforms.ToTensor(), transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)]
+def _chain(*steps: Callable[[PILImage.Image], PILImage.Image]) -> Transform:
+    """Return `steps`, then the conversion to a normalised tensor, as one function."""
+    normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    chain: Transform = transforms.Compose([*steps, transforms.ToTensor(), normalize])
+    return chain
 
 
 PRESETS: Mapping[str, Callable[..., Transform]] = {"reference": _reference, "crop_flip": _crop_flip, "flip": _flip}
@@ -159,8 +162,9 @@ class TrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
         self._transform = transform
         self._seed = seed
         self._strict = strict
+        self._reported: set[int] = set()
         # In shared memory, so that worker processes that outlive an epoch see the next one.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose augmentation later items have; call it before iterating over a loader."""
@@ -191,19 +195,21 @@ class TrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
             except UnreadableImageError as error:
                 if self._strict:
                     raise
-                logger.warning("image %s is left out: %s", self.image_ids[index], error)
+                if index not in self._reported:  # once in each process, not in every epoch
+                    self._reported.add(index)
+                    logger.warning("image %s is left out: %s", self.image_ids[index], error)
         raise UnreadableImageError(f"none of the {len(self)} images can be read; check the folder they are in.")
 
 
 @contextmanager
-def _seeded(*key: int) -> Iterator[None]:
-    """Seed the three generators that augmentations draw from by `key`, and put them back afterwards.
+def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Seed the three generators that augmentations draw from, and put them back afterwards.
 
     Of torch only the CPU generator is touched: `torch.manual_seed` would also reset those of the GPUs, from which the
     model draws.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - timm draws from it
-    words = np.random.SeedSequence(key).generate_state(3)
+    words = np.random.SeedSequence(seed, spawn_key=(epoch, index)).generate_state(3)
     random.seed(int(words[0]))
     np.random.seed(int(words[1]))  # noqa: NPY002
     torch.default_generator.manual_seed(int(words[2]))

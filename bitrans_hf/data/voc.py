@@ -58,7 +58,7 @@ def load_voc(
     labels = [[new_ids[voc_id] for voc_id in voc_ids if voc_id in new_ids] for voc_ids in voc_labels]
     rows = [position for position in range(len(image_ids)) if labels[position] or not drop_empty]
     if not rows:
-        raise DataError(f"no image of {split} shows any of {', '.join(chosen)}; choose other classes or another split.")
+        raise DataError(f"no image of {split} shows any of {', '.join(chosen)}; choose others or another split.")
     return build_dataset(
         [image_ids[position] for position in rows],
         [images[position] for position in rows],
@@ -92,7 +92,7 @@ def _read_list(root: Path, split: str) -> list[str]:
     for image_id in image_ids:
         if image_id in seen or any(sign.isspace() or sign in "/\\" for sign in image_id):
             what = "twice" if image_id in seen else "which is no id"
-            raise DataError(f"list {path} holds {image_id!r} {what}; expected one id such as 2007_000032 on each line.")
+            raise DataError(f"list {path} holds {image_id!r} {what}; expected one id on each line, like 2007_000032.")
         seen.add(image_id)
     return image_ids
 

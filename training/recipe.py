@@ -1,0 +1,296 @@
+"""Recipes: every choice of a run in one frozen dataclass, read from a YAML file and the command line.
+
+`--config recipes/voc_deit_small.yaml --train.epochs 3` overrides one value of the file. Unknown keys and values of the
+wrong type are errors. The resolved recipe is written beside every result.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from datasets import Dataset
+from jsonargparse import ActionConfigFile, ArgumentParser
+from transformers import set_seed
+
+from bitrans_hf.configuration_bitrans import BiTransConfig
+from bitrans_hf.data import load_folder, load_voc, make_shapes
+from bitrans_hf.modeling_bitrans import BiTransModel
+from bitrans_hf.weights import from_timm, from_timm_state_dict
+
+SHAPE_SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Which images.
+
+    Attributes:
+        source: "shapes" (drawn here), "voc" (a devkit folder) or "folder" (your own images and a label table).
+        root: Folder of the data; not for shapes.
+        train_split: Split that the model is trained on, with image-level labels alone.
+        val_split: Split for the image-level mAP while training; null to leave it out.
+        classes: Object classes in the order of their ids; null for all that the source has.
+        label_file: voc: image-level labels when there is no Annotations folder (`cls_labels.npy`, `.npz`).
+        table: folder: the label table, when it does not have one of the usual names.
+        num_train: shapes: number of scenes to train on.
+        num_val: shapes: number of scenes in each other split.
+        image_size: shapes: side of a scene in pixels.
+        seed: shapes: seed of the scenes; every split draws from its own stream.
+    """
+
+    source: Literal["shapes", "voc", "folder"] = "shapes"
+    root: str | None = None
+    train_split: str | None = "train"
+    val_split: str | None = "val"
+    classes: list[str] | None = None
+    label_file: str | None = None
+    table: str | None = None
+    num_train: int = 4000
+    num_val: int = 200
+    image_size: int = 64
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class ModelRecipe:
+    """Which network; null leaves a size to the weights or to `BiTransConfig`'s default.
+
+    Attributes:
+        weights: "scratch"; "timm:<name>" for ImageNet weights from the Hub; a `.safetensors` or `.pth` file of a timm
+            vision transformer.
+        class_token_noise: Noise that tells the repeated class tokens apart at the start, as a multiple of their
+            standard deviation; 0 is the reference.
+        image_size: Side of the training crops in pixels.
+        patch_size: Side of a patch in pixels.
+        hidden_size: Width D of a token.
+        num_hidden_layers: Number of layers L.
+        num_attention_heads: Heads of each layer.
+        mlp_ratio: Width of a layer's MLP as a multiple of hidden_size.
+        drop_path_rate: Stochastic depth of the last layer while training.
+        num_seed_layers: K, how many of the last layers give the SC-CAM.
+        view: Second view: hflip, vflip, rot90, rot180 or none.
+        scc_weight: Weight of the class-specific consistency loss.
+        pac_weight: Weight of the pair-wise affinity consistency loss.
+        scc_classes: Classes that the SCC loss counts, all or present.
+        detach_second_view: No gradient of the consistency losses through the second view.
+        attention_map_mode: recompute or eager.
+    """
+
+    weights: str = "scratch"
+    class_token_noise: float = 0.0
+    image_size: int | None = None
+    patch_size: int | None = None
+    hidden_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    mlp_ratio: float | None = None
+    drop_path_rate: float | None = None
+    num_seed_layers: int | None = None
+    view: str | None = None
+    scc_weight: float | None = None
+    pac_weight: float | None = None
+    scc_classes: str | None = None
+    detach_second_view: bool | None = None
+    attention_map_mode: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainRecipe:
+    """How to train; the defaults are the reference's (DeiT-Small on VOC, one GPU).
+
+    Attributes:
+        epochs: Passes over the training images.
+        batch_size: Images for each process and forward pass.
+        gradient_accumulation: Forward passes for each optimiser step.
+        learning_rate: Peak rate for 512 images in a step; it is scaled linearly with their number.
+        min_learning_rate: Last rate, not scaled.
+        warmup_learning_rate: First rate, not scaled.
+        warmup_epochs: Length of the linear warm-up.
+        schedule: "epoch_cosine": the reference's, constant within an epoch, its first two epochs at the warm-up rate.
+            "step_cosine": changes at every step, for short runs.
+        weight_decay: AdamW; not applied to biases, norms, tokens and positions.
+        max_grad_norm: Clip the gradient to this norm; null does not clip.
+        augmentation: Preset of `bitrans_hf.data.transforms`: "reference", "crop_flip" or "flip".
+        augmentation_options: Options of the preset.
+        precision: "no" for float32, or "bf16".
+        compile: Compile the model with torch.compile.
+        activation_checkpointing: Keep only the layers' inputs and recompute the rest in the backward pass.
+        num_workers: Processes that load images, for each process that trains.
+        log_every: Optimiser steps between log lines.
+        checkpoint_every: Optimiser steps between checkpoints, beside the one after each epoch; null for none.
+        trackers: Trackers of Accelerate, such as tensorboard, wandb, trackio.
+    """
+
+    epochs: int = 60
+    batch_size: int = 64
+    gradient_accumulation: int = 1
+    learning_rate: float = 5e-4
+    min_learning_rate: float = 1e-5
+    warmup_learning_rate: float = 1e-6
+    warmup_epochs: float = 5
+    schedule: Literal["epoch_cosine", "step_cosine"] = "epoch_cosine"
+    weight_decay: float = 0.05
+    max_grad_norm: float | None = None
+    augmentation: str = "reference"
+    augmentation_options: dict[str, Any] = field(default_factory=dict)
+    precision: Literal["no", "bf16"] = "no"
+    compile: bool = False
+    activation_checkpointing: bool = False
+    num_workers: int = 2
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    trackers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class SeedsRecipe:
+    """How seeds are made and cut.
+
+    Attributes:
+        splits: Splits to make seeds for; the first one's scores head the metrics.
+        scales: Sizes to average over; the first must be 1.0.
+        flip: Average over the horizontal flip too.
+        variant: The maps that become label maps: "sc_cam", "coarse_cam", "fused" or "refined".
+        threshold: Background score for the label maps.
+        batch_size: Images of one size in a forward pass.
+    """
+
+    splits: list[str | None] = field(default_factory=lambda: ["train", "val"])
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    flip: bool = True
+    variant: Literal["sc_cam", "coarse_cam", "fused", "refined"] = "refined"
+    threshold: float = 0.4
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class ReportRecipe:
+    """What the page shows.
+
+    Attributes:
+        split: Split that the pictures are from, one of seeds.splits.
+        num_images: How many; images with several classes come first.
+    """
+
+    split: str | None = "val"
+    num_images: int = 12
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One run, from images to a page of pictures.
+
+    Attributes:
+        name: Results go to <output_dir>/<name>/<stage>/.
+        output_dir: Folder of all runs.
+        seed: Of the weights, the order of the images, their augmentation and stochastic depth.
+        data: Which images.
+        model: Which network.
+        train: How to train.
+        seeds: How seeds are made and cut.
+        report: What the page shows.
+    """
+
+    name: str = "shapes"
+    output_dir: str = "runs"
+    seed: int = 0
+    data: DataRecipe = field(default_factory=DataRecipe)
+    model: ModelRecipe = field(default_factory=ModelRecipe)
+    train: TrainRecipe = field(default_factory=TrainRecipe)
+    seeds: SeedsRecipe = field(default_factory=SeedsRecipe)
+    report: ReportRecipe = field(default_factory=ReportRecipe)
+
+    def __post_init__(self) -> None:
+        """Check what the types do not say.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        train = self.train
+        for name in ("epochs", "batch_size", "gradient_accumulation", "log_every"):
+            if getattr(train, name) < 1:
+                raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}.")
+        if not self.seeds.scales or self.seeds.scales[0] != 1.0:
+            raise ValueError(f"seeds.scales must begin with 1.0, got {self.seeds.scales}.")
+        if not 0 <= self.seeds.threshold <= 1:
+            raise ValueError(f"seeds.threshold must be in [0, 1], got {self.seeds.threshold}.")
+        if self.data.source != "shapes" and self.data.root is None:
+            raise ValueError(f"data.root must name the folder of the {self.data.source} data, got null.")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What does not change the result.
+
+    Attributes:
+        cpu: Run on the CPU even where there is a GPU.
+        quiet: No progress bars, only the result.
+        strict: Stop at the first image that cannot be read.
+    """
+
+    cpu: bool = False
+    quiet: bool = False
+    strict: bool = False
+
+
+def parse_recipe(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Recipe, RunOptions]:
+    """Read `--config FILE`, `--key value` overrides and the run options from the command line.
+
+    Args:
+        description: Of the script, for `--help`.
+        arguments: Command-line arguments; None for those of the process.
+
+    Raises:
+        SystemExit: unknown key, wrong type or value; the message says which.
+    """
+    parser = ArgumentParser(description=(description or "").split("\n\n")[0])
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with the keys below")
+    parser.add_class_arguments(Recipe)
+    parser.add_class_arguments(RunOptions)
+    values = parser.instantiate(parser.parse_args(arguments))
+    try:
+        recipe = Recipe(**{key.name: values[key.name] for key in dataclasses.fields(Recipe)})
+    except ValueError as error:
+        parser.error(str(error))
+    return recipe, RunOptions(**{key.name: values[key.name] for key in dataclasses.fields(RunOptions)})
+
+
+def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
+    """Load one split of the recipe's data.
+
+    Args:
+        data: Where the images are.
+        split: Name of the split; null for all images of a folder.
+        masks: False leaves ground truth out of reach: training never sees it.
+    """
+    if data.source == "voc":
+        return load_voc(data.root, split, classes=data.classes, label_file=data.label_file, masks=masks)
+    if data.source == "folder":
+        return load_folder(data.root, data.table, split=split, classes=data.classes, masks=None if masks else False)
+    if split not in SHAPE_SPLITS:
+        raise ValueError(f"shapes have the splits {', '.join(SHAPE_SPLITS)}, got {split!r}.")
+    size = data.num_train if split == "train" else data.num_val
+    seed = len(SHAPE_SPLITS) * data.seed + SHAPE_SPLITS.index(split)
+    scenes = make_shapes(size, seed, image_size=data.image_size)
+    return scenes if masks else scenes.remove_columns("mask")
+
+
+def build_model(model: ModelRecipe, id2label: dict[int, str], seed: int) -> BiTransModel:
+    """Build the network of a recipe, with its starting weights.
+
+    Args:
+        model: What to build.
+        id2label: Names of the C object classes.
+        seed: Of everything that is drawn: new weights and the class tokens' noise.
+    """
+    fields = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
+    weights, noise = fields.pop("weights"), fields.pop("class_token_noise")
+    if weights == "scratch":
+        set_seed(seed)
+        return BiTransModel(BiTransConfig(id2label=id2label, **fields))
+    if weights.startswith("timm:"):
+        return from_timm(
+            weights.removeprefix("timm:"), id2label=id2label, class_token_noise=noise, seed=seed, **fields
+        )
+    return from_timm_state_dict(weights, id2label=id2label, class_token_noise=noise, seed=seed, **fields)

@@ -1,0 +1,297 @@
+"""What every stage shares: its folder, its records, devices and processes, checkpoints, and a stop on bad losses."""
+
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from accelerate import Accelerator
+from recipe import Recipe, RunOptions
+from tqdm.auto import tqdm
+
+import bitrans_hf
+from bitrans_hf.store import atomic_write
+
+T = TypeVar("T")
+
+
+class StageError(RuntimeError):
+    """A stage cannot run, or has to stop; the message says why and what to do."""
+
+
+def make_accelerator(recipe: Recipe, options: RunOptions, project_dir: Path | None = None) -> Accelerator:
+    """Return the process group, device and precision of a run.
+
+    All stages ask for the same settings, so that they can follow each other in one process.
+    """
+    return Accelerator(
+        cpu=options.cpu,
+        mixed_precision=recipe.train.precision,
+        gradient_accumulation_steps=recipe.train.gradient_accumulation,
+        log_with=recipe.train.trackers or None,
+        project_dir=project_dir,
+    )
+
+
+# ---- The folder of a stage.
+
+
+class Stage:
+    """The folder `<output_dir>/<name>/<stage>/` with `recipe.json`, `log.jsonl`, `metrics.json` and `done.json`.
+
+    Args:
+        recipe: Of the run.
+        name: Of the stage.
+        depends_on: Parts of the recipe that the stage's result depends on: field names of `Recipe`.
+        is_main: Whether this process writes.
+
+    Raises:
+        StageError: the folder holds results of another recipe.
+    """
+
+    def __init__(self, recipe: Recipe, name: str, depends_on: Sequence[str], is_main: bool):
+        self.name, self.is_main = name, is_main
+        self.folder = Path(recipe.output_dir) / recipe.name / name
+        resolved = dataclasses.asdict(recipe)
+        self.recipe = {key: resolved[key] for key in depends_on}
+        self._started = time.perf_counter()
+        path = self.folder / "recipe.json"
+        if path.is_file():
+            stored = json.loads(path.read_text())
+            different = sorted(_differences(stored, self.recipe))
+            if different:
+                raise StageError(
+                    f"{self.folder} was made with another recipe (it differs in {', '.join(different)}); "
+                    "choose another --name, go back to that recipe, or delete the folder to start again."
+                )
+        elif is_main:
+            write_json(path, self.recipe)
+
+    @property
+    def done(self) -> bool:
+        """Whether the stage is finished."""
+        return (self.folder / "done.json").is_file()
+
+    def metrics(self) -> dict[str, Any]:
+        """Return what the finished stage measured."""
+        return dict(json.loads((self.folder / "metrics.json").read_text()))
+
+    def log(self, entry: Mapping[str, Any]) -> None:
+        """Append one JSON line to `log.jsonl`."""
+        if self.is_main:
+            with (self.folder / "log.jsonl").open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def forget_log_after(self, step: int) -> None:
+        """Drop the log lines of steps that will be run again after a resume, and a line that a kill cut off."""
+        path = self.folder / "log.jsonl"
+        if self.is_main and path.is_file():
+            kept = []
+            for line in path.read_text().splitlines():
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line + "\n")
+                except json.JSONDecodeError:
+                    break
+            with atomic_write(path) as temporary:
+                temporary.write_text("".join(kept))
+
+    def finish(self, metrics: Mapping[str, Any], seconds: float | None = None) -> None:
+        """Write `metrics.json`, with where and how they were measured, and `done.json`."""
+        if not self.is_main:
+            return
+        elapsed = time.perf_counter() - self._started if seconds is None else seconds
+        record = {**metrics, "seconds": round(elapsed, 1), "made_with": provenance()}
+        write_json(self.folder / "metrics.json", record)
+        write_json(self.folder / "done.json", {"stage": self.name, "finished": time.strftime("%Y-%m-%d %H:%M:%S")})
+
+
+def _differences(stored: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(stored, dict) and isinstance(wanted, dict):
+        for key in stored.keys() | wanted.keys():
+            yield from _differences(stored.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
+    elif stored != wanted:
+        yield prefix
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a JSON file by atomic rename."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def provenance() -> dict[str, str]:
+    """Return the code's commit, the versions and the hardware that a number was measured with."""
+    here = Path(__file__).resolve().parent
+    try:
+        commit = _git(here, "rev-parse", "--short=12", "HEAD")
+        commit += "-modified" if _git(here, "status", "--porcelain", "--untracked-files=no") else ""
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    return {
+        "commit": commit,
+        "bitrans_hf": bitrans_hf.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "device": device,
+    }
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+
+
+# ---- Progress and processes.
+
+
+def progress(items: Iterable[T], accelerator: Accelerator, options: RunOptions, **tqdm_options: Any) -> "tqdm[T]":
+    """Wrap `items` in a progress bar, shown by the main process when a person is watching."""
+    hidden = options.quiet or not accelerator.is_main_process or not sys.stderr.isatty()
+    return tqdm(items, disable=hidden, **tqdm_options)
+
+
+def say(accelerator: Accelerator, message: str) -> None:
+    """Print a line from the main process."""
+    if accelerator.is_main_process:
+        print(message, flush=True)
+
+
+def say_unreadable(accelerator: Accelerator, image_ids: Iterable[str]) -> None:
+    """Name the images that could not be read, at the end of a stage."""
+    names = sorted(set(image_ids))
+    if names:
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        say(accelerator, f"{len(names)} unreadable image(s) left out: {shown}")
+
+
+# ---- The order of the images.
+
+
+class ShardedBatches(torch.utils.data.Sampler[list[int]]):
+    """Batches of one process in one epoch: a shuffled order that is a function of (seed, epoch) alone.
+
+    Every process computes the same order and takes its own part of each global batch, so that a run can go on in the
+    middle of an epoch by skipping batches. Images that do not fill a last optimiser step are left out of the epoch,
+    as the reference's drop_last does.
+
+    Args:
+        num_images: Size of the data set.
+        batch_size: Images for this process and forward pass.
+        num_processes: Processes that train together.
+        process_index: This one's number.
+        accumulation: Forward passes for each optimiser step.
+        seed: Of the order.
+
+    Raises:
+        StageError: there are too few images for one step.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, num_processes: int, process_index: int, accumulation: int, seed: int
+    ):
+        per_step = batch_size * num_processes * accumulation
+        if num_images < per_step:
+            raise StageError(
+                f"{num_images} training images do not fill one optimiser step of {per_step} (batch_size {batch_size} "
+                f"x {num_processes} process(es) x gradient_accumulation {accumulation}); lower train.batch_size."
+            )
+        self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
+        self.num_processes, self.process_index = num_processes, process_index
+        self.batches_per_epoch = num_images // per_step * accumulation
+        self.epoch, self.first_batch = 0, 0
+
+    def start_at(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and how many of its batches were already used."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch - self.first_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        for batch in range(self.first_batch, self.batches_per_epoch):
+            start = (batch * self.num_processes + self.process_index) * self.batch_size
+            yield order[start : start + self.batch_size]
+
+
+# ---- Checkpoints.
+
+
+class Checkpoints:
+    """The newest state of a training run, `<folder>/step_<number>/`, written aside and renamed when complete.
+
+    Args:
+        folder: Of the checkpoints.
+        accelerator: Saves and restores model, optimiser and random states of all processes.
+    """
+
+    def __init__(self, folder: Path, accelerator: Accelerator):
+        self.folder, self.accelerator = folder, accelerator
+
+    def save(self, step: int, progress_state: Mapping[str, Any]) -> None:
+        """Save after optimiser step `step`, then delete older ones."""
+        target = self.folder / f"step_{step:08d}"
+        unfinished = self.folder / "unfinished"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(unfinished))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state = {"step": step, "num_processes": self.accelerator.num_processes, **progress_state}
+            write_json(unfinished / "progress.json", state)
+            unfinished.replace(target)
+            for older in self.folder.glob("step_*"):
+                if older != target:
+                    shutil.rmtree(older)
+        self.accelerator.wait_for_everyone()
+
+    def load_newest(self) -> dict[str, Any] | None:
+        """Restore the newest complete checkpoint and return its progress; None when there is none.
+
+        Raises:
+            StageError: it was made with another number of processes, which changes every batch.
+        """
+        complete = sorted(self.folder.glob("step_*"))
+        if not complete:
+            return None
+        state = dict(json.loads((complete[-1] / "progress.json").read_text()))
+        if state["num_processes"] != self.accelerator.num_processes:
+            raise StageError(
+                f"{complete[-1]} was made by {state['num_processes']} process(es), this run has "
+                f"{self.accelerator.num_processes}; start as many, or delete the folder to start again."
+            )
+        self.accelerator.load_state(str(complete[-1]))
+        return state
+
+    def clear(self) -> None:
+        """Delete all checkpoints, once the finished model is saved."""
+        if self.accelerator.is_main_process:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def stop_if_not_finite(losses: Mapping[str, float], step: int, image_ids: Sequence[str]) -> None:
+    """Stop a run whose loss is NaN or infinite.
+
+    Raises:
+        StageError: with the step, the term and the images of the batch.
+    """
+    broken = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if broken:
+        raise StageError(
+            f"the loss is not finite at optimiser step {step} ({', '.join(broken)}); the batch held the images "
+            f"{', '.join(image_ids)}. Lower train.learning_rate or look at these images; the last checkpoint is kept."
+        )
