@@ -14,13 +14,16 @@ import timm
 import torch
 import transformers
 
-from . import bench_model
+from . import bench_metrics, bench_model, bench_seeds
 from .harness import Options
 
 BENCHMARKS = {
     "forward": bench_model.forward_with_maps,
     "step": bench_model.bi_branch_step,
     "memory": bench_model.memory,
+    "seeds": bench_seeds.seeds_of_a_set,
+    "sweep": bench_metrics.sweep_of_thresholds,
+    "miou": bench_metrics.mean_iou_of_a_stream,
 }
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
+from typing import cast
 
 import timm
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from bitrans_hf import BiTransConfig, BiTransModel
 from bitrans_hf.losses import affinity_consistency_loss, class_consistency_loss, classification_loss
+from bitrans_hf.modeling_bitrans import BiTransLayer
 from bitrans_hf.views import VIEWS, invert_affinity
 
 from .harness import Options, Row, bytes_kept_for_backward, can_measure_memory, extra_peak_memory, median_times
@@ -65,7 +67,8 @@ class EveryHeadKept(nn.Module):
         tokens = torch.cat([model.class_tokens.expand(len(images), -1, -1), patches], dim=1)
         tokens = tokens + model.position_embedding(images.shape[2], images.shape[3])
         kept = []
-        for layer in model.layers:
+        for module in model.layers:
+            layer = cast(BiTransLayer, module)
             attention = layer.attention
             batch, length, width = tokens.shape
             qkv = attention.qkv(layer.norm1(tokens)).reshape(batch, length, 3, attention.num_heads, -1)

@@ -1,5 +1,7 @@
 """Configuration of the Bi-Trans model."""
 
+from typing import Any
+
 from transformers.configuration_utils import PreTrainedConfig, strict
 
 from .views import VIEWS
@@ -76,7 +78,7 @@ class BiTransConfig(PreTrainedConfig):
     detach_second_view: bool = False
     attention_map_mode: str = "recompute"
 
-    def __post_init__(self, **kwargs):
+    def __post_init__(self, **kwargs: Any) -> None:
         id2label = kwargs.get("id2label", getattr(self, "id2label", None))
         if id2label and not kwargs.get("label2id", getattr(self, "label2id", None)):
             # transformers leaves label2id None when only id2label is given.
@@ -85,8 +87,10 @@ class BiTransConfig(PreTrainedConfig):
             self.problem_type = "multi_label_classification"  # the stock image-classification pipeline: sigmoid
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Check that the sizes fit each other (called by transformers when the config is built and saved)."""
+        if not self.num_labels:
+            raise ValueError("id2label must name at least one object class, got none.")
         for name in ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -113,7 +117,7 @@ class BiTransConfig(PreTrainedConfig):
                 f"{self.mlp_ratio}, {self.layer_norm_eps} and {self.initializer_range}."
             )
 
-    def validate_losses(self):
+    def validate_losses(self) -> None:
         """Check the view and the loss options."""
         if self.view not in VIEWS:
             raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {self.view!r}.")

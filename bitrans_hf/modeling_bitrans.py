@@ -6,6 +6,7 @@ the Bi-Trans paper, whose equation numbers are given below.
 """
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn as nn
@@ -40,18 +41,24 @@ class BiTransOutput(ModelOutput):
         attentions: On request, L tensors (B, C + N, C + N), each layer's attention averaged over its heads.
     """
 
+    # ModelOutput wants None as the default, also of what is always set.
     loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
+    logits: torch.Tensor = None  # type: ignore[assignment]
     losses: dict[str, torch.Tensor] | None = None
-    class_logits: torch.Tensor | None = None
-    patch_logits: torch.Tensor | None = None
-    sc_cam: torch.Tensor | None = None
-    coarse_cam: torch.Tensor | None = None
-    pseudo_mask: torch.Tensor | None = None
-    affinity: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
+    class_logits: torch.Tensor = None  # type: ignore[assignment]
+    patch_logits: torch.Tensor = None  # type: ignore[assignment]
+    sc_cam: torch.Tensor = None  # type: ignore[assignment]
+    coarse_cam: torch.Tensor = None  # type: ignore[assignment]
+    pseudo_mask: torch.Tensor = None  # type: ignore[assignment]
+    affinity: torch.Tensor = None  # type: ignore[assignment]
+    last_hidden_state: torch.Tensor = None  # type: ignore[assignment]
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+
+def softmax_over_keys(scores: torch.Tensor) -> torch.Tensor:
+    """Softmax over the last axis in float32 or better: rows of bfloat16 weights would not sum to 1."""
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
 
 def attention_with_map(
@@ -62,18 +69,22 @@ def attention_with_map(
     Heads are taken one after the other, so that only one (B, T, T) map is alive beside the running mean.
 
     Args:
-        query, key, value: (B, heads, T, d), any float type.
+        query: (B, heads, T, d), any float type.
+        key: As `query`.
+        value: As `query`.
 
     Returns:
-        (B, heads, T, d) in the type of `value`, and (B, T, T) in float32 whose rows sum to 1.
+        (B, heads, T, d) in the type of `value`, and (B, T, T) whose rows sum to 1, in float32 (float64 for float64).
     """
     num_heads, scale = query.shape[1], query.shape[3] ** -0.5
-    outputs, mean = [], None
+    outputs: list[torch.Tensor] = []
+    total: torch.Tensor | None = None
     for head in range(num_heads):
-        weights = ((query[:, head] * scale) @ key[:, head].transpose(1, 2)).float().softmax(dim=-1)
+        weights = softmax_over_keys((query[:, head] * scale) @ key[:, head].transpose(1, 2))
         outputs.append(weights.to(value.dtype) @ value[:, head])
-        mean = weights if mean is None else mean + weights
-    return torch.stack(outputs, dim=1), mean / num_heads
+        total = weights if total is None else total + weights
+    assert total is not None  # a layer has at least one head
+    return torch.stack(outputs, dim=1), total / num_heads
 
 
 class RecomputedAttention(torch.autograd.Function):
@@ -83,26 +94,31 @@ class RecomputedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value):
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(query, key, value)
         ctx.set_materialize_grads(False)
         return attention_with_map(query, key, value)
 
     @staticmethod
-    def backward(ctx, grad_output, grad_map):
+    def backward(
+        ctx: Any, grad_output: torch.Tensor | None, grad_map: torch.Tensor | None
+    ) -> tuple[torch.Tensor, ...]:
         query, key, value = ctx.saved_tensors
         num_heads, scale = query.shape[1], query.shape[3] ** -0.5
         grad_mean = None if grad_map is None else grad_map / num_heads
         grads = []
         for head in range(num_heads):
             q, k, v = query[:, head] * scale, key[:, head], value[:, head]
-            weights = (q @ k.transpose(1, 2)).float().softmax(dim=-1)
+            weights = softmax_over_keys(q @ k.transpose(1, 2))
             grad_weights, grad_v = grad_mean, torch.zeros_like(v)
             if grad_output is not None:
                 grad_out = grad_output[:, head].to(v.dtype)
                 grad_v = weights.to(v.dtype).transpose(1, 2) @ grad_out
-                from_output = (grad_out @ v.transpose(1, 2)).float()
+                from_output = (grad_out @ v.transpose(1, 2)).to(weights.dtype)
                 grad_weights = from_output if grad_mean is None else from_output + grad_mean
+            assert grad_weights is not None  # autograd comes here for at least one of the two gradients
             # Softmax backward: each row's gradient less its mean under the row's own weights.
             weighted = grad_weights * weights
             grad_scores = torch.addcmul(weighted, weights, weighted.sum(dim=-1, keepdim=True), value=-1).to(q.dtype)
@@ -142,7 +158,8 @@ class BiTransMLP(nn.Module):
         self.fc2 = nn.Linear(width, config.hidden_size)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.fc2(F.gelu(self.fc1(tokens)))
+        mixed: torch.Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        return mixed
 
 
 class BiTransLayer(GradientCheckpointingLayer):
@@ -191,20 +208,20 @@ class BiTransModel(PreTrainedModel):
     base_model_prefix = "bitrans"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("BiTransLayer",)
+    _no_split_modules = ["BiTransLayer"]  # noqa: RUF012 - transformers reads a plain class attribute
 
     def __init__(self, config: BiTransConfig):
         super().__init__(config)
-        grid = config.image_size // config.patch_size
+        grid, num_classes = config.image_size // config.patch_size, cast(int, config.num_labels)
         self.patch_embed = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
         )
-        self.class_tokens = nn.Parameter(torch.empty(1, config.num_labels, config.hidden_size))
-        self.class_position = nn.Parameter(torch.empty(1, config.num_labels, config.hidden_size))
+        self.class_tokens = nn.Parameter(torch.empty(1, num_classes, config.hidden_size))
+        self.class_position = nn.Parameter(torch.empty(1, num_classes, config.hidden_size))
         self.patch_position = nn.Parameter(torch.empty(1, grid * grid, config.hidden_size))
         self.layers = nn.ModuleList(BiTransLayer(config, index) for index in range(config.num_hidden_layers))
         # No final LayerNorm: the baseline loads DeiT's and never applies it, and both branches read the raw tokens.
-        self.seg_head = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=3, padding=1)
+        self.seg_head = nn.Conv2d(config.hidden_size, num_classes, kernel_size=3, padding=1)
         self.post_init()
 
     @torch.no_grad()
@@ -218,7 +235,8 @@ class BiTransModel(PreTrainedModel):
             # torch's own default for convolutions, which the baseline keeps: U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
             bound = (module.in_channels * module.kernel_size[0] * module.kernel_size[1]) ** -0.5
             init.uniform_(module.weight, -bound, bound)
-            init.uniform_(module.bias, -bound, bound)
+            if module.bias is not None:
+                init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
@@ -235,7 +253,7 @@ class BiTransModel(PreTrainedModel):
         size and shifts the sampling grid a little, which trained weights expect.
         """
         h, w = height // self.config.patch_size, width // self.config.patch_size
-        patch_position = self.patch_position
+        patch_position: torch.Tensor = self.patch_position
         if h * w != patch_position.shape[1] or height != width:
             grid = self.config.image_size // self.config.patch_size
             patch_position = F.interpolate(
@@ -244,7 +262,8 @@ class BiTransModel(PreTrainedModel):
                 mode="bicubic",
             )
             patch_position = patch_position.flatten(2).transpose(1, 2).to(self.patch_position.dtype)
-        return torch.cat([self.class_position, patch_position], dim=1)
+        # [0]: a slice of a (1, C + N, D) gradient has strides that DistributedDataParallel warns of.
+        return torch.cat([self.class_position[0], patch_position[0]]).unsqueeze(0)
 
     def forward(
         self,
@@ -253,7 +272,7 @@ class BiTransModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
-    ) -> BiTransOutput | tuple:
+    ) -> BiTransOutput | tuple[Any, ...]:
         """Tag images and localise every class in them; with labels, also compute the training loss.
 
         With labels and a `config.view` other than "none" the second view is built here and both views run as one
@@ -293,7 +312,8 @@ class BiTransModel(PreTrainedModel):
         coarse_cam = self.seg_head(patch_grid).float()  # Eq. 6
         patch_logits = coarse_cam.mean(dim=(2, 3))  # Eq. 7
 
-        losses, loss = None, None
+        loss: torch.Tensor | None = None
+        losses: dict[str, torch.Tensor] = {}
         if labels is not None:
             per_view = labels.repeat(2, 1) if two_views else labels
             # The mean over a batch of 2B is the mean of the two views' means (Eq. 12).
@@ -302,7 +322,7 @@ class BiTransModel(PreTrainedModel):
                 "patch": classification_loss(patch_logits, per_view),
             }
             loss = losses["class"] + losses["patch"]
-        if two_views:
+        if loss is not None and two_views:
             sc_cam, sc_cam_second = sc_cam.chunk(2)
             affinity, affinity_second = affinity.chunk(2)
             if self.config.detach_second_view:
@@ -317,7 +337,7 @@ class BiTransModel(PreTrainedModel):
         output = BiTransOutput(
             loss=loss,
             logits=(class_logits + patch_logits) / 2,
-            losses=losses,
+            losses=losses or None,
             class_logits=class_logits,
             patch_logits=patch_logits,
             sc_cam=sc_cam,
@@ -344,7 +364,8 @@ class BiTransModel(PreTrainedModel):
         position = self.position_embedding(pixel_values.shape[2], pixel_values.shape[3])
         tokens = torch.cat([class_tokens.to(patches.dtype), patches], dim=1) + position
         hidden_states, attentions = [tokens] if output_hidden_states else [], []
-        sc_cam, affinity = None, None
+        sc_cam: torch.Tensor | None = None
+        affinity: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
             tokens, attention_map = layer(tokens)
             patch_rows = attention_map[:, num_classes:, num_classes:]
@@ -356,6 +377,8 @@ class BiTransModel(PreTrainedModel):
                 hidden_states.append(tokens)
             if output_attentions:
                 attentions.append(attention_map)
+        assert sc_cam is not None  # the config has at least one layer, and one of them gives the SC-CAM
+        assert affinity is not None
         return tokens, hidden_states, attentions, sc_cam / self.config.num_seed_layers, affinity / num_layers
 
     def _check_inputs(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> None:

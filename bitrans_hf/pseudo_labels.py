@@ -29,7 +29,8 @@ def seeds_to_label_map(seeds: Seeds, threshold: float) -> np.ndarray:
     height, width = seeds.maps.shape[1:]
     scores = np.concatenate([np.full((1, height, width), threshold, dtype=np.float32), seeds.maps])
     label_ids = np.concatenate([[0], seeds.class_ids + 1]).astype(np.uint8)
-    return label_ids[scores.argmax(axis=0)]
+    label_map: np.ndarray = label_ids[scores.argmax(axis=0)]
+    return label_map
 
 
 def write_label_png(path: Path, label_map: np.ndarray) -> None:

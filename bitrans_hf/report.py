@@ -199,7 +199,7 @@ def charts_from_log(path: str | Path) -> list[Chart]:
 
     Args:
         path: `log.jsonl`, one JSON object for each line with "step" and any of "loss", "class", "patch", "scc",
-            "pac", "lr" (training) or "map_class", "map_patch" (validation, in [0, 1]). Where a step is there twice,
+            "pac", "lr" (training) or "map_class", "map_patch" (validation, in percent). Where a step is there twice,
             as after a resume, the later line counts. A half-written last line is left out.
 
     Returns:
@@ -216,15 +216,15 @@ def charts_from_log(path: str | Path) -> list[Chart]:
             if step is not None and isinstance(value, int | float):
                 series.setdefault(name, {})[float(step)] = float(value)
 
-    def curves(names: Mapping[str, str], scale: float = 1.0) -> list[Curve]:
+    def curves(names: Mapping[str, str]) -> list[Curve]:
         found = [(title, sorted(series[name].items())) for name, title in names.items() if name in series]
-        return [Curve(title, [s for s, _ in points], [scale * v for _, v in points]) for title, points in found]
+        return [Curve(title, [s for s, _ in points], [v for _, v in points]) for title, points in found]
 
     branches = {"class": "class tokens", "patch": "patch tokens"}
     charts = [
         Chart("Loss", curves({"loss": "total"}), smooth=True),
         Chart("Terms of the loss", curves({**branches, "scc": "SCC", "pac": "PAC"}), log_scale=True, smooth=True),
-        Chart("Validation mAP (%)", curves({f"map_{key}": name for key, name in branches.items()}, 100.0)),
+        Chart("Validation mAP (%)", curves({f"map_{key}": name for key, name in branches.items()})),
         Chart("Learning rate", curves({"lr": "learning rate"})),
     ]
     return [chart for chart in charts if chart.curves]

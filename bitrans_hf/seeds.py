@@ -6,6 +6,7 @@ fused, refined and resized to the image, summed, and min-max normalised for each
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -145,7 +146,7 @@ def extract_seeds(
         raise ValueError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
     if len(scales) == 0 or scales[0] != 1.0:
         raise ValueError(f"the first scale must be 1.0, which sets the size of the seeds; got {tuple(scales)}.")
-    class_ids = present_class_ids(image_labels, model.config.id2label)
+    class_ids = present_class_ids(image_labels, cast("Mapping[int, str]", model.config.id2label))
     size = (image.height, image.width)
     views = [view.to(device=model.device, dtype=model.dtype) for view in processor.scaled_views(image, scales)]
     was_training = model.training

@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -64,7 +65,8 @@ class SeedStore:
             maps: Variant name -> (K, h, w) summed maps, any range, of the present classes.
             size: (H, W) of the image in pixels.
         """
-        arrays = {"class_ids": np.asarray(class_ids, dtype=np.int64), "size": np.array(size, dtype=np.int32)}
+        arrays: dict[str, Any] = {"class_ids": np.asarray(class_ids, dtype=np.int64)}
+        arrays["size"] = np.array(size, dtype=np.int32)
         for variant, values in maps.items():
             if values.shape[0] != len(class_ids):
                 raise ValueError(f"{image_id}: {values.shape[0]} maps of {variant!r} for {len(class_ids)} classes.")
@@ -84,7 +86,9 @@ class SeedStore:
         """
         path = self.path(image_id)
         if not path.is_file():
-            raise FileNotFoundError(f"no seeds of image {image_id!r} in {self.folder}; run training/make_seeds.py first.")
+            raise FileNotFoundError(
+                f"no seeds of image {image_id!r} in {self.folder}; run training/make_seeds.py first."
+            )
         with np.load(path, allow_pickle=False) as arrays:
             if f"maps_{variant}" not in arrays:
                 stored = ", ".join(name.removeprefix("maps_") for name in arrays if name.startswith("maps_"))

@@ -43,11 +43,11 @@ def from_timm(
             "(timm.list_pretrained('deit*') lists them)."
         )
     try:
-        model = timm.create_model(name, pretrained=True, num_classes=0)
+        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:
         raise OSError(
-            f"could not get the weights of {name!r} ({type(error).__name__}: {error}); go online once, or save them as "
-            "safetensors and use from_timm_state_dict."
+            f"could not get the weights of {name!r} ({type(error).__name__}: {error}); go online once, or save them "
+            "as safetensors and use from_timm_state_dict."
         ) from error
     heads = model.blocks[0].attn.num_heads if hasattr(model, "blocks") else None
     return from_timm_state_dict(
@@ -205,12 +205,16 @@ def _loaded(model: BiTransModel, state: StateDict, new: tuple[str, ...]) -> BiTr
         if name in own:
             found[name] = value
         elif not re.match(r"(norm|fc_norm|cls_token|pos_embed|head_dist|dist_token)\b|pos_embed_", key):
-            raise ValueError(f"the weights hold {key!r}, which the model has no place for; expected a DeiT or MCTformer.")
+            raise ValueError(
+                f"the weights hold {key!r}, which the model has no place for; expected a DeiT or MCTformer."
+            )
     missing = [name for name in own if name not in found and name not in new]
     if missing:
         raise ValueError(f"the weights lack {len(missing)} tensors, first {missing[0]!r}; the file is not complete.")
     for name, value in found.items():
         if value.shape != own[name].shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)} in the weights, expected {tuple(own[name].shape)}.")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} in the weights, expected {tuple(own[name].shape)}."
+            )
     model.load_state_dict({**own, **found})
     return model

@@ -58,6 +58,7 @@ def test_each_view_is_accepted(view: str):
 
 
 WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
+    ({"id2label": {}}, "id2label must name at least one object class, got none"),
     ({"image_size": 0}, "image_size must be at least 1, got 0"),
     ({"patch_size": -8}, "patch_size must be at least 1, got -8"),
     ({"num_channels": 0}, "num_channels must be at least 1, got 0"),

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from datasets import Dataset
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
 from transformers import set_seed
 
 from bitrans_hf.configuration_bitrans import BiTransConfig
@@ -19,6 +19,8 @@ from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.weights import from_timm, from_timm_state_dict
 
 SHAPE_SPLITS = ("train", "val", "test")
+ALL_IMAGES = "all_images"
+"""Name of the split `null`, all images of a folder, in results."""
 
 
 @dataclass(frozen=True)
@@ -265,8 +267,12 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
         masks: False leaves ground truth out of reach: training never sees it.
     """
     if data.source == "voc":
+        assert data.root is not None  # checked by Recipe
+        if split is None:
+            raise ValueError("VOC has no images without a split; name a list such as train, val or train_aug.")
         return load_voc(data.root, split, classes=data.classes, label_file=data.label_file, masks=masks)
     if data.source == "folder":
+        assert data.root is not None
         return load_folder(data.root, data.table, split=split, classes=data.classes, masks=None if masks else False)
     if split not in SHAPE_SPLITS:
         raise ValueError(f"shapes have the splits {', '.join(SHAPE_SPLITS)}, got {split!r}.")

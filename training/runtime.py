@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from accelerate import Accelerator
-from recipe import Recipe, RunOptions
 from tqdm.auto import tqdm
 
 import bitrans_hf
 from bitrans_hf.store import atomic_write
+from recipe import Recipe, RunOptions
 
 T = TypeVar("T")
 

@@ -18,6 +18,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from datasets import Dataset
+
+from bitrans_hf.data import UnreadableImageError, class_names, open_image
+from bitrans_hf.data.transforms import TrainingImages, training_transform
+from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.labels import class_ids_to_multi_hot
+from bitrans_hf.metrics import image_average_precision, mean_average_precision, parameter_count
+from bitrans_hf.modeling_bitrans import BiTransModel
 from recipe import Recipe, RunOptions, TrainRecipe, build_model, load_images, parse_recipe
 from runtime import (
     Checkpoints,
@@ -30,14 +37,6 @@ from runtime import (
     say_unreadable,
     stop_if_not_finite,
 )
-
-
-from bitrans_hf.data import UnreadableImageError, class_names, open_image
-from bitrans_hf.data.transforms import TrainingImages, training_transform
-from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
-from bitrans_hf.labels import class_ids_to_multi_hot
-from bitrans_hf.metrics import image_average_precision, mean_average_precision, parameter_count
-from bitrans_hf.modeling_bitrans import BiTransModel
 
 DEPENDS_ON = ("seed", "data", "model", "train")
 
@@ -131,7 +130,8 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Split the parameters as the reference does: no decay on biases, norms, tokens and positions."""
-    decayed, plain = [], []
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_plain = parameter.ndim <= 1 or name in ("class_tokens", "class_position", "patch_position")
         (plain if is_plain else decayed).append(parameter)
@@ -145,16 +145,18 @@ def learning_rate(train: TrainRecipe, step: int, steps_per_epoch: int, images_pe
     index, warm-up not prefixed, so that epochs 0 and 1 both run at the warm-up rate and the cosine starts late.
     """
     peak = train.learning_rate * images_per_step / 512
+    now: float
+    length: float
     if train.schedule == "epoch_cosine":
-        time_, length, warmup = max(0, step // steps_per_epoch - 1), train.epochs, train.warmup_epochs
+        now, length, warmup = max(0, step // steps_per_epoch - 1), train.epochs, train.warmup_epochs
     else:
         warmup = train.warmup_epochs * steps_per_epoch
-        time_, length = step, train.epochs * steps_per_epoch
-    if time_ < warmup:
-        return train.warmup_learning_rate + time_ * (peak - train.warmup_learning_rate) / warmup
+        now, length = step, train.epochs * steps_per_epoch
+    if now < warmup:
+        return train.warmup_learning_rate + now * (peak - train.warmup_learning_rate) / warmup
     if train.schedule == "step_cosine":  # the cosine takes what the warm-up leaves
-        time_, length = time_ - warmup, length - warmup
-    return train.min_learning_rate + 0.5 * (peak - train.min_learning_rate) * (1 + math.cos(math.pi * time_ / length))
+        now, length = now - warmup, length - warmup
+    return train.min_learning_rate + 0.5 * (peak - train.min_learning_rate) * (1 + math.cos(math.pi * now / length))
 
 
 class TrainingLoop:
@@ -266,7 +268,7 @@ class TrainingLoop:
         self.checkpoints.save(self.state["step"], self.state)
 
     def _seconds(self) -> float:
-        return round(time.perf_counter() - self.started, 1)
+        return float(round(time.perf_counter() - self.started, 1))
 
 
 @torch.no_grad()
@@ -288,7 +290,7 @@ def validate(
         return {}
     unwrapped: BiTransModel = accelerator.unwrap_model(model)
     unwrapped.eval()
-    num_classes = unwrapped.config.num_labels
+    num_classes = len(unwrapped.config.id2label)
     own = list(range(accelerator.process_index, len(images), accelerator.num_processes))
     rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     for start in range(0, len(own), batch_size):

@@ -122,6 +122,15 @@ def open_image(cell: ImageCell) -> PILImage.Image:
     return _open(cell, "image", to_rgb)
 
 
+def image_size(cell: ImageCell) -> tuple[int, int]:
+    """Return the (height, width) of a picture as it is stored; a file is opened but not decoded.
+
+    Raises:
+        UnreadableImageError: the file is missing or no image. Damage further inside shows when it is opened.
+    """
+    return _open(cell, "image", lambda image: (image.height, image.width), decode=False)
+
+
 def open_mask(
     cell: ImageCell, *, image_size: tuple[int, int] | None = None, num_classes: int | None = None
 ) -> NDArray[np.uint8]:
@@ -165,19 +174,23 @@ def _pixels_and_mode(image: PILImage.Image) -> tuple[NDArray[Any], str]:
     return np.array(image), image.mode
 
 
-def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened]) -> _Opened:
+def _open(
+    cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened], *, decode: bool = True
+) -> _Opened:
     """Return what `read` makes of the image in `cell`; every way of failing becomes one named error."""
     name = _name(cell)
     try:
         if isinstance(cell, PILImage.Image):
-            cell.load()
+            if decode:
+                cell.load()
             return read(cell)
         source: Any = cell
         if isinstance(cell, Mapping):
             content = cell.get("bytes")
             source = cell.get("path") if content is None else io.BytesIO(content)
         with PILImage.open(source) as image:
-            image.load()  # damage shows here, not at some later use after the file is closed
+            if decode:
+                image.load()  # damage shows here, not at some later use after the file is closed
             return read(image)
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{kind} {name} is not there; was it moved or deleted?") from error

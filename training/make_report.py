@@ -1,0 +1,113 @@
+"""Write a page to look at: pictures of seeds and label maps, loss curves and scores of a run.
+
+python training/make_report.py --config training/recipes/voc_deit_small.yaml
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitrans_hf.data import class_names, open_image, open_mask
+from bitrans_hf.pseudo_labels import seeds_to_label_map
+from bitrans_hf.report import GalleryRow, Table, charts_from_log, recipe_table, score_table, write_report
+from bitrans_hf.seeds import SEED_VARIANTS
+from bitrans_hf.store import SeedStore
+from recipe import ALL_IMAGES, Recipe, RunOptions, load_images, parse_recipe
+from runtime import StageError, make_accelerator, say
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments."""
+    make_report(*parse_recipe(__doc__, arguments))
+
+
+def make_report(recipe: Recipe, options: RunOptions) -> Path:
+    """Write the page of a run whose training and seeds are done; return its path."""
+    accelerator = make_accelerator(recipe, options)
+    run = Path(recipe.output_dir) / recipe.name
+    page = run / "report" / "index.html"
+    if not accelerator.is_main_process:
+        return page
+    for name in ("train", "seeds"):
+        if not (run / name / "done.json").is_file():
+            raise StageError(f"{run / name} is not finished; run training/run_all.py with the same recipe.")
+    trained, seeds = (json.loads((run / name / "metrics.json").read_text()) for name in ("train", "seeds"))
+    resolved = json.loads((run / "seeds" / "recipe.json").read_text())
+    write_report(
+        page,
+        title=f"Bi-Trans: {recipe.name}",
+        rows=list(gallery(recipe, run / "seeds" / (recipe.report.split or ALL_IMAGES))),
+        curves=charts_from_log(run / "train" / "log.jsonl"),
+        tables=[*score_tables(seeds), *training_table(trained), recipe_table(resolved)],
+        notes=[
+            (
+                f"Label maps are cut from the variant {recipe.seeds.variant!r} at the background score "
+                f"{recipe.seeds.threshold}, as the recipe says. The tables show the best threshold of each "
+                "variant, found with the ground truth of the same images, as the field reports seeds."
+            ),
+            (
+                f"Made at commit {seeds['made_with']['commit']} with seed {resolved['seed']} on "
+                f"{seeds['made_with']['device']}; training took {trained['seconds']:.0f} s."
+            ),
+        ],
+    )
+    say(accelerator, f"report: {page}")
+    return page
+
+
+def gallery(recipe: Recipe, folder: Path) -> Iterator[GalleryRow]:
+    """Give the pictures of a split: images with several classes first, then spread over the split."""
+    images = load_images(recipe.data, recipe.report.split, masks=True)
+    store = SeedStore(folder / "seeds")
+    stored = set(store.ids())
+    found = [index for index, image_id in enumerate(images["image_id"]) if image_id in stored]
+    labels = images["labels"]
+    several = [index for index in found if len(labels[index]) > 1]
+    single = [index for index in found if len(labels[index]) == 1]
+    half = min(len(several), recipe.report.num_images // 2)
+    for index in spread(several, half) + spread(single, recipe.report.num_images - half):
+        row = images[index]
+        maps = {variant: store.read(row["image_id"], variant) for variant in SEED_VARIANTS}
+        yield GalleryRow(
+            image_id=row["image_id"],
+            image=open_image(row["image"]),
+            target=None if row["mask"] is None else open_mask(row["mask"]),
+            maps=maps,
+            label_map=seeds_to_label_map(maps[recipe.seeds.variant], recipe.seeds.threshold),
+            class_names=class_names(images),
+        )
+
+
+def spread(items: Sequence[int], count: int) -> list[int]:
+    """Take `count` items at equal distances."""
+    count = min(count, len(items))
+    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
+
+
+def score_tables(seeds: dict[str, Any]) -> Iterator[Table]:
+    """Give a score table for every split with ground truth, and one for its images with several classes."""
+    for name, scores in seeds["splits"].items():
+        for table, scored in ((scores, "images"), (scores.get("several_classes", {}), "images with several classes")):
+            made = score_table(table, f"Seeds of {name}: {table.get('scored', table.get('images'))} {scored}")
+            if made is not None:
+                yield made
+
+
+def training_table(trained: dict[str, Any]) -> Iterator[Table]:
+    """Give the table of the last epoch's image-level scores, if there was a validation split."""
+    titles = {
+        "map_class": "mAP of the class tokens (%)",
+        "map_patch": "mAP of the patch branch (%)",
+        "image_ap_class": "AP per image of the class tokens (%)",
+    }
+    rows = [[title, f"{trained[key]:.1f}"] for key, title in titles.items() if key in trained]
+    if rows:
+        yield Table("Image-level tags on the validation split", ["", ""], rows)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (StageError, ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error

@@ -1,0 +1,244 @@
+"""Make class seeds and label maps with a trained model, and score them where masks are known.
+
+accelerate launch training/make_seeds.py --config training/recipes/voc_deit_small.yaml
+
+Images whose seeds are already there are not done again, so that a run that was killed goes on. All four variants
+(SC-CAM, Coarse-CAM, their product, the refined product) come from the same forward passes and are kept.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from bitrans_hf.data import UnreadableImageError, class_names, image_size, open_image, open_mask
+from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.metrics import ThresholdSweep
+from bitrans_hf.modeling_bitrans import BiTransModel
+from bitrans_hf.pseudo_labels import seeds_to_label_map, write_label_png
+from bitrans_hf.seeds import SEED_VARIANTS, sum_over_views
+from bitrans_hf.store import SeedStore
+from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, parse_recipe
+from runtime import Stage, StageError, make_accelerator, progress, say, say_unreadable
+
+DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments."""
+    make_seeds(*parse_recipe(__doc__, arguments))
+
+
+def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
+    """Make the seeds and label maps of every split of the recipe; return the folder of the stage.
+
+    `<split>/seeds/*.npz` holds the seeds, `<split>/masks/*.png` the label maps of `seeds.variant` cut at
+    `seeds.threshold`. `metrics.json` has the best threshold of every variant and its score, and for every further
+    split also the score at the first split's best threshold, which is the honest one where masks are only for testing.
+    """
+    accelerator = make_accelerator(recipe, options)
+    stage = Stage(recipe, "seeds", DEPENDS_ON, accelerator.is_main_process)
+    if stage.done:
+        say(accelerator, f"seeds: already done, {stage.folder}")
+        return stage.folder
+    model_folder = Path(recipe.output_dir) / recipe.name / "train" / "model"
+    if not model_folder.is_dir():
+        raise StageError(f"no trained model at {model_folder}; run training/train.py with the same recipe first.")
+    model = BiTransModel.from_pretrained(model_folder).to(accelerator.device).eval()
+    processor = BiTransImageProcessor.from_pretrained(model_folder)
+
+    splits: dict[str, dict[str, Any]] = {}
+    unreadable: set[str] = set()
+    for split in recipe.seeds.splits:
+        name = split or ALL_IMAGES
+        images = load_images(recipe.data, split, masks=True)
+        known, wanted = list(model.config.label2id), class_names(images)
+        if known != wanted:
+            raise StageError(
+                f"the model knows the classes {', '.join(known)}, the data {', '.join(wanted)}; "
+                "use the recipe that the model was trained with."
+            )
+        folder = stage.folder / name
+        broken = extract_split(
+            accelerator, model, processor, images, SeedStore(folder / "seeds"), recipe.seeds, options
+        )
+        first = next(iter(splits.values()), {}).get("threshold")
+        splits[name] = score_split(accelerator, images, folder, recipe.seeds, first, options)
+        unreadable |= broken
+
+    head = next(iter(splits.values()))
+    stage.finish(
+        {
+            **{key: head[key] for key in ("miou", "threshold") if key in head},
+            "splits": splits,
+            "unreadable": sorted(unreadable),
+        }
+    )
+    say_unreadable(accelerator, unreadable)
+    for name, scores in splits.items():
+        shown = "no masks to score against"
+        if "miou" in scores:
+            shown = "mIoU " + ", ".join(
+                f"{variant} {value:.1f} (at {scores['threshold'][variant]:.2f})"
+                for variant, value in scores["miou"].items()
+            )
+        say(accelerator, f"seeds: {name}, {scores['images']} images, {shown}")
+    say(accelerator, f"seeds: -> {stage.folder}")
+    accelerator.wait_for_everyone()
+    return stage.folder
+
+
+def extract_split(
+    accelerator: Accelerator,
+    model: BiTransModel,
+    processor: BiTransImageProcessor,
+    images: Dataset,
+    store: SeedStore,
+    recipe: SeedsRecipe,
+    options: RunOptions,
+) -> set[str]:
+    """Write the seeds of this process' share of a split; return the ids of unreadable images of all processes.
+
+    Images of one size go through the network together. One scale keeps its maps on the token grid, several scales
+    are summed at a quarter of the image.
+    """
+    unreadable: set[str] = set()
+    todo = defaultdict(list)
+    for index in range(accelerator.process_index, len(images), accelerator.num_processes):
+        row = images[index]
+        if row["image_id"] in store:
+            continue
+        try:
+            todo[image_size(row["image"])].append(index)
+        except UnreadableImageError:
+            if options.strict:
+                raise
+            unreadable.add(row["image_id"])
+    batches = [
+        (size, indices[start : start + recipe.batch_size])
+        for size, indices in sorted(todo.items())
+        for start in range(0, len(indices), recipe.batch_size)
+    ]
+    for size, indices in progress(batches, accelerator, options, desc="seeds", unit="batch"):
+        rows, views = [], []
+        for index in indices:
+            row = images[index]
+            try:
+                views.append(processor.scaled_views(open_image(row["image"]), recipe.scales))
+                rows.append(row)
+            except UnreadableImageError:
+                if options.strict:
+                    raise
+                unreadable.add(row["image_id"])
+        if not rows:
+            continue
+        batch = [torch.cat(scale).to(accelerator.device) for scale in zip(*views, strict=True)]
+        quarter = None if len(recipe.scales) == 1 else (-(-size[0] // 4), -(-size[1] // 4))
+        with accelerator.autocast():
+            totals = sum_over_views(model, batch, SEED_VARIANTS, flip=recipe.flip, size=quarter)
+        for position, row in enumerate(rows):
+            class_ids = np.array(row["labels"], dtype=np.int64)
+            maps = {variant: total[position, row["labels"]].float().cpu() for variant, total in totals.items()}
+            store.write(row["image_id"], class_ids, maps, size)
+    accelerator.wait_for_everyone()
+    return set(gather_object(sorted(unreadable)))
+
+
+def score_split(
+    accelerator: Accelerator,
+    images: Dataset,
+    folder: Path,
+    recipe: SeedsRecipe,
+    given_thresholds: dict[str, float] | None,
+    options: RunOptions,
+) -> dict[str, Any]:
+    """Write the label maps of a split and score its seeds at every threshold in one pass.
+
+    Returns:
+        "images": how many have seeds. With masks, for each variant in percent over all classes and background:
+        "miou" at its best "threshold" and "per_class" IoU there; "miou_at_recipe_threshold"; with `given_thresholds`
+        also "miou_at_given_threshold"; "several_classes" repeats the scores for images with two or more classes.
+    """
+    store = SeedStore(folder / "seeds")
+    num_classes = len(class_names(images))
+    sweeps = {
+        subset: {variant: ThresholdSweep(num_classes) for variant in SEED_VARIANTS}
+        for subset in ("all", "several_classes")
+    }
+    counts = {"images": 0, "scored": 0, "several_classes": 0}
+    own = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for index in progress(own, accelerator, options, desc="score", unit="image"):
+        row = images[index]
+        if row["image_id"] not in store:
+            continue
+        counts["images"] += 1
+        seeds = {variant: store.read(row["image_id"], variant) for variant in SEED_VARIANTS}
+        label_map = seeds_to_label_map(seeds[recipe.variant], recipe.threshold)
+        write_label_png(folder / "masks" / f"{row['image_id']}.png", label_map)
+        if row["mask"] is None:
+            continue
+        target = open_mask(row["mask"], image_size=label_map.shape, num_classes=num_classes)
+        counts["scored"] += 1
+        counts["several_classes"] += len(row["labels"]) > 1
+        for variant, maps in seeds.items():
+            sweeps["all"][variant].add(maps, target)
+            if len(row["labels"]) > 1:
+                sweeps["several_classes"][variant].add(maps, target)
+    counts = {name: sum(part[name] for part in gather_object([counts])) for name in counts}
+    for by_variant in sweeps.values():
+        for sweep in by_variant.values():
+            sweep.counts = np.sum(gather_object([sweep.counts]), axis=0)
+
+    result: dict[str, Any] = {"images": counts["images"]}
+    if counts["scored"]:
+        result |= {"scored": counts["scored"], **scores_of(sweeps["all"])}
+        classes = ["background", *class_names(images)]
+        best = {variant: sweep.compute() for variant, sweep in sweeps["all"].items()}
+        result["per_class"] = {
+            variant: dict(zip(classes, map(rounded, each.per_class_iou), strict=True))
+            for variant, each in best.items()
+        }
+        result["miou_at_recipe_threshold"] = at_thresholds(
+            sweeps["all"], dict.fromkeys(SEED_VARIANTS, recipe.threshold)
+        )
+        if given_thresholds:
+            result["miou_at_given_threshold"] = at_thresholds(sweeps["all"], given_thresholds)
+    if counts["several_classes"]:
+        result["several_classes"] = {"images": counts["several_classes"], **scores_of(sweeps["several_classes"])}
+    return result
+
+
+def scores_of(sweeps: dict[str, ThresholdSweep]) -> dict[str, dict[str, float]]:
+    """Return "miou" in percent at the best "threshold" of every variant."""
+    best = {variant: sweep.compute() for variant, sweep in sweeps.items()}
+    return {
+        "miou": {variant: rounded(result.best_miou) for variant, result in best.items()},
+        "threshold": {variant: rounded(result.best_threshold) for variant, result in best.items()},
+    }
+
+
+def at_thresholds(sweeps: dict[str, ThresholdSweep], thresholds: dict[str, float]) -> dict[str, float]:
+    """Return the mIoU in percent at the swept threshold nearest to the given one of every variant."""
+    scores = {}
+    for variant, sweep in sweeps.items():
+        result = sweep.compute()
+        scores[variant] = rounded(result.miou[np.abs(result.thresholds - thresholds[variant]).argmin()])
+    return scores
+
+
+def rounded(value: float) -> float:
+    """Round to two decimals as a plain float, for JSON."""
+    return round(float(value), 2)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (StageError, ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
