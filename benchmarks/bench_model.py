@@ -24,12 +24,13 @@ NUM_CLASSES = 20
 MEBIBYTE = 2**20
 
 
-def make_bitrans(options: Options) -> BiTransModel:
+def make_bitrans(options: Options, initializer_range: float = 0.02) -> BiTransModel:
     """Build DeiT-Small with 20 class tokens and random weights."""
     torch.manual_seed(0)
-    return BiTransModel(BiTransConfig(id2label={index: f"class {index}" for index in range(NUM_CLASSES)})).to(
-        options.device
-    )
+    id2label = {index: f"class {index}" for index in range(NUM_CLASSES)}
+    model = BiTransModel(BiTransConfig(id2label=id2label, initializer_range=initializer_range))
+    nn.Module.to(model, options.device)
+    return model
 
 
 def make_timm(options: Options) -> nn.Module:

@@ -85,7 +85,8 @@ def write_seeds_in_batches(
 def seeds_of_a_set(options: Options) -> list[Row]:
     """Refined seeds at scale 1 with flip: time for the set, and bytes on disk."""
     images = make_images(8 if options.device == "cpu" else 64)
-    model = EveryHeadKept(make_bitrans(options).eval())
+    # Larger weights than usual: maps of a fresh model are so flat that min-max normalisation shows rounding errors.
+    model = EveryHeadKept(make_bitrans(options, initializer_range=0.1).eval())
     processor = BiTransImageProcessor()
     with tempfile.TemporaryDirectory() as name:
         reference_folder, store = Path(name) / "reference", SeedStore(Path(name) / "ours")

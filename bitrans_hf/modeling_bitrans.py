@@ -104,7 +104,9 @@ class RecomputedAttention(torch.autograd.Function):
     @staticmethod
     def backward(
         ctx: Any, grad_output: torch.Tensor | None, grad_map: torch.Tensor | None
-    ) -> tuple[torch.Tensor, ...]:
+    ) -> tuple[torch.Tensor | None, ...]:
+        if grad_output is None and grad_map is None:
+            return None, None, None
         query, key, value = ctx.saved_tensors
         num_heads, scale = query.shape[1], query.shape[3] ** -0.5
         grad_mean = None if grad_map is None else grad_map / num_heads
@@ -118,7 +120,7 @@ class RecomputedAttention(torch.autograd.Function):
                 grad_v = weights.to(v.dtype).transpose(1, 2) @ grad_out
                 from_output = (grad_out @ v.transpose(1, 2)).to(weights.dtype)
                 grad_weights = from_output if grad_mean is None else from_output + grad_mean
-            assert grad_weights is not None  # autograd comes here for at least one of the two gradients
+            assert grad_weights is not None
             # Softmax backward: each row's gradient less its mean under the row's own weights.
             weighted = grad_weights * weights
             grad_scores = torch.addcmul(weighted, weights, weighted.sum(dim=-1, keepdim=True), value=-1).to(q.dtype)

@@ -96,7 +96,10 @@ def sum_over_views(
 
 
 def normalized_seeds(class_ids: np.ndarray, maps: torch.Tensor, size: tuple[int, int]) -> Seeds:
-    """Resize the maps of the present classes to the image and min-max normalise each: (x - min) / (max - min + 1e-8).
+    """Resize the maps of the present classes to the image and min-max normalise each: (x - min) / (max - min).
+
+    The reference adds 1e-8 to the range. Here a map that is constant becomes 0 and nothing else is added, so that the
+    result does not depend on the scale of the maps (a mean or a sum over layers).
 
     Args:
         class_ids: (K,) ids that belong to `maps`.
@@ -109,7 +112,8 @@ def normalized_seeds(class_ids: np.ndarray, maps: torch.Tensor, size: tuple[int,
     if maps.shape[1:] != size:
         maps = F.interpolate(maps.unsqueeze(0), size=size, mode="bilinear").squeeze(0)
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
-    return Seeds(np.asarray(class_ids, dtype=np.int64), ((maps - low) / (high - low + 1e-8)).cpu().numpy())
+    extent = (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+    return Seeds(np.asarray(class_ids, dtype=np.int64), ((maps - low) / extent).cpu().numpy())
 
 
 def extract_seeds(

@@ -45,7 +45,10 @@ class SeedStore:
 
     def path(self, image_id: str) -> Path:
         """Return the file of an image; ids with "/" or other special characters are percent-encoded."""
-        return self.folder / f"{quote(image_id, safe=' ')}.npz"
+        name = quote(image_id, safe=" ")
+        if name.startswith("."):  # hidden files are those that are still being written
+            name = f"%2E{name[1:]}"
+        return self.folder / f"{name}.npz"
 
     def __contains__(self, image_id: str) -> bool:
         return self.path(image_id).is_file()

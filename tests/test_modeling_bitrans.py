@@ -467,7 +467,7 @@ def test_the_stock_trainer_trains_it_and_gathers_only_the_logits(tmp_path: Path)
     assert predictions.predictions.shape == (6, 3)
     assert predictions.label_ids.shape == (6, 3)
     with torch.no_grad():
-        logits = model.eval()(torch.stack([photo["pixel_values"] for photo in Photos()])).logits
+        logits = model.eval()(torch.stack([Photos()[index]["pixel_values"] for index in range(6)])).logits
     torch.testing.assert_close(torch.from_numpy(predictions.predictions), logits, atol=1e-5, rtol=1e-4)
 
 

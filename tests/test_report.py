@@ -136,7 +136,7 @@ def test_curves_come_from_the_log_with_the_last_word_on_each_step(tmp_path):
         {"step": 2, "epoch": 0, "loss": 9.0, "class": 0.5, "patch": 0.4, "lr": 1e-4},
         {"step": 1, "epoch": 0, "loss": 3.0, "class": 0.7, "patch": 0.6, "lr": 1e-4, "image_ids": ["a"]},
         {"step": 2, "epoch": 0, "loss": 2.0, "class": 0.6, "patch": 0.5, "lr": 2e-4},  # after a resume
-        {"step": 2, "epoch": 0, "map_class": 0.25, "map_patch": 0.5},
+        {"step": 2, "epoch": 0, "map_class": 25.0, "map_patch": 50.0},
     ]
     log = tmp_path / "log.jsonl"
     log.write_text("\n".join(map(json.dumps, records)) + '\n{"step": 3, "los')

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -223,6 +224,15 @@ def test_scenes_of_different_seeds_have_nothing_in_common():
         assert len(set(cells)) == 80
 
 
+def test_scenes_of_single_objects_come_from_streams_of_their_own():
+    single = [draw_scene(3, index, objects=(1, 1)) for index in range(100)]
+    assert {len(scene.objects) for scene in single} == {1}
+    assert np.bincount([scene.objects[0].class_id for scene in single], minlength=5).min() > 8
+    usual, alone = make_shapes(20, seed=3), make_shapes(20, seed=3, objects=(1, 1))
+    assert alone["image_id"][:2] == ["shapes-1-1-3-0", "shapes-1-1-3-1"]
+    assert len({cell["bytes"] for dataset in (usual, alone) for cell in dataset["image"]}) == 40
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -230,9 +240,11 @@ def test_scenes_of_different_seeds_have_nothing_in_common():
         ({"n": -3, "seed": 0}, "n must be at least 1 scene, got -3"),
         ({"n": 1, "seed": -1}, "seed must be 0 or greater, got -1"),
         ({"n": 1, "seed": 0, "image_size": 31}, "image_size must be at least 32 pixels, got 31"),
+        ({"n": 1, "seed": 0, "objects": (0, 2)}, r"1 <= fewest <= most, got \(0, 2\)"),
+        ({"n": 1, "seed": 0, "objects": (3, 2)}, r"1 <= fewest <= most, got \(3, 2\)"),
     ],
 )
-def test_bad_arguments_are_named(arguments: dict[str, int], words: str):
+def test_bad_arguments_are_named(arguments: dict[str, Any], words: str):
     with pytest.raises(ValueError, match=words):
         make_shapes(**arguments)
 

@@ -58,7 +58,8 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     for split in recipe.seeds.splits:
         name = split or ALL_IMAGES
         images = load_images(recipe.data, split, masks=True)
-        known, wanted = list(model.config.label2id), class_names(images)
+        known = [name for _, name in sorted((model.config.id2label or {}).items())]
+        wanted = class_names(images)
         if known != wanted:
             raise StageError(
                 f"the model knows the classes {', '.join(known)}, the data {', '.join(wanted)}; "

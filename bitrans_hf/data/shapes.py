@@ -1,8 +1,8 @@
 """Drawn scenes with exact masks: textured shapes on clutter, made on the fly from a seed.
 
-A class is a silhouette and nothing else. Colours and textures of objects come from the same draws as those of the
-background, its patches and the clutter, whatever the class, and silhouettes of one size have equal areas, so that
-only shape tells what a picture holds.
+A class is a silhouette and nothing else. Objects and clutter are drawn light, the background and its patches dark, all
+with the same textures and whatever the class, and silhouettes of one size have equal areas, so that only shape tells
+what a picture holds.
 """
 
 from __future__ import annotations
@@ -31,20 +31,25 @@ DIAMETER_RANGE_PX = (18.0, 36.0)
 MIN_IMAGE_SIZE = 32
 """Below this the smallest objects have too few pixels to show their shape."""
 
-MAX_OBJECTS = 3
+OBJECT_COUNT = (1, 3)
+"""Fewest and most objects of a scene."""
+
 MIN_VISIBLE_FRACTION = 0.6
 """Share of an object's silhouette that stays in sight when a later one covers a part of it."""
 
 _PLACEMENT_TRIES = 40
-_COLOUR_RANGE = (24.0, 232.0)
+# Per channel. Light on dark lets a small network see an outline within minutes on a CPU: were both from one range, it
+# would first have to learn that an edge is an edge whichever side is lighter.
+_DARK_COLOURS = (16.0, 112.0)
+_LIGHT_COLOURS = (136.0, 240.0)
 _OBJECT_TO_SURROUNDINGS = 110.0  # RGB distances, of 255 per channel
 _OBJECT_TO_OBJECT = 70.0
-_PATCH_TO_BACKGROUND = 50.0
+_PATCH_TO_BACKGROUND = 40.0
 # How busy a scene is: lowest and highest values of uniform draws; counts include both ends.
-_TEXTURE_AMPLITUDE = (4.0, 20.0)  # levels of 255, for objects, background and patches alike
-_NOISE_LEVEL = (2.0, 6.0)
+_TEXTURE_AMPLITUDE = (4.0, 16.0)  # levels of 255, for objects, background and patches alike
+_NOISE_LEVEL = (1.0, 4.0)
 _PATCH_COUNT = (0, 2)
-_CLUTTER_COUNT = (4, 10)
+_CLUTTER_COUNT = (3, 8)
 
 
 @dataclass(frozen=True)
@@ -125,8 +130,10 @@ SHAPE_CLASSES: tuple[str, ...] = tuple(_SILHOUETTES)
 """Object classes of the scenes, in the order of their ids; background is not one of them."""
 
 
-def make_shapes(n: int, seed: int, *, image_size: int = REFERENCE_SIZE) -> Dataset:
-    """Draw `n` scenes of one to three shapes among clutter, with their image labels and exact masks.
+def make_shapes(
+    n: int, seed: int, *, image_size: int = REFERENCE_SIZE, objects: tuple[int, int] = OBJECT_COUNT
+) -> Dataset:
+    """Draw `n` scenes of shapes among clutter, with their image labels and exact masks.
 
     Scene i of a seed is the same whatever `n` is, and the scenes of two seeds have nothing in common, so that a
     training and a validation set only need different seeds.
@@ -136,13 +143,16 @@ def make_shapes(n: int, seed: int, *, image_size: int = REFERENCE_SIZE) -> Datas
         seed: Which stream of scenes, 0 or greater.
         image_size: Side of the square scenes in pixels, at least 32. At 64, objects have the area of
             discs of 18 to 36 pixels; they scale with it.
+        objects: Fewest and most objects of a scene, both counted; each pair of numbers has streams of its own. A scene
+            may hold fewer than drawn where no place is left, but always one.
 
     Returns:
-        A dataset with `image_id` ("shapes-<seed>-<index>"), `image` (PNG, undecoded), `labels` (sorted ids of the
+        A dataset with `image_id` ("shapes-<seed>-<index>", for other numbers of objects than one to three
+        "shapes-<fewest>-<most>-<seed>-<index>"), `image` (PNG, undecoded), `labels` (sorted ids of the
         classes present, indices into `SHAPE_CLASSES`) and `mask` (palette PNG: 0 background, class id + 1).
 
     Raises:
-        ValueError: `n`, `seed` or `image_size` is too small.
+        ValueError: `n`, `seed` or `image_size` is too small, or `objects` is no range from 1 up.
 
     Example:
         >>> scenes = make_shapes(2, seed=0)
@@ -153,29 +163,33 @@ def make_shapes(n: int, seed: int, *, image_size: int = REFERENCE_SIZE) -> Datas
         raise ValueError(f"n must be at least 1 scene, got {n}; ask for one scene or more.")
     _check_seed(seed)
     features = row_features(SHAPE_CLASSES)
+    stream = "-".join(map(str, (*_stream(objects), seed)))
     columns: dict[str, list[object]] = {name: [] for name in features}
     for index in range(n):
-        scene = draw_scene(seed, index, image_size=image_size)
-        columns["image_id"].append(f"shapes-{seed}-{index}")
+        scene = draw_scene(seed, index, image_size=image_size, objects=objects)
+        columns["image_id"].append(f"shapes-{stream}-{index}")
         columns["image"].append({"path": None, "bytes": _png(scene.image)})
         columns["labels"].append(sorted({shape.class_id for shape in scene.objects}))
         columns["mask"].append({"path": None, "bytes": index_png(scene.mask)})
     return Dataset.from_dict(columns, features=features)
 
 
-def draw_scene(seed: int, index: int, *, image_size: int = REFERENCE_SIZE) -> Scene:
-    """Draw one scene, a function of (seed, index, image_size) alone.
+def draw_scene(
+    seed: int, index: int, *, image_size: int = REFERENCE_SIZE, objects: tuple[int, int] = OBJECT_COUNT
+) -> Scene:
+    """Draw one scene, a function of the arguments alone.
 
     Args:
         seed: Which stream of scenes, 0 or greater.
         index: Which scene of the stream, 0 or greater.
         image_size: Side of the square scene in pixels, at least 32.
+        objects: Fewest and most objects, both counted, as in `make_shapes`.
 
     Returns:
         The scene, with at least one object; each object keeps at least 60 % of its silhouette in sight.
 
     Raises:
-        ValueError: `seed`, `index` or `image_size` is too small.
+        ValueError: `seed`, `index` or `image_size` is too small, or `objects` is no range from 1 up.
     """
     _check_seed(seed)
     if index < 0:
@@ -185,24 +199,31 @@ def draw_scene(seed: int, index: int, *, image_size: int = REFERENCE_SIZE) -> Sc
             f"image_size must be at least {MIN_IMAGE_SIZE} pixels, got {image_size}; "
             "smaller scenes cannot show their shapes."
         )
+    if not 1 <= objects[0] <= objects[1]:
+        raise ValueError(f"objects must be (fewest, most) with 1 <= fewest <= most, got {objects}.")
     # A spawn key keeps streams apart for every pair (seed, index); a plain list [seed, index] does not.
-    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index,)))
-    objects, mask = _place_objects(rng, image_size)
+    rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index, *_stream(objects))))
+    shapes, mask = _place_objects(rng, image_size, objects)
     canvas, used_colours = _draw_background(rng, image_size)
     _draw_clutter(rng, canvas)
-    for position, shape in enumerate(objects):
+    for position, shape in enumerate(shapes):
         distances = np.full(len(used_colours), _OBJECT_TO_SURROUNDINGS, dtype=np.float32)
         distances[len(used_colours) - position :] = _OBJECT_TO_OBJECT
-        colour = _pick_colour(rng, np.stack(used_colours), distances)
+        colour = _pick_colour(rng, _LIGHT_COLOURS, np.stack(used_colours), distances)
         _draw_object(rng, canvas, shape, colour)
         used_colours.append(colour)
     canvas += np.float32(rng.uniform(*_NOISE_LEVEL)) * rng.standard_normal(size=canvas.shape, dtype=np.float32)
-    return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), mask, tuple(objects))
+    return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), mask, tuple(shapes))
 
 
 def _check_seed(seed: int) -> None:
     if seed < 0:
         raise ValueError(f"seed must be 0 or greater, got {seed}; any other number gives other scenes.")
+
+
+def _stream(objects: tuple[int, int]) -> tuple[int, ...]:
+    """What sets apart the streams of scenes with another range of objects."""
+    return () if objects == OBJECT_COUNT else objects
 
 
 def _png(image: NDArray[np.uint8]) -> bytes:
@@ -214,14 +235,16 @@ def _png(image: NDArray[np.uint8]) -> bytes:
 # ---- What stands where.
 
 
-def _place_objects(rng: np.random.Generator, image_size: int) -> tuple[list[DrawnShape], NDArray[np.uint8]]:
+def _place_objects(
+    rng: np.random.Generator, image_size: int, count: tuple[int, int]
+) -> tuple[list[DrawnShape], NDArray[np.uint8]]:
     """Choose classes, sizes and places; return the objects and the label map (H, W)."""
     scale = image_size / REFERENCE_SIZE
     mask = np.zeros((image_size, image_size), dtype=np.uint8)
     owner = np.full((image_size, image_size), -1, dtype=np.int8)
     objects: list[DrawnShape] = []
     full_areas: list[int] = []
-    for class_id in rng.integers(len(SHAPE_CLASSES), size=rng.integers(1, MAX_OBJECTS + 1)).tolist():
+    for class_id in rng.integers(len(SHAPE_CLASSES), size=rng.integers(*count, endpoint=True)).tolist():
         for _ in range(_PLACEMENT_TRIES):
             diameter, rotation = scale * rng.uniform(*DIAMETER_RANGE_PX), rng.uniform(0.0, 2.0 * math.pi)
             shape = DrawnShape(class_id, (0.0, 0.0), diameter, rotation)
@@ -267,12 +290,17 @@ def _window(
     return (rows, columns), y, x
 
 
-# ---- What it looks like: one palette and one set of textures for objects, patches and clutter alike.
+# ---- What it looks like: a dark and a light palette, one set of textures for all.
 
 
-def _pick_colour(rng: np.random.Generator, others: FloatArray, min_distances: FloatArray) -> FloatArray:
-    """Return a random colour (3,) that keeps its RGB distance to each of `others` (k, 3), or the best of 64 tries."""
-    candidates = rng.uniform(*_COLOUR_RANGE, size=(64, 3)).astype(np.float32)
+def _pick_colour(
+    rng: np.random.Generator, colours: tuple[float, float], others: FloatArray, min_distances: FloatArray
+) -> FloatArray:
+    """Return a random colour (3,) with channels in `colours`, at its distances from `others` (k, 3).
+
+    Distances are Euclidean in RGB; of 64 tries the first that keeps all, else the one that comes closest.
+    """
+    candidates = rng.uniform(*colours, size=(64, 3)).astype(np.float32)
     room = (np.linalg.norm(candidates[:, None] - others[None], axis=2) / min_distances).min(axis=1)
     fitting = np.flatnonzero(room >= 1.0)
     choice: FloatArray = candidates[fitting[0] if len(fitting) else room.argmax()]
@@ -308,18 +336,19 @@ def _draw_background(rng: np.random.Generator, image_size: int) -> tuple[FloatAr
     scale = image_size / REFERENCE_SIZE
     y = np.arange(image_size, dtype=np.float32)[:, None]
     x = y.T
-    colours = [rng.uniform(*_COLOUR_RANGE, size=3).astype(np.float32)]
+    colours = [rng.uniform(*_DARK_COLOURS, size=3).astype(np.float32)]
     canvas = _paint(rng, y, x, colours[0], scale)
     for _ in range(int(rng.integers(*_PATCH_COUNT, endpoint=True))):
         field = _smooth_field(rng, image_size)
         level = np.quantile(field[::4, ::4], rng.uniform(0.65, 0.9))
         # Patches end softly, over a few pixels, where objects end sharply.
         alpha = np.clip((field - level) * 8.0 + 0.5, 0.0, 1.0)[:, :, None]
-        colour = _pick_colour(rng, np.stack(colours), np.full(len(colours), _PATCH_TO_BACKGROUND, dtype=np.float32))
+        distances = np.full(len(colours), _PATCH_TO_BACKGROUND, dtype=np.float32)
+        colour = _pick_colour(rng, _DARK_COLOURS, np.stack(colours), distances)
         canvas += alpha * (_paint(rng, y, x, colour, scale) - canvas)
         colours.append(colour)
     shade = _smooth_field(rng, image_size)
-    canvas += (shade - shade.mean())[:, :, None] * rng.uniform(10.0, 40.0, size=3).astype(np.float32)
+    canvas += (shade - shade.mean())[:, :, None] * rng.uniform(10.0, 30.0, size=3).astype(np.float32)
     return canvas, colours
 
 
@@ -345,7 +374,7 @@ def _draw_clutter(rng: np.random.Generator, canvas: FloatArray) -> None:
             (4, rng.uniform(2.5, 5.0), rng.uniform(0.4, 0.9), 0.9),  # thin curve
             (3, rng.uniform(1.5, 3.0), rng.uniform(1.5, 2.6), 2.0),  # blob
         )[kind]
-        colour = rng.uniform(*_COLOUR_RANGE, size=3).astype(np.float32)
+        colour = rng.uniform(*_LIGHT_COLOURS, size=3).astype(np.float32)
         heading = rng.uniform(0.0, 2.0 * math.pi)
         bend = rng.uniform(-turn, turn)
         row, column = rng.uniform(0.0, image_size, size=2).tolist()

@@ -1,0 +1,381 @@
+"""The stages as a person runs them: small, on the CPU, killed, resumed, and given bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from PIL import Image
+from safetensors.torch import load_file
+from timm.scheduler import CosineLRScheduler
+
+from bitrans_hf import BiTransModel
+from bitrans_hf.data import make_shapes
+from bitrans_hf.store import SeedStore
+
+TRAINING = Path(__file__).resolve().parents[1] / "training"
+sys.path.insert(0, str(TRAINING))
+
+from make_seeds import main as make_seeds_main  # noqa: E402
+from recipe import ModelRecipe, TrainRecipe, build_model, parse_recipe  # noqa: E402
+from run_all import main as run_all_main  # noqa: E402
+from runtime import ShardedBatches, StageError, stop_if_not_finite  # noqa: E402
+from train import learning_rate, parameter_groups  # noqa: E402
+from train import main as train_main  # noqa: E402
+
+TINY = [
+    "--cpu", "true", "--quiet", "true",
+    "--data.num_train", "48", "--data.num_val", "12",
+    "--model.image_size", "64", "--model.patch_size", "16", "--model.hidden_size", "24",
+    "--model.num_hidden_layers", "2", "--model.num_attention_heads", "2", "--model.num_seed_layers", "1",
+    "--train.epochs", "2", "--train.batch_size", "4", "--train.augmentation", "flip", "--train.num_workers", "0",
+    "--train.schedule", "step_cosine", "--train.learning_rate", "0.05", "--train.log_every", "2",
+    "--report.num_images", "3",
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Stages of one test share a process group, as in run_all; tests do not."""
+    yield
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [*TINY, "--output_dir", str(folder), "--name", "tiny", *more]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "tiny" / "train" / "model" / "model.safetensors")
+
+
+def metrics(folder: Path, stage: str) -> dict[str, Any]:
+    return json.loads((folder / "tiny" / stage / "metrics.json").read_text())
+
+
+# ---- The whole road.
+
+
+def test_run_all_goes_from_images_to_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    run_all_main(arguments(tmp_path))
+
+    seeds = metrics(tmp_path, "seeds")
+    assert set(seeds["miou"]) == set(seeds["threshold"]) == {"sc_cam", "coarse_cam", "fused", "refined"}
+    assert seeds["splits"]["val"]["scored"] == 12
+    assert seeds["miou"] == seeds["splits"]["train"]["miou"]
+    # A threshold that was chosen on the other split cannot beat the best one.
+    for variant, best in seeds["splits"]["val"]["miou"].items():
+        assert seeds["splits"]["val"]["miou_at_given_threshold"][variant] <= best
+    scene = make_shapes(12, 1)[0]
+    label_map = Image.open(tmp_path / "tiny" / "seeds" / "val" / "masks" / f"{scene['image_id']}.png")
+    assert label_map.mode == "P"
+    assert label_map.size == (64, 64)
+    assert set(np.unique(label_map)) <= {0, *(label + 1 for label in scene["labels"])}
+    trained = metrics(tmp_path, "train")
+    assert {"loss", "class", "patch", "scc", "pac", "map_class", "map_patch", "made_with"} <= set(trained)
+    page = (tmp_path / "tiny" / "report" / "index.html").read_text()
+    assert scene["image_id"].rsplit("-", 1)[0] in page
+    assert isinstance(BiTransModel.from_pretrained(tmp_path / "tiny" / "train" / "model"), BiTransModel)
+
+    capsys.readouterr()
+    run_all_main(arguments(tmp_path))
+    said = capsys.readouterr().out
+    assert "train: already done" in said
+    assert "seeds: already done" in said
+
+
+def test_seeds_go_on_after_a_kill_and_other_images_are_left_alone(tmp_path: Path):
+    train_main(arguments(tmp_path))
+    make_seeds_main(arguments(tmp_path))
+    folder = tmp_path / "tiny" / "seeds"
+    store = SeedStore(folder / "val" / "seeds")
+    before = {image_id: store.path(image_id).read_bytes() for image_id in store.ids()}
+    scores = metrics(tmp_path, "seeds")["splits"]
+
+    # As after a kill: not finished, some images missing, one temporary file left behind.
+    (folder / "done.json").unlink()
+    kept, *redone = store.ids()
+    for image_id in redone:
+        store.path(image_id).unlink()
+    written = store.path(kept).stat().st_mtime_ns
+    (store.folder / ".half.1.tmp.npz").write_bytes(b"half")
+    make_seeds_main(arguments(tmp_path))
+
+    assert {image_id: store.path(image_id).read_bytes() for image_id in store.ids()} == before
+    assert store.path(kept).stat().st_mtime_ns == written
+    assert metrics(tmp_path, "seeds")["splits"] == scores
+
+
+# ---- Killed and resumed.
+
+
+def launch(command: list[str]) -> subprocess.Popen[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    """SIGKILL a process and all its children, as a scheduler does."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        member.kill()
+    psutil.wait_procs(family)
+    process.communicate()
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_a_killed_run_resumes_to_the_same_weights(num_processes: int, tmp_path: Path):
+    launcher = [] if num_processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    options = (
+        "--train.checkpoint_every", "2", "--train.gradient_accumulation", "2", "--train.batch_size", "2",
+        "--model.drop_path_rate", "0.3", "--data.num_train", "96", "--train.num_workers", "1",
+    )  # fmt: skip
+
+    def command(name: str) -> list[str]:
+        return [*launcher, str(TRAINING / "train.py"), *arguments(tmp_path / name, *options)]
+
+    whole = launch(command("whole"))
+    killed = launch(command("killed"))
+    checkpoints = tmp_path / "killed" / "tiny" / "train" / "checkpoints"
+    deadline = time.monotonic() + 240
+    while not list(checkpoints.glob("step_0000000[246]")):
+        assert killed.poll() is None, killed.communicate()[0]
+        assert time.monotonic() < deadline, "no checkpoint came"
+        time.sleep(0.002)
+    kill_everything(killed)
+    epoch_steps = 96 // (2 * 2 * num_processes)
+    (newest,) = checkpoints.glob("step_*")
+    assert 0 < int(newest.name.removeprefix("step_")) < epoch_steps, "killed too late to be in the middle of an epoch"
+    assert not (checkpoints.parent / "done.json").exists()
+
+    said = whole.communicate(timeout=240)[0]
+    assert whole.returncode == 0, said
+    resumed = launch(command("killed"))
+    said = resumed.communicate(timeout=240)[0]
+    assert resumed.returncode == 0, said
+    assert "going on after step" in said
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert max(float((expected[name] - actual[name]).abs().max()) for name in expected) == 0.0
+    logs = [
+        (tmp_path / name / "tiny" / "train" / "log.jsonl").read_text().splitlines() for name in ("whole", "killed")
+    ]
+    steps = [[json.loads(line)["step"] for line in log] for log in logs]
+    assert steps[0] == steps[1], "log lines are missing or there twice after the resume"
+
+
+def test_two_processes_make_the_same_seeds_and_scores_as_one(tmp_path: Path):
+    train_main(arguments(tmp_path))
+    make_seeds_main(arguments(tmp_path))
+    alone = metrics(tmp_path, "seeds")["splits"]
+    folder = tmp_path / "tiny" / "seeds"
+    folder.rename(tmp_path / "tiny" / "seeds_of_one")
+    run = launch(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(TRAINING / "make_seeds.py"),
+         *arguments(tmp_path)]
+    )  # fmt: skip
+    said = run.communicate(timeout=240)[0]
+    assert run.returncode == 0, said
+    together = metrics(tmp_path, "seeds")["splits"]
+    for split, scores in alone.items():
+        assert together[split]["scored"] == scores["scored"]
+        # Another batch may round the last digit of a map differently.
+        assert together[split]["miou"] == pytest.approx(scores["miou"], abs=0.1)
+
+
+# ---- Bad input, by its message.
+
+
+def failed(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
+    with pytest.raises(SystemExit) as error:
+        parse_recipe("", command)
+    assert error.value.code != 0
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["--train.epoch", "3"], "train.epoch"),
+        (["--train.epochs", "many"], "train.epochs"),
+        (["--train.epochs", "0"], "train.epochs must be at least 1, got 0"),
+        (["--seeds.variant", "best"], "seeds.variant"),
+        (["--seeds.scales", "[0.5, 1.0]"], "seeds.scales must begin with 1.0"),
+        (["--data.source", "voc"], "data.root must name the folder"),
+    ],
+)
+def test_a_wrong_recipe_is_refused(command: list[str], words: str, capsys: pytest.CaptureFixture[str]):
+    assert words in failed(capsys, command)
+
+
+def test_an_unknown_key_in_a_recipe_file_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train:\n  lr: 0.1\n")
+    assert "'lr'" in failed(capsys, ["--config", str(recipe)])
+
+
+@pytest.mark.parametrize("recipe", sorted((TRAINING / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_that_is_shipped_can_be_read(recipe: Path):
+    parsed, _ = parse_recipe("", ["--config", str(recipe)])
+    assert parsed.name == recipe.stem
+
+
+def test_the_command_line_overrides_the_file(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("name: mine\ntrain:\n  epochs: 3\n  batch_size: 5\n")
+    recipe, _ = parse_recipe("", ["--train.epochs", "7", "--config", str(tmp_path / "recipe.yaml"), "--seed", "2"])
+    assert (recipe.name, recipe.train.batch_size, recipe.seed) == ("mine", 5, 2)
+    recipe, _ = parse_recipe("", ["--config", str(tmp_path / "recipe.yaml"), "--train.epochs", "7"])
+    assert recipe.train.epochs == 7
+
+
+def test_a_folder_of_another_recipe_is_refused(tmp_path: Path):
+    train_main(arguments(tmp_path))
+    with pytest.raises(StageError, match=r"another recipe \(it differs in model.scc_weight, train.epochs\)"):
+        train_main(arguments(tmp_path, "--train.epochs", "3", "--model.scc_weight", "0.5"))
+
+
+def test_seeds_without_a_trained_model_say_what_to_run(tmp_path: Path):
+    with pytest.raises(StageError, match=r"no trained model at .*run training/train.py"):
+        make_seeds_main(arguments(tmp_path))
+
+
+def test_a_missing_image_folder_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="nowhere"):
+        train_main(arguments(tmp_path, "--data.source", "folder", "--data.root", str(tmp_path / "nowhere")))
+
+
+def test_too_few_images_for_a_step_are_named(tmp_path: Path):
+    with pytest.raises(StageError, match="48 training images do not fill one optimiser step of 64"):
+        train_main(arguments(tmp_path, "--train.batch_size", "64"))
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images(tmp_path: Path):
+    with pytest.raises(StageError, match=r"not finite at optimiser step \d+ .*shapes"):
+        train_main(arguments(tmp_path, "--train.learning_rate", "1e30", "--train.warmup_epochs", "0"))
+    assert not (tmp_path / "tiny" / "train" / "done.json").exists()
+
+
+def test_the_stop_names_the_broken_terms_only():
+    with pytest.raises(StageError, match=r"step 7 \(pac = nan\); the batch held the images a, b\."):
+        stop_if_not_finite({"loss": 1.0, "pac": float("nan")}, 7, ["a", "b"])
+    stop_if_not_finite({"loss": 1.0}, 7, ["a"])
+
+
+@pytest.fixture
+def folder_with_a_broken_image(tmp_path: Path) -> Path:
+    root = tmp_path / "photos"
+    (root / "images").mkdir(parents=True)
+    table = ["file_name,labels"]
+    scenes = make_shapes(16, 5)
+    names = scenes.features["labels"].feature.names
+    for number, row in enumerate(scenes):
+        (root / "images" / f"{number:02d}.png").write_bytes(row["image"]["bytes"])
+        table.append(f"{number:02d}.png,{';'.join(names[label] for label in row['labels'])}")
+    whole = (root / "images" / "03.png").read_bytes()
+    (root / "images" / "03.png").write_bytes(whole[: len(whole) // 2])
+    (root / "labels.csv").write_text("\n".join(table) + "\n")
+    return root
+
+
+def folder_arguments(tmp_path: Path, root: Path) -> list[str]:
+    return arguments(
+        tmp_path, "--data.source", "folder", "--data.root", str(root), "--data.train_split", "null",
+        "--data.val_split", "null", "--seeds.splits", "[null]", "--report.split", "null", "--train.epochs", "1",
+    )  # fmt: skip
+
+
+def test_an_unreadable_image_is_named_at_the_end_and_the_rest_is_done(
+    tmp_path: Path, folder_with_a_broken_image: Path, capsys: pytest.CaptureFixture[str]
+):
+    run_all_main(folder_arguments(tmp_path, folder_with_a_broken_image))
+    said = capsys.readouterr().out
+    assert said.count("1 unreadable image(s) left out: 03") == 2  # once by training, once by seeds
+    assert metrics(tmp_path, "train")["unreadable"] == metrics(tmp_path, "seeds")["unreadable"] == ["03"]
+    seeds = metrics(tmp_path, "seeds")["splits"]["all_images"]
+    assert seeds == {"images": 15}, "no masks are known, so nothing can be scored"
+    assert len(list((tmp_path / "tiny" / "seeds" / "all_images" / "masks").glob("*.png"))) == 15
+
+
+def test_strict_stops_at_an_unreadable_image(tmp_path: Path, folder_with_a_broken_image: Path):
+    with pytest.raises(ValueError, match=r"03\.png"):
+        train_main([*folder_arguments(tmp_path, folder_with_a_broken_image), "--strict", "true"])
+
+
+# ---- Schedule, order and parameter groups.
+
+
+def test_the_epoch_schedule_is_timms_as_the_reference_steps_it():
+    train = TrainRecipe()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=5e-4 * 64 / 512)
+    timm_schedule = CosineLRScheduler(
+        optimizer, t_initial=60, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-6, cycle_limit=1, t_in_epochs=True
+    )
+    for epoch in range(60):
+        for step in (165 * epoch, 165 * epoch + 164):
+            rate = learning_rate(train, step, 165, 64)
+            assert rate == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9), f"epoch {epoch}"
+        timm_schedule.step(epoch)
+    # wsss facts: 1e-6 twice, then 1.33, 2.56 ... e-5, the last epoch 1.014e-5.
+    assert learning_rate(train, 165, 165, 64) == pytest.approx(1e-6)
+    assert learning_rate(train, 2 * 165, 165, 64) == pytest.approx(1.33e-5)
+    assert learning_rate(train, 59 * 165, 165, 64) == pytest.approx(1.014e-5, rel=1e-3)
+
+
+def test_the_step_schedule_is_timms_with_a_warmup_prefix():
+    train = TrainRecipe(epochs=3, warmup_epochs=0.5, schedule="step_cosine", learning_rate=1e-3, min_learning_rate=0)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3 * 32 / 512)
+    timm_schedule = CosineLRScheduler(
+        optimizer, t_initial=250, lr_min=0, warmup_t=50, warmup_lr_init=1e-6, warmup_prefix=True, t_in_epochs=False
+    )
+    for step in range(300):
+        timm_schedule.step_update(step)
+        assert learning_rate(train, step, 100, 32) == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12
+        )
+
+
+def test_an_epoch_shows_every_image_once_whatever_the_number_of_processes():
+    def batches(num_processes: int, process: int, epoch: int) -> np.ndarray:
+        sampler = ShardedBatches(50, 12 // num_processes, num_processes, process, 1, seed=3)
+        sampler.start_at(epoch)
+        return np.array(list(sampler))
+
+    alone = batches(1, 0, epoch=0)
+    assert alone.shape == (4, 12)  # the last two images do not fill a batch
+    assert np.unique(alone).size == 48
+    np.testing.assert_array_equal(np.hstack([batches(3, process, epoch=0) for process in range(3)]), alone)
+    assert (batches(1, 0, epoch=1) != alone).any()
+    sampler = ShardedBatches(50, 12, 1, 0, 1, seed=3)
+    sampler.start_at(0, first_batch=3)
+    np.testing.assert_array_equal(list(sampler), alone[3:])
+    assert len(sampler) == 1
+
+
+def test_biases_norms_tokens_and_positions_are_not_decayed():
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_seed_layers": 1}
+    model = build_model(ModelRecipe(image_size=32, patch_size=16, **sizes), {0: "a"}, seed=0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, TrainRecipe(weight_decay=0.05, class_token_rate=3.0))
+    decayed, plain, class_tokens = ({names[id(each)] for each in group["params"]} for group in groups)
+    assert [group["weight_decay"] for group in groups] == [0.05, 0.0, 0.0]
+    assert [group["rate"] for group in groups] == [1.0, 1.0, 3.0]
+    assert decayed == {
+        "patch_embed.weight", "seg_head.weight", "layers.0.attention.qkv.weight", "layers.0.attention.proj.weight",
+        "layers.0.mlp.fc1.weight", "layers.0.mlp.fc2.weight",
+    }  # fmt: skip
+    assert class_tokens == {"class_tokens", "class_position"}
+    assert decayed | plain | class_tokens == set(names.values())
+    assert len(decayed) + len(plain) + len(class_tokens) == len(names)
