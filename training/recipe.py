@@ -106,8 +106,6 @@ class TrainRecipe:
         batch_size: Images for each process and forward pass.
         gradient_accumulation: Forward passes for each optimiser step.
         learning_rate: Peak rate for 512 images in a step; it is scaled linearly with their number.
-        class_token_rate: Factor on the rate of the class tokens and their positions. AdamW moves a weight by about the
-            rate in each step: on a short schedule tokens that are born alike stay alike at the encoder's rate.
         min_learning_rate: Last rate, not scaled.
         warmup_learning_rate: First rate, not scaled.
         warmup_epochs: Length of the linear warm-up.
@@ -130,7 +128,6 @@ class TrainRecipe:
     batch_size: int = 64
     gradient_accumulation: int = 1
     learning_rate: float = 5e-4
-    class_token_rate: float = 1.0
     min_learning_rate: float = 1e-5
     warmup_learning_rate: float = 1e-6
     warmup_epochs: float = 5

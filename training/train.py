@@ -67,7 +67,7 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
         model.compile(fullgraph=True)
     image_size = model.config.image_size
     processor = BiTransImageProcessor(size={"height": image_size, "width": image_size})
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.train))
+    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.train.weight_decay))
     dataset = TrainingImages(
         images,
         training_transform(image_size, recipe.train.augmentation, **recipe.train.augmentation_options),
@@ -128,24 +128,14 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     return stage.folder
 
 
-def parameter_groups(model: torch.nn.Module, train: TrainRecipe) -> list[dict[str, Any]]:
-    """Split the parameters as the reference does: no decay on biases, norms, tokens and positions.
-
-    "rate" is each group's factor on the learning rate; 1 for all in the reference.
-    """
-    class_tokens, plain, decayed = [], [], []
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the parameters as the reference does: no decay on biases, norms, tokens and positions."""
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        if name in ("class_tokens", "class_position"):
-            class_tokens.append(parameter)
-        elif parameter.ndim <= 1 or name == "patch_position":
-            plain.append(parameter)
-        else:
-            decayed.append(parameter)
-    return [
-        {"params": decayed, "weight_decay": train.weight_decay, "rate": 1.0},
-        {"params": plain, "weight_decay": 0.0, "rate": 1.0},
-        {"params": class_tokens, "weight_decay": 0.0, "rate": train.class_token_rate},
-    ]
+        is_plain = parameter.ndim <= 1 or name in ("class_tokens", "class_position", "patch_position")
+        (plain if is_plain else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def learning_rate(train: TrainRecipe, step: int, steps_per_epoch: int, images_per_step: int) -> float:
@@ -231,7 +221,7 @@ class TrainingLoop:
         for number, batch in enumerate(self.loader, start=first_batch + 1):
             rate = learning_rate(self.train, state["step"], self.steps_per_epoch, self.images_per_step)
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["rate"]
+                group["lr"] = rate
             state["unreadable"] += [name for name in batch["unreadable"] if name and name not in state["unreadable"]]
             with accelerator.accumulate(self.model):
                 output = self.model(

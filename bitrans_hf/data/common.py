@@ -174,9 +174,7 @@ def _pixels_and_mode(image: PILImage.Image) -> tuple[NDArray[Any], str]:
     return np.array(image), image.mode
 
 
-def _open(
-    cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened], *, decode: bool = True
-) -> _Opened:
+def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened], *, decode: bool = True) -> _Opened:
     """Return what `read` makes of the image in `cell`; every way of failing becomes one named error."""
     name = _name(cell)
     try:
