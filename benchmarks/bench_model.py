@@ -78,7 +78,8 @@ class EveryHeadKept(nn.Module):
             kept.append(weights)
             mixed = (weights @ value).transpose(1, 2).reshape(batch, length, width)
             tokens = tokens + layer.drop_path(attention.proj(mixed))
-            tokens = tokens + layer.drop_path(layer.mlp(layer.norm2(tokens)))
+            hidden = layer.mlp.fc1(layer.norm2(tokens))  # kept as any plain layer keeps it, GELU's output too
+            tokens = tokens + layer.drop_path(layer.mlp.fc2(F.gelu(hidden)))
         heads_averaged = torch.stack([weights.mean(dim=1) for weights in kept])
         sc_cam = heads_averaged[-config.num_seed_layers :, :, :NUM_CLASSES, NUM_CLASSES:].mean(dim=0)
         affinity = heads_averaged[:, :, NUM_CLASSES:, NUM_CLASSES:].mean(dim=0)

@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -160,7 +161,15 @@ class BiTransMLP(nn.Module):
         self.fc2 = nn.Linear(width, config.hidden_size)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        mixed: torch.Tensor = self.fc2(F.gelu(self.fc1(tokens)))
+        hidden: torch.Tensor = self.fc1(tokens)
+        if torch.is_grad_enabled():
+            # GELU's output is the largest tensor of a layer, and cheap to compute again in the backward pass.
+            mixed: torch.Tensor = checkpoint(self._activate, hidden, use_reentrant=False, preserve_rng_state=False)
+            return mixed
+        return self._activate(hidden)
+
+    def _activate(self, hidden: torch.Tensor) -> torch.Tensor:
+        mixed: torch.Tensor = self.fc2(F.gelu(hidden))
         return mixed
 
 

@@ -65,6 +65,7 @@ class Stage:
         resolved = dataclasses.asdict(recipe)
         self.recipe = {key: resolved[key] for key in depends_on}
         self._started = time.perf_counter()
+        self._made_with = provenance()  # now: the checkout may be edited while a long stage runs
         path = self.folder / "recipe.json"
         if path.is_file():
             stored = json.loads(path.read_text())
@@ -111,7 +112,7 @@ class Stage:
         if not self.is_main:
             return
         elapsed = time.perf_counter() - self._started if seconds is None else seconds
-        record = {**metrics, "seconds": round(elapsed, 1), "made_with": provenance()}
+        record = {**metrics, "seconds": round(elapsed, 1), "made_with": self._made_with}
         write_json(self.folder / "metrics.json", record)
         write_json(self.folder / "done.json", {"stage": self.name, "finished": time.strftime("%Y-%m-%d %H:%M:%S")})
 

@@ -37,6 +37,7 @@ OBJECT_COUNT = (1, 3)
 MIN_VISIBLE_FRACTION = 0.6
 """Share of an object's silhouette that stays in sight when a later one covers a part of it."""
 
+_ONE_CLASS_FRACTION = 1 / 3  # scenes whose objects are all of one class: 1.5 labels a scene, as VOC's 1.56
 _PLACEMENT_TRIES = 40
 # Per channel. Light on dark lets a small network see an outline within minutes on a CPU: were both from one range, it
 # would first have to learn that an edge is an edge whichever side is lighter.
@@ -244,7 +245,10 @@ def _place_objects(
     owner = np.full((image_size, image_size), -1, dtype=np.int8)
     objects: list[DrawnShape] = []
     full_areas: list[int] = []
-    for class_id in rng.integers(len(SHAPE_CLASSES), size=rng.integers(*count, endpoint=True)).tolist():
+    class_ids = rng.integers(len(SHAPE_CLASSES), size=rng.integers(*count, endpoint=True))
+    if rng.uniform() < _ONE_CLASS_FRACTION:
+        class_ids[:] = class_ids[0]
+    for class_id in class_ids.tolist():
         for _ in range(_PLACEMENT_TRIES):
             diameter, rotation = scale * rng.uniform(*DIAMETER_RANGE_PX), rng.uniform(0.0, 2.0 * math.pi)
             shape = DrawnShape(class_id, (0.0, 0.0), diameter, rotation)
