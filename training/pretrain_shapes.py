@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 
-    started = time.perf_counter()
+    started, made_with = time.perf_counter(), provenance()
     torch.manual_seed(options.seed)
     pool = draw(options.pictures, seed=2 * options.seed)
     encoder = VisionTransformer(
@@ -81,7 +81,7 @@ def main() -> None:
         "fresh_pictures_of_collages_named_right_percent": round(100 * accuracy, 1),
         "seconds": round(time.perf_counter() - started, 1),
         "megabytes": round(options.output.stat().st_size / 1e6, 2),
-        "made_with": provenance(),
+        "made_with": made_with,
     }
     with atomic_write(options.output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n")
@@ -192,9 +192,9 @@ def start_where_differences_show(encoder: VisionTransformer, pictures: torch.Ten
     turn = torch.linalg.qr(torch.randn(width, width)).Q
     assert encoder.pos_embed is not None  # only a model built without positions has none
     encoder.pos_embed[0, 1:] = 0.5 * torch.cat([rows, columns], dim=-1).flatten(0, 1) @ turn
-    for block in encoder.blocks:
-        query = QUERY_GAIN * block.attn.qkv.weight[:width]
-        block.attn.qkv.weight[: 2 * width] = query.repeat(2, 1)
+    for name, weight in encoder.named_parameters():
+        if name.endswith("attn.qkv.weight"):
+            weight[: 2 * width] = QUERY_GAIN * weight[:width].repeat(2, 1)
 
 
 def train(
