@@ -34,6 +34,8 @@ def make_accelerator(recipe: Recipe, options: RunOptions, project_dir: Path | No
 
     All stages ask for the same settings, so that they can follow each other in one process.
     """
+    if options.quiet or not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
     return Accelerator(
         cpu=options.cpu,
         mixed_precision=recipe.train.precision,
