@@ -21,12 +21,13 @@ from safetensors.torch import load_file
 from timm.scheduler import CosineLRScheduler
 
 from bitrans_hf import BiTransModel
-from bitrans_hf.data import make_shapes
+from bitrans_hf.data import UnreadableImageError, make_shapes
 from bitrans_hf.store import SeedStore
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 sys.path.insert(0, str(TRAINING))
 
+from make_seeds import check_size  # noqa: E402
 from make_seeds import main as make_seeds_main  # noqa: E402
 from recipe import ModelRecipe, TrainRecipe, build_model, parse_recipe  # noqa: E402
 from run_all import main as run_all_main  # noqa: E402
@@ -302,11 +303,26 @@ def test_an_unreadable_image_is_named_at_the_end_and_the_rest_is_done(
 ):
     run_all_main(folder_arguments(tmp_path, folder_with_a_broken_image))
     said = capsys.readouterr().out
-    assert said.count("1 unreadable image(s) left out: 03") == 2  # once by training, once by seeds
+    assert (
+        said.count("1 image(s) left out, unreadable or smaller than a patch: 03") == 2
+    )  # once by training, once by seeds
     assert metrics(tmp_path, "train")["unreadable"] == metrics(tmp_path, "seeds")["unreadable"] == ["03"]
     seeds = metrics(tmp_path, "seeds")["splits"]["all_images"]
     assert seeds == {"images": 15}, "no masks are known, so nothing can be scored"
     assert len(list((tmp_path / "tiny" / "seeds" / "all_images" / "masks").glob("*.png"))) == 15
+
+
+def test_an_image_smaller_than_a_patch_is_named_and_the_rest_is_done(
+    tmp_path: Path, folder_with_a_broken_image: Path, capsys: pytest.CaptureFixture[str]
+):
+    Image.new("RGB", (40, 9)).save(folder_with_a_broken_image / "images" / "03.png")
+    command = folder_arguments(tmp_path, folder_with_a_broken_image)
+    train_main(command)
+    make_seeds_main(command)
+    assert capsys.readouterr().out.count("smaller than a patch: 03") == 1
+    assert metrics(tmp_path, "seeds")["splits"]["all_images"]["images"] == 15
+    with pytest.raises(UnreadableImageError, match=r"03 is smaller than a patch: 9 x 40 pixels .* at least 16 x 16"):
+        check_size("03", (9, 40), [1.0], 16)
 
 
 def test_strict_stops_at_an_unreadable_image(tmp_path: Path, folder_with_a_broken_image: Path):

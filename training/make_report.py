@@ -4,6 +4,7 @@ python training/make_report.py --config training/recipes/voc_deit_small.yaml
 """
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
             raise StageError(f"{run / name} is not finished; run training/run_all.py with the same recipe.")
     trained, seeds = (json.loads((run / name / "metrics.json").read_text()) for name in ("train", "seeds"))
     resolved = json.loads((run / "seeds" / "recipe.json").read_text())
+    shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
     write_report(
         page,
         title=f"Bi-Trans: {recipe.name}",

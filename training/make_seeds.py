@@ -104,7 +104,7 @@ def extract_split(
     recipe: SeedsRecipe,
     options: RunOptions,
 ) -> set[str]:
-    """Write the seeds of this process' share of a split; return the ids of unreadable images of all processes.
+    """Write the seeds of this process' share of a split; return the ids of unusable images of all processes.
 
     Images of one size go through the network together. One scale keeps its maps on the token grid, several scales
     are summed at a quarter of the image.
@@ -116,7 +116,9 @@ def extract_split(
         if row["image_id"] in store:
             continue
         try:
-            todo[image_size(row["image"])].append(index)
+            size = image_size(row["image"])
+            check_size(row["image_id"], size, recipe.scales, model.config.patch_size)
+            todo[size].append(index)
         except UnreadableImageError:
             if options.strict:
                 raise
@@ -149,6 +151,19 @@ def extract_split(
             store.write(row["image_id"], class_ids, maps, size)
     accelerator.wait_for_everyone()
     return set(gather_object(sorted(unreadable)))
+
+
+def check_size(image_id: str, size: tuple[int, int], scales: Sequence[float], patch_size: int) -> None:
+    """Check that an image of (height, width) pixels holds a patch at every scale.
+
+    Raises:
+        UnreadableImageError: it does not; such an image is left out as a broken one is.
+    """
+    if round(min(size) * min(scales)) < patch_size:
+        raise UnreadableImageError(
+            f"image {image_id} is smaller than a patch: {size[0]} x {size[1]} pixels (height x width) at scale "
+            f"{min(scales)}, expected at least {patch_size} x {patch_size}; enlarge it or leave it out."
+        )
 
 
 def score_split(

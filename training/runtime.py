@@ -172,11 +172,11 @@ def say(accelerator: Accelerator, message: str) -> None:
 
 
 def say_unreadable(accelerator: Accelerator, image_ids: Iterable[str]) -> None:
-    """Name the images that could not be read, at the end of a stage."""
+    """Name the images that could not be used, at the end of a stage."""
     names = sorted(set(image_ids))
     if names:
         shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-        say(accelerator, f"{len(names)} unreadable image(s) left out: {shown}")
+        say(accelerator, f"{len(names)} image(s) left out, unreadable or smaller than a patch: {shown}")
 
 
 # ---- The order of the images.
