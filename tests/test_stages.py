@@ -70,7 +70,9 @@ def metrics(folder: Path, stage: str) -> dict[str, Any]:
 
 
 def test_run_all_goes_from_images_to_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    run_all_main(arguments(tmp_path))
+    command = arguments(tmp_path, "--train.trackers", "[tensorboard]", "--train.precision", "bf16")
+    run_all_main(command)
+    assert list((tmp_path / "tiny" / "train").rglob("events.out.tfevents*")), "the tracker wrote nothing"
 
     seeds = metrics(tmp_path, "seeds")
     assert set(seeds["miou"]) == set(seeds["threshold"]) == {"sc_cam", "coarse_cam", "fused", "refined"}
@@ -91,7 +93,7 @@ def test_run_all_goes_from_images_to_a_page(tmp_path: Path, capsys: pytest.Captu
     assert isinstance(BiTransModel.from_pretrained(tmp_path / "tiny" / "train" / "model"), BiTransModel)
 
     capsys.readouterr()
-    run_all_main(arguments(tmp_path))
+    run_all_main(command)
     said = capsys.readouterr().out
     assert "train: already done" in said
     assert "seeds: already done" in said

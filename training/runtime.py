@@ -30,9 +30,9 @@ class StageError(RuntimeError):
 
 
 def make_accelerator(recipe: Recipe, options: RunOptions, project_dir: Path | None = None) -> Accelerator:
-    """Return the process group, device and precision of a run.
+    """Return the process group, device and precision of a run; with a project folder, its trackers too.
 
-    All stages ask for the same settings, so that they can follow each other in one process.
+    All stages ask for the same settings otherwise, so that they can follow each other in one process.
     """
     if options.quiet or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
@@ -40,7 +40,7 @@ def make_accelerator(recipe: Recipe, options: RunOptions, project_dir: Path | No
         cpu=options.cpu,
         mixed_precision=recipe.train.precision,
         gradient_accumulation_steps=recipe.train.gradient_accumulation,
-        log_with=recipe.train.trackers or None,
+        log_with=(recipe.train.trackers or None) if project_dir else None,
         project_dir=project_dir,
     )
 
