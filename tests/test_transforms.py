@@ -15,7 +15,7 @@ from timm.data.auto_augment import RandAugment
 from timm.data.random_erasing import RandomErasing
 
 from bitrans_hf.data import DataError, UnreadableImageError, load_folder, make_shapes
-from bitrans_hf.data.transforms import TrainingImages, evaluation_transform, training_transform
+from bitrans_hf.data.transforms import TrainingImages, training_transform
 
 MEAN = np.array([0.485, 0.456, 0.406])
 STD = np.array([0.229, 0.224, 0.225])
@@ -101,19 +101,6 @@ def test_flip_shows_the_whole_picture_or_its_mirror_image() -> None:
         seen.add(mirrored)
         np.testing.assert_allclose(result, straight[:, :, ::-1] if mirrored else straight, atol=1e-5)
     assert seen == {False, True}
-
-
-@pytest.mark.parametrize(
-    ("image_size", "height", "width", "resized", "left", "top"),
-    [(224, 256, 384, (384, 256), 80, 16), (224, 600, 300, (256, 512), 16, 144), (64, 146, 73, (73, 146), 4, 41)],
-)
-def test_evaluation_takes_the_centre_after_resizing_the_shorter_side(
-    image_size: int, height: int, width: int, resized: tuple[int, int], left: int, top: int
-) -> None:
-    image = noise(height, width)
-    by_hand = image.resize(resized, PILImage.Resampling.BICUBIC)
-    by_hand = by_hand.crop((left, top, left + image_size, top + image_size))
-    np.testing.assert_allclose(evaluation_transform(image_size)(image).numpy(), normalized(by_hand), atol=1e-5)
 
 
 def test_unknown_presets_and_options_are_refused() -> None:

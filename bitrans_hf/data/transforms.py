@@ -58,19 +58,6 @@ def training_transform(image_size: int, preset: str = "reference", **options: An
     return PRESETS[preset](image_size, **options)
 
 
-def evaluation_transform(image_size: int) -> Transform:
-    """Return the view for measuring image classification: the central square at 256/224 of the size, cropped.
-
-    Args:
-        image_size: Side S of the crop in pixels; the shorter side of the picture becomes int(256 / 224 * S).
-
-    Returns:
-        A function from a PIL RGB picture to a normalised tensor (3, S, S), without any random draw.
-    """
-    resize = transforms.Resize(int(256 / 224 * image_size), interpolation=_BICUBIC)
-    return _chain(resize, transforms.CenterCrop(image_size))
-
-
 def _reference(
     image_size: int,
     *,
