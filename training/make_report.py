@@ -15,7 +15,7 @@ from bitrans_hf.report import GalleryRow, Table, charts_from_log, recipe_table, 
 from bitrans_hf.seeds import SEED_VARIANTS
 from bitrans_hf.store import SeedStore
 from recipe import ALL_IMAGES, Recipe, RunOptions, load_images, parse_recipe
-from runtime import StageError, make_accelerator, say
+from runtime import StageError, make_accelerator, run_script, say
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -35,11 +35,12 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
             raise StageError(f"{run / name} is not finished; run training/run_all.py with the same recipe.")
     trained, seeds = (json.loads((run / name / "metrics.json").read_text()) for name in ("train", "seeds"))
     resolved = json.loads((run / "seeds" / "recipe.json").read_text())
+    rows = list(gallery(recipe, run / "seeds" / (recipe.report.split or ALL_IMAGES)))
     shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
     write_report(
         page,
         title=f"Bi-Trans: {recipe.name}",
-        rows=list(gallery(recipe, run / "seeds" / (recipe.report.split or ALL_IMAGES))),
+        rows=rows,
         curves=charts_from_log(run / "train" / "log.jsonl"),
         tables=[*score_tables(seeds), *training_table(trained), recipe_table(resolved)],
         notes=[
@@ -109,7 +110,4 @@ def training_table(trained: dict[str, Any]) -> Iterator[Table]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (StageError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(main)

@@ -19,13 +19,13 @@ from datasets import Dataset
 
 from bitrans_hf.data import UnreadableImageError, class_names, image_size, open_image, open_mask
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
-from bitrans_hf.metrics import ThresholdSweep
+from bitrans_hf.metrics import SweepResult, ThresholdSweep
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.pseudo_labels import seeds_to_label_map, write_label_png
 from bitrans_hf.seeds import SEED_VARIANTS, sum_over_views
 from bitrans_hf.store import SeedStore
 from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, parse_recipe
-from runtime import Stage, StageError, make_accelerator, progress, say, say_unreadable
+from runtime import Stage, StageError, make_accelerator, progress, run_script, say, say_unreadable
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
 
@@ -213,39 +213,36 @@ def score_split(
 
     result: dict[str, Any] = {"images": counts["images"]}
     if counts["scored"]:
-        result |= {"scored": counts["scored"], **scores_of(sweeps["all"])}
+        swept = {variant: sweep.compute() for variant, sweep in sweeps["all"].items()}
         classes = ["background", *class_names(images)]
-        best = {variant: sweep.compute() for variant, sweep in sweeps["all"].items()}
+        result |= {"scored": counts["scored"], **best_scores(swept)}
         result["per_class"] = {
             variant: dict(zip(classes, map(rounded, each.per_class_iou), strict=True))
-            for variant, each in best.items()
+            for variant, each in swept.items()
         }
-        result["miou_at_recipe_threshold"] = at_thresholds(
-            sweeps["all"], dict.fromkeys(SEED_VARIANTS, recipe.threshold)
-        )
+        result["miou_at_recipe_threshold"] = at_thresholds(swept, dict.fromkeys(SEED_VARIANTS, recipe.threshold))
         if given_thresholds:
-            result["miou_at_given_threshold"] = at_thresholds(sweeps["all"], given_thresholds)
+            result["miou_at_given_threshold"] = at_thresholds(swept, given_thresholds)
     if counts["several_classes"]:
-        result["several_classes"] = {"images": counts["several_classes"], **scores_of(sweeps["several_classes"])}
+        swept = {variant: sweep.compute() for variant, sweep in sweeps["several_classes"].items()}
+        result["several_classes"] = {"images": counts["several_classes"], **best_scores(swept)}
     return result
 
 
-def scores_of(sweeps: dict[str, ThresholdSweep]) -> dict[str, dict[str, float]]:
+def best_scores(swept: dict[str, SweepResult]) -> dict[str, dict[str, float]]:
     """Return "miou" in percent at the best "threshold" of every variant."""
-    best = {variant: sweep.compute() for variant, sweep in sweeps.items()}
     return {
-        "miou": {variant: rounded(result.best_miou) for variant, result in best.items()},
-        "threshold": {variant: rounded(result.best_threshold) for variant, result in best.items()},
+        "miou": {variant: rounded(result.best_miou) for variant, result in swept.items()},
+        "threshold": {variant: rounded(result.best_threshold) for variant, result in swept.items()},
     }
 
 
-def at_thresholds(sweeps: dict[str, ThresholdSweep], thresholds: dict[str, float]) -> dict[str, float]:
+def at_thresholds(swept: dict[str, SweepResult], thresholds: dict[str, float]) -> dict[str, float]:
     """Return the mIoU in percent at the swept threshold nearest to the given one of every variant."""
-    scores = {}
-    for variant, sweep in sweeps.items():
-        result = sweep.compute()
-        scores[variant] = rounded(result.miou[np.abs(result.thresholds - thresholds[variant]).argmin()])
-    return scores
+    return {
+        variant: rounded(result.miou[np.abs(result.thresholds - thresholds[variant]).argmin()])
+        for variant, result in swept.items()
+    }
 
 
 def rounded(value: float) -> float:
@@ -254,7 +251,4 @@ def rounded(value: float) -> float:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (StageError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(main)

@@ -30,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 from tqdm.auto import tqdm
 
 from bitrans_hf.data.shapes import REFERENCE_SIZE, SHAPE_CLASSES, draw_scene
-from bitrans_hf.data.transforms import IMAGENET_MEAN, IMAGENET_STD
+from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.store import atomic_write
 from runtime import provenance
 
@@ -162,7 +162,10 @@ def logits_of_parts(
 
 def normalized(pictures: torch.Tensor) -> torch.Tensor:
     """Scale pictures (B, 3, H, W) uint8 as the image processor does."""
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        torch.tensor(values).view(3, 1, 1)
+        for values in (BiTransImageProcessor.image_mean, BiTransImageProcessor.image_std)
+    )
     return (pictures / 255.0 - mean) / std
 
 

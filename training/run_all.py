@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from make_report import make_report
 from make_seeds import make_seeds
 from recipe import parse_recipe
-from runtime import StageError
+from runtime import run_script
 from train import train
 
 
@@ -20,7 +20,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (StageError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(main)

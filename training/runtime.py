@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,14 @@ T = TypeVar("T")
 
 class StageError(RuntimeError):
     """A stage cannot run, or has to stop; the message says why and what to do."""
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a stage's `main`; an error that a person can mend ends the process with one sentence, not a traceback."""
+    try:
+        main()
+    except (StageError, ValueError, OSError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def make_accelerator(recipe: Recipe, options: RunOptions, project_dir: Path | None = None) -> Accelerator:

@@ -30,9 +30,9 @@ from runtime import (
     Checkpoints,
     ShardedBatches,
     Stage,
-    StageError,
     make_accelerator,
     progress,
+    run_script,
     say,
     say_unreadable,
     stop_if_not_finite,
@@ -329,7 +329,4 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (StageError, ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+    run_script(main)

@@ -15,15 +15,13 @@ from PIL import Image as PILImage
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
+from ..image_processing_bitrans import BiTransImageProcessor
 from ..labels import class_ids_to_multi_hot
 from .common import DataError, UnreadableImageError, class_names, open_image
 
 logger = logging.getLogger(__name__)
 
 Transform: TypeAlias = Callable[[PILImage.Image], torch.Tensor]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _BICUBIC = transforms.InterpolationMode.BICUBIC
 
@@ -76,8 +74,8 @@ def _reference(
         hflip=hflip,
         auto_augment=rand_augment,
         interpolation="bicubic",
-        mean=IMAGENET_MEAN,
-        std=IMAGENET_STD,
+        mean=tuple(BiTransImageProcessor.image_mean),
+        std=tuple(BiTransImageProcessor.image_std),
         re_prob=erasing,
         re_mode="pixel",
         re_count=1,
@@ -103,7 +101,7 @@ def _flip(image_size: int, *, hflip: float = 0.5) -> Transform:
 
 def _chain(*steps: Callable[[PILImage.Image], PILImage.Image]) -> Transform:
     """Return `steps`, then the conversion to a normalised tensor, as one function."""
-    normalize = transforms.Normalize(IMAGENET_MEAN, IMAGENET_STD)
+    normalize = transforms.Normalize(BiTransImageProcessor.image_mean, BiTransImageProcessor.image_std)
     chain: Transform = transforms.Compose([*steps, transforms.ToTensor(), normalize])
     return chain
 
