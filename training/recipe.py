@@ -7,7 +7,7 @@ wrong type are errors. The resolved recipe is written beside every result.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from datasets import Dataset
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
@@ -21,6 +21,31 @@ from bitrans_hf.weights import from_timm, from_timm_state_dict
 SHAPE_SPLITS = ("train", "val", "test")
 ALL_IMAGES = "all_images"
 """Name of the split `null`, all images of a folder, in results."""
+
+
+class LoopSettings(Protocol):
+    """What a recipe's section of a stage that trains has to say to the loop; `TrainRecipe` documents each."""
+
+    @property
+    def epochs(self) -> int: ...  # noqa: D102
+    @property
+    def batch_size(self) -> int: ...  # noqa: D102
+    @property
+    def gradient_accumulation(self) -> int: ...  # noqa: D102
+    @property
+    def max_grad_norm(self) -> float | None: ...  # noqa: D102
+    @property
+    def precision(self) -> Literal["no", "bf16"]: ...  # noqa: D102
+    @property
+    def compile(self) -> bool: ...  # noqa: D102
+    @property
+    def num_workers(self) -> int: ...  # noqa: D102
+    @property
+    def log_every(self) -> int: ...  # noqa: D102
+    @property
+    def checkpoint_every(self) -> int | None: ...  # noqa: D102
+    @property
+    def trackers(self) -> list[str]: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from tqdm.auto import tqdm
 
 import bitrans_hf
 from bitrans_hf.store import atomic_write
-from recipe import Recipe, RunOptions
+from recipe import LoopSettings, Recipe, RunOptions
 
 T = TypeVar("T")
 
@@ -37,18 +38,29 @@ def run_script(main: Callable[[], None]) -> None:
         raise SystemExit(f"error: {error}") from error
 
 
-def make_accelerator(recipe: Recipe, options: RunOptions, project_dir: Path | None = None) -> Accelerator:
-    """Return the process group, device and precision of a run; with a project folder, its trackers too.
+def make_accelerator(
+    recipe: Recipe, options: RunOptions, project_dir: Path | None = None, settings: LoopSettings | None = None
+) -> Accelerator:
+    """Return the process group, device and precision of a stage; with a project folder, its trackers too.
 
-    All stages ask for the same settings otherwise, so that they can follow each other in one process.
+    Args:
+        recipe: Of the run.
+        options: Of the run.
+        project_dir: Folder of a stage that trains.
+        settings: The recipe's section of that stage; None for `train`, whose precision the trained model is used with.
     """
+    settings = settings or recipe.train
     if options.quiet or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+    if is_initialized() and AcceleratorState().mixed_precision != settings.precision:
+        # Stages follow each other in one process, and Accelerate has no public way to change the precision of one; the
+        # process group, which is kept apart, stays.
+        AcceleratorState._reset_state()
     return Accelerator(
         cpu=options.cpu,
-        mixed_precision=recipe.train.precision,
-        gradient_accumulation_steps=recipe.train.gradient_accumulation,
-        log_with=(recipe.train.trackers or None) if project_dir else None,
+        mixed_precision=settings.precision,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        log_with=(settings.trackers or None) if project_dir else None,
         project_dir=project_dir,
     )
 
@@ -204,19 +216,27 @@ class ShardedBatches(torch.utils.data.Sampler[list[int]]):
         process_index: This one's number.
         accumulation: Forward passes for each optimiser step.
         seed: Of the order.
+        section: Of the recipe that says how to train, for messages.
 
     Raises:
         StageError: there are too few images for one step.
     """
 
     def __init__(
-        self, num_images: int, batch_size: int, num_processes: int, process_index: int, accumulation: int, seed: int
+        self,
+        num_images: int,
+        batch_size: int,
+        num_processes: int,
+        process_index: int,
+        accumulation: int,
+        seed: int,
+        section: str = "train",
     ):
         per_step = batch_size * num_processes * accumulation
         if num_images < per_step:
             raise StageError(
                 f"{num_images} training images do not fill one optimiser step of {per_step} (batch_size {batch_size} "
-                f"x {num_processes} process(es) x gradient_accumulation {accumulation}); lower train.batch_size."
+                f"x {num_processes} process(es) x gradient_accumulation {accumulation}); lower {section}.batch_size."
             )
         self.num_images, self.batch_size, self.seed = num_images, batch_size, seed
         self.num_processes, self.process_index = num_processes, process_index
@@ -294,8 +314,10 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def stop_if_not_finite(losses: Mapping[str, float], step: int, image_ids: Sequence[str]) -> None:
-    """Stop a run whose loss is NaN or infinite.
+def stop_if_not_finite(
+    losses: Mapping[str, float], step: int, image_ids: Sequence[str], section: str = "train"
+) -> None:
+    """Stop a run whose loss is NaN or infinite; `section` is the recipe's that sets the learning rate.
 
     Raises:
         StageError: with the step, the term and the images of the batch.
@@ -304,5 +326,6 @@ def stop_if_not_finite(losses: Mapping[str, float], step: int, image_ids: Sequen
     if broken:
         raise StageError(
             f"the loss is not finite at optimiser step {step} ({', '.join(broken)}); the batch held the images "
-            f"{', '.join(image_ids)}. Lower train.learning_rate or look at these images; the last checkpoint is kept."
+            f"{', '.join(image_ids)}. Lower {section}.learning_rate or look at these images; the last checkpoint is "
+            "kept."
         )

@@ -161,7 +161,7 @@ class TrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         asked = range(len(self))[index]
         used, labels, picture = self._readable(asked)
-        with _seeded(self._seed, int(self._epoch), asked):
+        with seeded(self._seed, int(self._epoch), asked):
             pixel_values = self._transform(picture)
         return {
             "pixel_values": pixel_values,
@@ -187,7 +187,7 @@ class TrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 @contextmanager
-def _seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
+def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Seed the three generators that augmentations draw from, and put them back afterwards.
 
     Of torch only the CPU generator is touched: `torch.manual_seed` would also reset those of the GPUs, from which the
