@@ -1,11 +1,13 @@
 """Shared fixtures: the Hub is out of reach, and the real data sets are optional."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is imported
 
 import pytest
+from hub_server import HubServer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -17,3 +19,11 @@ def shared_data() -> Path:
     if not (shared / "data").is_dir():
         pytest.skip(f"no real data at {shared / 'data'}; set BITRANS_SHARED to the folder that holds data/")
     return shared / "data"
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[HubServer]:
+    """An empty Hub on 127.0.0.1; its clients are processes with `env={**os.environ, **hub.env}`."""
+    server = HubServer(tmp_path / "hf_home")
+    yield server
+    server.stop()
