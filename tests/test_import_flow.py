@@ -19,11 +19,12 @@ ORDER = (
     "losses",
     "modeling_bitrans",
     "seeds",
+    "par",
     "pipeline_bitrans",
-    "weights",
     "data",
     "store",
     "crf",
+    "affinity_pairs",
     "resnet38",
     "configuration_affinitynet",
     "modeling_affinitynet",
@@ -31,9 +32,14 @@ ORDER = (
     "pseudo_labels",
     "configuration_deeplab",
     "modeling_deeplab",
+    "segment",
+    "weights",
     "metrics",
     "report",
+    "export",
     "publishing",
+    "app",
+    "cli",
 )
 
 # These files travel to the Hub as remote code, where neither this package nor its other dependencies are installed.
@@ -46,12 +52,15 @@ HUB_FILES = frozenset(
         "losses",
         "modeling_bitrans",
         "seeds",
+        "par",
         "pipeline_bitrans",
+        "affinity_pairs",
         "resnet38",
         "configuration_affinitynet",
         "modeling_affinitynet",
         "configuration_deeplab",
         "modeling_deeplab",
+        "segment",
     }
 )
 HUB_LIBRARIES = frozenset({"torch", "torchvision", "transformers", "numpy", "PIL"}) | sys.stdlib_module_names
