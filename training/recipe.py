@@ -7,7 +7,7 @@ wrong type are errors. The resolved recipe is written beside every result.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeAlias
 
 from datasets import Dataset
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
@@ -21,6 +21,9 @@ from bitrans_hf.weights import from_timm, from_timm_state_dict
 SHAPE_SPLITS = ("train", "val", "test")
 ALL_IMAGES = "all_images"
 """Name of the split `null`, all images of a folder, in results."""
+
+SeedVariant: TypeAlias = Literal["sc_cam", "coarse_cam", "fused", "refined"]
+Refiner: TypeAlias = Literal["crf", "par", "none"]
 
 
 class LoopSettings(Protocol):
@@ -186,9 +189,117 @@ class SeedsRecipe:
     splits: list[str | None] = field(default_factory=lambda: ["train", "val"])
     scales: list[float] = field(default_factory=lambda: [1.0])
     flip: bool = True
-    variant: Literal["sc_cam", "coarse_cam", "fused", "refined"] = "refined"
+    variant: SeedVariant = "refined"
     threshold: float = 0.4
     batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class AffinityRecipe:
+    """How the affinity network is trained; the defaults are MCTformer's (PSA with a ResNet38, one GPU).
+
+    Attributes:
+        split: Split whose seeds become its training labels, one of seeds.splits; null for all images of a folder.
+        variant: Seed variant; null for seeds.variant.
+        refiner: How seeds with a background score become label maps: "crf", "par" (plain torch) or "none".
+        crf_preset: Preset of the CRF, a name of `bitrans_hf.crf.CRF_PRESETS`.
+        low_alpha: Power of the background score (1 - max)^alpha of the map that foreground is taken from: a low power
+            leaves much background, so that what stays foreground is trusted.
+        high_alpha: Power for the map that background is taken from.
+        foreground_threshold: Constant background score in place of low_alpha (IRN: 0.30); null for the power.
+        background_threshold: Constant background score in place of high_alpha (IRN: 0.05).
+        relation: "psa" (distance of features) or "irn" (the strongest boundary on the way).
+        radius: Pairs of cells nearer than this are compared, in cells.
+        backbone: "bitrans" (the run's own encoder), "resnet38" or the name of a timm network.
+        weights: What the backbone starts from. "trained": bitrans, the run's own model; "scratch"; "timm": a timm
+            network's weights from the Hub; else a file: PSA's or MCTformer's `.pth`, MXNet's `.params`.
+        options: Further fields of `AffinityNetConfig`, such as output_stride, the pixels of a cell.
+        crop_size: Side of the training crops in pixels; smaller images are padded.
+        color_jitter: Strength of the jitter of brightness, contrast and saturation (hue: a third of it); 0 for none.
+        epochs: Passes over the images.
+        batch_size: Images for each process and forward pass.
+        gradient_accumulation: Forward passes for each optimiser step.
+        optimizer: "literal": SGD as PSA runs it, where the weight decay also lands in the place of momentum: 0.0005.
+            "momentum": what was meant, momentum 0.9.
+        learning_rate: First rate of the backbone; it falls by (1 - step / steps)^0.9. New layers have 10 times it,
+            biases twice.
+        weight_decay: Not applied to biases.
+        max_grad_norm: Clip the gradient to this norm; null does not clip.
+        precision: "no" for float32, or "bf16".
+        compile: Compile the network with torch.compile.
+        num_workers: Processes that load images, for each process that trains.
+        log_every: Optimiser steps between log lines.
+        checkpoint_every: Optimiser steps between checkpoints, beside the one after each epoch; null for none.
+        trackers: Trackers of Accelerate.
+    """
+
+    split: str | None = "train"
+    variant: SeedVariant | None = None
+    refiner: Refiner = "crf"
+    crf_preset: str = "psa"
+    low_alpha: float = 1.0
+    high_alpha: float = 12.0
+    foreground_threshold: float | None = None
+    background_threshold: float | None = None
+    relation: Literal["psa", "irn"] = "psa"
+    radius: int = 5
+    backbone: str = "resnet38"
+    weights: str = "trained"
+    options: dict[str, Any] = field(default_factory=dict)
+    crop_size: int = 448
+    color_jitter: float = 0.3
+    epochs: int = 5
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    optimizer: Literal["literal", "momentum"] = "literal"
+    learning_rate: float = 0.01
+    weight_decay: float = 5e-4
+    max_grad_norm: float | None = None
+    precision: Literal["no", "bf16"] = "no"
+    compile: bool = False
+    num_workers: int = 2
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    trackers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PseudoLabelsRecipe:
+    """How seeds become pseudo labels.
+
+    Attributes:
+        splits: Splits to make pseudo labels for, each one of seeds.splits; the first one's score heads the metrics.
+        method: "random_walk": along the affinities of the trained network. "refiner": the refiner alone, no network.
+        variant: Seed variant; null for seeds.variant.
+        background: "threshold", one background score for all pixels (MCTformer), or "alpha", (1 - max)^alpha (PSA).
+        threshold: Background score of "threshold": a number; "best" for the seeds' best on the first of seeds.splits,
+            which needs masks there, as the field does it; null for seeds.threshold.
+        alpha: Power of "alpha" (PSA 16, SEAM 6).
+        beta: Element-wise power of the affinities; larger values cut weak links.
+        num_doublings: log2 of the number of steps of the walk (PSA 8, MCTformer and IRN's successors 6).
+        rescale: Bring each class's walked map back to a maximum of 1, which a long walk lowers, before it meets the
+            background score; IRN divides by the maximum over classes in the same place.
+        refiner: Refiner of the seeds ("refiner"), or of the walked scores ("random_walk"): "crf", "par" or "none".
+        crf_preset: Preset of the CRF, a name of `bitrans_hf.crf.CRF_PRESETS`.
+        batch_size: Images of one size in a forward pass of the network.
+        keep_scores: Store the soft scores beside the label maps.
+        network: Folder of another affinity network than the run's own; null for `affinity/model` of the run.
+    """
+
+    splits: list[str | None] = field(default_factory=lambda: ["train"])
+    method: Literal["random_walk", "refiner"] = "random_walk"
+    variant: SeedVariant | None = None
+    background: Literal["threshold", "alpha"] = "threshold"
+    threshold: float | Literal["best"] | None = None
+    alpha: float = 16.0
+    beta: float = 8.0
+    num_doublings: int = 6
+    rescale: bool = False
+    refiner: Refiner = "none"
+    crf_preset: str = "psa"
+    batch_size: int = 4
+    keep_scores: bool = False
+    network: str | None = None
 
 
 @dataclass(frozen=True)
@@ -216,6 +327,8 @@ class Recipe:
         model: Which network.
         train: How to train.
         seeds: How seeds are made and cut.
+        affinity: How the affinity network is trained; null leaves the stage out.
+        pseudo_labels: How seeds become pseudo labels; null leaves the stage out.
         report: What the page shows.
     """
 
@@ -226,6 +339,8 @@ class Recipe:
     model: ModelRecipe = field(default_factory=ModelRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     seeds: SeedsRecipe = field(default_factory=SeedsRecipe)
+    affinity: AffinityRecipe | None = None
+    pseudo_labels: PseudoLabelsRecipe | None = None
     report: ReportRecipe = field(default_factory=ReportRecipe)
 
     def __post_init__(self) -> None:
@@ -234,16 +349,67 @@ class Recipe:
         Raises:
             ValueError: a value is out of range.
         """
-        train = self.train
-        for name in ("epochs", "batch_size", "gradient_accumulation", "log_every"):
-            if getattr(train, name) < 1:
-                raise ValueError(f"train.{name} must be at least 1, got {getattr(train, name)}.")
+        sections = {"train": self.train, "affinity": self.affinity}
+        for section, settings in sections.items():
+            for name in ("epochs", "batch_size", "gradient_accumulation", "log_every"):
+                if settings is not None and getattr(settings, name) < 1:
+                    raise ValueError(f"{section}.{name} must be at least 1, got {getattr(settings, name)}.")
         if not self.seeds.scales or self.seeds.scales[0] != 1.0:
             raise ValueError(f"seeds.scales must begin with 1.0, got {self.seeds.scales}.")
         if not 0 <= self.seeds.threshold <= 1:
             raise ValueError(f"seeds.threshold must be in [0, 1], got {self.seeds.threshold}.")
         if self.data.source != "shapes" and self.data.root is None:
             raise ValueError(f"data.root must name the folder of the {self.data.source} data, got null.")
+        self._check_affinity()
+        self._check_pseudo_labels()
+
+    def _check_affinity(self) -> None:
+        affinity = self.affinity
+        if affinity is None:
+            return
+        self._check_seeds_are_made("affinity.split", affinity.split)
+        for name in ("crop_size", "low_alpha", "high_alpha"):
+            if getattr(affinity, name) <= 0:
+                raise ValueError(f"affinity.{name} must be above 0, got {getattr(affinity, name)}.")
+        for name in ("foreground_threshold", "background_threshold"):
+            _check_threshold(f"affinity.{name}", getattr(affinity, name))
+        if affinity.weights == "trained" and affinity.backbone != "bitrans":
+            raise ValueError(
+                'affinity.weights "trained" is for the backbone bitrans, got the backbone '
+                f'{affinity.backbone!r}; give a file of weights, "timm" for weights from the Hub, or "scratch".'
+            )
+
+    def _check_pseudo_labels(self) -> None:
+        labels = self.pseudo_labels
+        if labels is None:
+            return
+        if not labels.splits:
+            raise ValueError("pseudo_labels.splits is empty; name the splits to make pseudo labels for.")
+        for split in labels.splits:
+            self._check_seeds_are_made("pseudo_labels.splits", split)
+        if not isinstance(labels.threshold, str):
+            _check_threshold("pseudo_labels.threshold", labels.threshold)
+        for name in ("alpha", "beta", "batch_size"):
+            if getattr(labels, name) <= 0:
+                raise ValueError(f"pseudo_labels.{name} must be above 0, got {getattr(labels, name)}.")
+        if labels.num_doublings < 0:
+            raise ValueError(f"pseudo_labels.num_doublings must be 0 or more, got {labels.num_doublings}.")
+        if labels.method == "refiner" and labels.refiner == "none":
+            raise ValueError('pseudo_labels.method "refiner" needs pseudo_labels.refiner crf or par, got none.')
+        if labels.method == "random_walk" and self.affinity is None and labels.network is None:
+            raise ValueError(
+                'pseudo_labels.method "random_walk" needs an affinity network: add the section affinity, name one '
+                'with pseudo_labels.network, or choose the method "refiner".'
+            )
+
+    def _check_seeds_are_made(self, key: str, split: str | None) -> None:
+        if split not in self.seeds.splits:
+            raise ValueError(f"{key} names {split!r}, which has no seeds; add it to seeds.splits {self.seeds.splits}.")
+
+
+def _check_threshold(key: str, threshold: float | None) -> None:
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"{key} must be in [0, 1], got {threshold}.")
 
 
 @dataclass(frozen=True)
@@ -254,11 +420,13 @@ class RunOptions:
         cpu: Run on the CPU even where there is a GPU.
         quiet: No progress bars, only the result.
         strict: Stop at the first image that cannot be read.
+        workers: Processes that refine label maps, for each process that was launched; null for one for each CPU core.
     """
 
     cpu: bool = False
     quiet: bool = False
     strict: bool = False
+    workers: int | None = None
 
 
 def parse_recipe(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Recipe, RunOptions]:
