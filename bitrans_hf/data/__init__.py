@@ -1,9 +1,18 @@
 """Loaders: every data set becomes a `datasets.Dataset` with `image_id`, `image`, `labels` and `mask`."""
 
-from .common import DataError, UnreadableImageError, class_names, image_size, open_image, open_mask
+from .common import (
+    DataError,
+    UnreadableImageError,
+    class_names,
+    image_size,
+    mask_rule,
+    open_image,
+    open_mask,
+    require_labels,
+)
 from .folder import load_folder
 from .shapes import make_shapes
-from .voc import load_voc
+from .voc import load_voc, prepare_voc
 
 __all__ = [
     "DataError",
@@ -13,6 +22,9 @@ __all__ = [
     "load_folder",
     "load_voc",
     "make_shapes",
+    "mask_rule",
     "open_image",
     "open_mask",
+    "prepare_voc",
+    "require_labels",
 ]

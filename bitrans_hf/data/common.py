@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Value
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
@@ -29,6 +29,8 @@ _DECODING_ERRORS = (
 )  # fmt: skip
 
 _PALETTE = palette()
+
+_MASK_RULE = "masks: "
 
 _Opened = TypeVar("_Opened")
 
@@ -63,9 +65,11 @@ def row_features(classes: Sequence[str]) -> Features:
 def build_dataset(
     image_ids: Sequence[str],
     images: Sequence[Path],
-    labels: Sequence[Iterable[int]],
+    labels: Sequence[Iterable[int] | None],
     masks: Sequence[Path | bytes | None],
     classes: Sequence[str],
+    *,
+    mask_rule: str | None = None,
 ) -> Dataset:
     """Put rows together; pictures and masks given as paths are not opened.
 
@@ -73,8 +77,10 @@ def build_dataset(
         image_ids: One id per row.
         images: Path of each picture.
         labels: Ids of the object classes in each picture, in any order, repeats allowed; stored sorted and unique.
+            None where they are not known, which is not the same as none.
         masks: For each row the path of an index image, the bytes of a PNG, or None where no mask is known.
         classes: Names of the object classes, in the order of their ids.
+        mask_rule: How the masks were made, for `mask_rule` to give back.
     """
     cells = [
         None if mask is None else {"path": None, "bytes": mask} if isinstance(mask, bytes) else {"path": str(mask)}
@@ -83,10 +89,35 @@ def build_dataset(
     columns = {
         "image_id": list(image_ids),
         "image": [str(image) for image in images],
-        "labels": [sorted(set(ids)) for ids in labels],
+        "labels": [None if ids is None else sorted(set(ids)) for ids in labels],
         "mask": cells,
     }
-    return Dataset.from_dict(columns, features=row_features(classes))
+    features = row_features(classes)
+    info = DatasetInfo(description="" if mask_rule is None else f"{_MASK_RULE}{mask_rule}", features=features)
+    return Dataset.from_dict(columns, features=features, info=info)
+
+
+def mask_rule(dataset: Dataset) -> str | None:
+    """Return in words how the masks of `dataset` were made, to be written beside every score; None where not known.
+
+    It is kept by `select`, `filter`, `map` and `save_to_disk`, not by Parquet files and the Hub.
+    """
+    description = dataset.info.description or ""
+    return description.removeprefix(_MASK_RULE) if description.startswith(_MASK_RULE) else None
+
+
+def require_labels(dataset: Dataset) -> None:
+    """Check that the image labels of all rows are known.
+
+    Raises:
+        DataError: some are not, as in VOC's test split.
+    """
+    unknown = dataset.select_columns("labels").with_format("arrow")[:]["labels"].null_count
+    if unknown:
+        raise DataError(
+            f"the image labels of {unknown} of {len(dataset)} images are not known, expected those of all; VOC's test "
+            "split has none: choose another split, or pass label_file=."
+        )
 
 
 def class_names(dataset: Dataset) -> list[str]:
@@ -295,6 +326,24 @@ def index_png(label_map: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
+
+
+def read_id_list(path: Path) -> list[str]:
+    """Read image ids, one on each line, as VOC and SBD list them.
+
+    Raises:
+        DataError: the file is empty, names an image twice, or holds something that is no id.
+    """
+    image_ids = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if not image_ids:
+        raise DataError(f"list {path} is empty, expected one image id on each line.")
+    seen: set[str] = set()
+    for image_id in image_ids:
+        if image_id in seen or any(sign.isspace() or sign in "/\\" for sign in image_id):
+            what = "twice" if image_id in seen else "which is no id"
+            raise DataError(f"list {path} holds {image_id!r} {what}; expected one id on each line, like 2007_000032.")
+        seen.add(image_id)
+    return image_ids
 
 
 def read_text(path: Path) -> str:

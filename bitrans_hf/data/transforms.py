@@ -17,7 +17,7 @@ from torchvision import transforms
 
 from ..image_processing_bitrans import BiTransImageProcessor
 from ..labels import class_ids_to_multi_hot
-from .common import DataError, UnreadableImageError, class_names, open_image
+from .common import DataError, UnreadableImageError, class_names, open_image, require_labels
 
 logger = logging.getLogger(__name__)
 
@@ -135,13 +135,14 @@ class TrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
             strict: Raise `UnreadableImageError` instead of replacing a picture.
 
         Raises:
-            DataError: the dataset is empty, has no labels of named classes, or the seed is negative.
+            DataError: the dataset is empty, lacks labels of named classes for some row, or the seed is negative.
         """
         if len(dataset) == 0:
             raise DataError("the data set is empty, expected one image or more to train on.")
         if seed < 0:
             raise DataError(f"seed must be 0 or greater, got {seed}.")
         self.classes = class_names(dataset)
+        require_labels(dataset)
         self.image_ids: list[str] = list(dataset["image_id"])
         self._rows = dataset.select_columns(["image", "labels"])
         self._transform = transform

@@ -1,9 +1,10 @@
-"""PASCAL VOC 2012 in the layout of its devkit, with image labels and, where allowed, masks."""
+"""PASCAL VOC 2012 in the layout of its devkit, with image labels and, where allowed, masks; SBD merged in."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -11,10 +12,30 @@ import numpy as np
 from datasets import Dataset
 
 from ..labels import BACKGROUND, IGNORE_INDEX, VOC_CLASSES
-from .common import DataError, build_dataset, chosen_classes, masks_in_order, open_mask, read_text, suggest
+from ..store import atomic_write
+from .common import (
+    DataError,
+    build_dataset,
+    chosen_classes,
+    image_size,
+    index_png,
+    masks_in_order,
+    open_mask,
+    read_id_list,
+    suggest,
+)
 from .label_files import read_label_file
+from .sbd import SBD_SPLITS, read_sbd_mask, sbd_folder, sbd_ids
 
 logger = logging.getLogger(__name__)
+
+VOC_COUNTS = {"train": 1464, "val": 1449, "test": 1456, "train_aug": 10582}
+"""Images of each split of the whole data set."""
+
+SBD_COUNTS = {"train": 8498, "val": 2857}
+"""Images of SBD's own lists, some of which are in VOC's too."""
+
+_MASK_RULE = "VOC's SegmentationClass (255 along object borders) where it has the image, else SegmentationClassAug"
 
 
 def load_voc(
@@ -23,20 +44,24 @@ def load_voc(
     *,
     classes: Sequence[str] | None = None,
     label_file: str | Path | None = None,
+    sbd: str | Path | None = None,
     masks: bool = True,
     drop_empty: bool = False,
 ) -> Dataset:
     """Load a split of PASCAL VOC from a devkit folder.
 
     Image labels come from `label_file` if given, else from `Annotations/*.xml`, else from the masks (said aloud in the
-    log, since this is more supervision than image labels). Pictures are not opened here.
+    log, since this is more supervision than image labels). Of `test`, whose annotations are not public, both labels
+    and masks are None. Pictures are not opened here.
 
     Args:
         root: The folder with `JPEGImages` and `ImageSets`, or one above it (`VOCdevkit`).
-        split: Name of a list in `ImageSets/Segmentation`: train, val, train_aug, ...
+        split: Name of a list in `ImageSets/Segmentation`: train, val, test, ... `train_aug`, (VOC train + SBD train +
+            SBD val) - VOC val, is in no archive: `prepare_voc` writes it, or `sbd` says where the parts are.
         classes: Part of the 20 VOC names, in the order that their ids shall have; labels of other classes are dropped
             and become background in the masks. Default: all in VOC's order.
         label_file: A `cls_labels.npy` or `.npz` for all 20 classes, see `read_label_file`.
+        sbd: SBD's folder `benchmark_RELEASE`, for `train_aug` without a list.
         masks: Give masks where a file is known, `SegmentationClass` before `SegmentationClassAug`. False: the column
             is None throughout and no mask file is touched, so that training cannot see a pixel label.
         drop_empty: Leave out images that show none of `classes`.
@@ -48,15 +73,28 @@ def load_voc(
         DataError: a file or folder is missing or damaged, or does not fit; the message names it.
     """
     root = _devkit_folder(Path(root))
-    image_ids = _read_list(root, split)
+    if split == "train_aug" and sbd is not None and not _list_path(root, split).is_file():
+        image_ids = train_aug_ids(root, sbd)
+    else:
+        image_ids = _read_list(root, split)
     chosen = chosen_classes(classes, VOC_CLASSES, "the VOC classes")
     images = _image_paths(root, image_ids, split)
     mask_paths = _mask_paths(root, image_ids) if masks else [None] * len(image_ids)
-    voc_labels = _image_labels(root, image_ids, mask_paths, label_file, masks)
+    if masks and split == "train_aug" and None in mask_paths:
+        missing = mask_paths.count(None)
+        logger.warning("%d of %d images of %s have no mask; prepare_voc writes SBD's", missing, len(image_ids), split)
+    voc_labels: Sequence[list[int] | None]
+    if split == "test" and label_file is None:
+        voc_labels = [None] * len(image_ids)
+    else:
+        voc_labels = _image_labels(root, image_ids, mask_paths, label_file, masks)
 
     new_ids = {VOC_CLASSES.index(name): class_id for class_id, name in enumerate(chosen)}
-    labels = [[new_ids[voc_id] for voc_id in voc_ids if voc_id in new_ids] for voc_ids in voc_labels]
-    rows = [position for position in range(len(image_ids)) if labels[position] or not drop_empty]
+    labels = [
+        None if voc_ids is None else [new_ids[voc_id] for voc_id in voc_ids if voc_id in new_ids]
+        for voc_ids in voc_labels
+    ]
+    rows = [position for position in range(len(image_ids)) if labels[position] != [] or not drop_empty]
     if not rows:
         raise DataError(f"no image of {split} shows any of {', '.join(chosen)}; choose others or another split.")
     return build_dataset(
@@ -65,7 +103,188 @@ def load_voc(
         [labels[position] for position in rows],
         masks_in_order([mask_paths[position] for position in rows], VOC_CLASSES, chosen),
         chosen,
+        mask_rule=_MASK_RULE if masks else None,
     )
+
+
+def train_aug_ids(root: str | Path, sbd: str | Path) -> list[str]:
+    """Return the ids of (VOC train + SBD train + SBD val) - VOC val, ascending: 10,582 of the whole data sets.
+
+    Args:
+        root: The devkit folder or one above it.
+        sbd: SBD's folder `benchmark_RELEASE`.
+
+    Raises:
+        DataError: a list is missing or damaged.
+    """
+    root = _devkit_folder(Path(root))
+    more = {image_id for split in SBD_SPLITS for image_id in sbd_ids(sbd, split)}
+    return sorted((set(_read_list(root, "train")) | more) - set(_read_list(root, "val")))
+
+
+# ---- The devkit made complete.
+
+
+@dataclass
+class VocReport:
+    """What `prepare_voc` found and wrote; `str()` prints it.
+
+    Attributes:
+        root: The devkit folder.
+        counts: Images of each split; "sbd_train" and "sbd_val" are SBD's own lists.
+        expected: The same of the whole data sets.
+        pictures_per_class: Images of train_aug and val that show each class; empty without annotations.
+        masks_written: Masks that were written now, into `SegmentationClassAug`.
+        masks_there: Masks that were there already.
+        notes: What is not as in the whole data sets, one sentence each; empty unless `partial` was allowed.
+    """
+
+    root: Path
+    counts: dict[str, int] = field(default_factory=dict)
+    expected: dict[str, int] = field(default_factory=dict)
+    pictures_per_class: dict[str, int] = field(default_factory=dict)
+    masks_written: int = 0
+    masks_there: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"VOC 2012 in {self.root}" + (" (PARTIAL: scores on it are not VOC's)" if self.notes else "")]
+        for name, count in self.counts.items():
+            whole = self.expected[name]
+            lines.append(f"  {name:<10} {count:>6,} images" + ("" if count == whole else f" of {whole:,}"))
+        lines.append(f"  masks      {self.masks_written:>6,} written, {self.masks_there:,} there already")
+        if self.pictures_per_class:
+            shown = ", ".join(f"{name} {count:,}" for name, count in self.pictures_per_class.items())
+            lines.append(f"  images of train_aug and val that show each class: {shown}")
+        return "\n".join([*lines, *(f"  partial: {note}" for note in self.notes)])
+
+
+def prepare_voc(
+    root: str | Path,
+    sbd: str | Path | None = None,
+    *,
+    partial: bool = False,
+    progress: Callable[[Sequence[str], str], Iterable[str]] = lambda image_ids, _: image_ids,
+) -> VocReport:
+    """Make a devkit complete with SBD, and check every count and file of it.
+
+    Writes `SegmentationClassAug/<id>.png` for the images of train_aug and val (VOC's own file where there is one, else
+    SBD's mask) and, when all are there, `ImageSets/Segmentation/train_aug.txt`. Files appear by atomic rename; those
+    that are there stay, so that a run that was killed goes on, and a ready folder is only checked.
+
+    Args:
+        root: The devkit folder or one above it.
+        sbd: SBD's folder `benchmark_RELEASE`; not needed where `SegmentationClassAug` and `train_aug.txt` are ready.
+        partial: Accept a part of the data: other counts, pictures of SBD that are not there, no annotations. Each
+            departure is a note of the report.
+        progress: Wraps the image ids of a long loop, given the name of what is done.
+
+    Raises:
+        DataError: a count is wrong (unless `partial`), or files are missing or damaged. All that can be written is
+            written before: mend the files that are named and start again.
+    """
+    root = _devkit_folder(Path(root))
+    report = VocReport(root)
+    lists = {split: _read_list(root, split) for split in ("train", "val")}
+    if _list_path(root, "test").is_file():  # an archive of its own, which not everybody has
+        lists["test"] = _read_list(root, "test")
+    for split, image_ids in lists.items():
+        _image_paths(root, image_ids, split)
+        report.counts[split], report.expected[split] = len(image_ids), VOC_COUNTS[split]
+    lists["train_aug"] = _checked_train_aug(root, sbd, report, partial)
+    wrong = [name for name, count in report.counts.items() if count != report.expected[name]]
+    if wrong:
+        shown = ", ".join(f"{name} has {report.counts[name]:,} of {report.expected[name]:,}" for name in wrong)
+        _partial_only(f"{shown} images", report, partial)
+
+    wanted = sorted({*lists["train_aug"], *lists["val"]})
+    problems = []
+    if (root / "Annotations").is_dir():
+        report.pictures_per_class = dict.fromkeys(VOC_CLASSES, 0)
+        for image_id in progress(wanted, "annotations"):
+            try:
+                for class_id in set(_labels_from_xml(root / "Annotations" / f"{image_id}.xml")):
+                    report.pictures_per_class[VOC_CLASSES[class_id]] += 1
+            except DataError as error:
+                problems.append(str(error))
+    else:
+        _partial_only(f"{root} has no folder Annotations, so loading needs a label_file", report, partial)
+    for image_id in progress(wanted, "masks"):
+        try:
+            _check_or_write_mask(root, image_id, sbd, report)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        more = f" ({len(problems)} such problems in {len(wanted)} images)" if len(problems) > 1 else ""
+        raise DataError(f"{problems[0]}{more}")
+    if not _list_path(root, "train_aug").is_file():
+        with atomic_write(_list_path(root, "train_aug")) as temporary:
+            temporary.write_text("".join(f"{image_id}\n" for image_id in lists["train_aug"]))
+    return report
+
+
+def _checked_train_aug(root: Path, sbd: str | Path | None, report: VocReport, partial: bool) -> list[str]:
+    """Return the ids of train_aug whose pictures are there, and note the counts of SBD's lists."""
+    path = _list_path(root, "train_aug")
+    if sbd is None:
+        if not path.is_file():
+            raise DataError(
+                f"list {path} is not there and no SBD folder was given; give SBD's folder benchmark_RELEASE, which "
+                "names the images of train_aug."
+            )
+        image_ids = read_id_list(path)
+    else:
+        for split, whole in SBD_COUNTS.items():
+            report.counts[f"sbd_{split}"], report.expected[f"sbd_{split}"] = len(sbd_ids(sbd, split)), whole
+        image_ids = train_aug_ids(root, sbd)
+        present = {file.stem for file in (root / "JPEGImages").iterdir()}
+        without = [image_id for image_id in image_ids if image_id not in present]
+        if without:
+            what = f"{len(without):,} images that SBD names are not in {root / 'JPEGImages'}, the first {without[0]}"
+            _partial_only(f"{what}; train_aug goes without them", report, partial)
+            image_ids = [image_id for image_id in image_ids if image_id in present]
+        if path.is_file() and sorted(read_id_list(path)) != image_ids:
+            listed = set(read_id_list(path))
+            raise DataError(
+                f"list {path} is not (VOC train + SBD train + SBD val) - VOC val: it has {len(listed - {*image_ids})} "
+                f"other images and lacks {len({*image_ids} - listed)}; delete it to have it written anew."
+            )
+    _image_paths(root, image_ids, "train_aug")
+    report.counts["train_aug"], report.expected["train_aug"] = len(image_ids), VOC_COUNTS["train_aug"]
+    return image_ids
+
+
+def _partial_only(what: str, report: VocReport, partial: bool) -> None:
+    if not partial:
+        raise DataError(
+            f"{what}; unpack the whole archives, or allow a part of the data with partial=True (--partial)."
+        )
+    report.notes.append(f"{what}.")
+
+
+def _check_or_write_mask(root: Path, image_id: str, sbd: str | Path | None, report: VocReport) -> None:
+    """Write one mask into `SegmentationClassAug` if it is not there; check its size and its ids."""
+    target = root / "SegmentationClassAug" / f"{image_id}.png"
+    own = root / "SegmentationClass" / f"{image_id}.png"
+    size = image_size(root / "JPEGImages" / f"{image_id}.jpg")
+    if target.is_file():
+        report.masks_there += 1
+        open_mask(target, image_size=size, num_classes=len(VOC_CLASSES))
+        return
+    if own.is_file():
+        open_mask(own, image_size=size, num_classes=len(VOC_CLASSES))
+        content = own.read_bytes()
+    elif sbd is not None:
+        source = sbd_folder(sbd) / "cls" / f"{image_id}.mat"
+        mask = read_sbd_mask(source)
+        if mask.shape != size:
+            raise DataError(f"SBD mask {source} is {mask.shape}, its image {size} (height, width); unpack both again.")
+        content = index_png(mask)
+    else:
+        raise DataError(f"image {image_id} has no mask in {target.parent} or {own.parent}; give SBD's folder too.")
+    with atomic_write(target) as temporary:
+        temporary.write_bytes(content)
+    report.masks_written += 1
 
 
 # ---- Files.
@@ -79,22 +298,17 @@ def _devkit_folder(root: Path) -> Path:
     raise DataError(f"{root} {what}; give the devkit folder that holds JPEGImages and ImageSets.")
 
 
+def _list_path(root: Path, split: str) -> Path:
+    return root / "ImageSets" / "Segmentation" / f"{split}.txt"
+
+
 def _read_list(root: Path, split: str) -> list[str]:
-    folder = root / "ImageSets" / "Segmentation"
-    path = folder / f"{split}.txt"
+    path = _list_path(root, split)
     if not path.is_file():
-        found = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))) or "none"
-        raise DataError(f"list {path} is not there; the splits in that folder are: {found}.")
-    image_ids = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if not image_ids:
-        raise DataError(f"list {path} is empty, expected one image id on each line.")
-    seen: set[str] = set()
-    for image_id in image_ids:
-        if image_id in seen or any(sign.isspace() or sign in "/\\" for sign in image_id):
-            what = "twice" if image_id in seen else "which is no id"
-            raise DataError(f"list {path} holds {image_id!r} {what}; expected one id on each line, like 2007_000032.")
-        seen.add(image_id)
-    return image_ids
+        found = ", ".join(sorted(file.stem for file in path.parent.glob("*.txt"))) or "none"
+        hint = "; prepare_voc writes train_aug from SBD, or pass sbd=" if split == "train_aug" else ""
+        raise DataError(f"list {path} is not there; the splits in that folder are: {found}{hint}.")
+    return read_id_list(path)
 
 
 def _image_paths(root: Path, image_ids: Sequence[str], split: str) -> list[Path]:

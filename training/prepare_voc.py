@@ -1,0 +1,35 @@
+"""Make a VOC 2012 devkit complete with SBD's masks, and check every count of both.
+
+python training/prepare_voc.py --voc VOCdevkit/VOC2012 --sbd benchmark_RELEASE
+
+Needed: VOCtrainval_11-May-2012.tar, VOC2012test.tar for the test split, and SBD's benchmark.tgz, all unpacked. It
+writes `SegmentationClassAug/*.png` and `ImageSets/Segmentation/train_aug.txt`. Killed, it goes on where it was.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+
+from tqdm.auto import tqdm
+
+from bitrans_hf.data import prepare_voc
+from runtime import run_script
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prepare the folders that the command line names."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--voc", required=True, metavar="FOLDER", help="the devkit, with JPEGImages and ImageSets")
+    parser.add_argument("--sbd", metavar="FOLDER", help="benchmark_RELEASE; not needed where all masks are there")
+    parser.add_argument("--partial", action="store_true", help="accept a part of the data, and say what is missing")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
+    options = parser.parse_args(arguments)
+
+    def progress(image_ids: Sequence[str], what: str) -> Iterable[str]:
+        return tqdm(image_ids, desc=what, unit="image", disable=options.quiet or not sys.stderr.isatty())
+
+    print(prepare_voc(options.voc, options.sbd, partial=options.partial, progress=progress))
+
+
+if __name__ == "__main__":
+    run_script(lambda: main())
