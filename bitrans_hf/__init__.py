@@ -1,18 +1,29 @@
 """Image-level labels in, segmentation masks out: the Bi-Trans method on the Hugging Face stack."""
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_bitrans import BiTransConfig
 from .image_processing_bitrans import BiTransImageProcessor
 from .modeling_bitrans import BiTransModel, BiTransOutput
+from .pipeline_bitrans import TASK, PseudoMaskPipeline
 from .seeds import Seeds, extract_seeds
 
 __version__ = "0.1.0"
 
-# With the package imported, the Auto classes know its models without trust_remote_code.
+# With the package imported, the Auto classes and `pipeline` know its models and its task without trust_remote_code.
 AutoConfig.register("bitrans", BiTransConfig)
 AutoModel.register(BiTransConfig, BiTransModel)
 AutoModelForImageClassification.register(BiTransConfig, BiTransModel)
 AutoImageProcessor.register(BiTransConfig, image_processor_classes={"torchvision": BiTransImageProcessor})
+PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=PseudoMaskPipeline, pt_model=AutoModel, type="image")
 
-__all__ = ["BiTransConfig", "BiTransImageProcessor", "BiTransModel", "BiTransOutput", "Seeds", "extract_seeds"]
+__all__ = [
+    "BiTransConfig",
+    "BiTransImageProcessor",
+    "BiTransModel",
+    "BiTransOutput",
+    "PseudoMaskPipeline",
+    "Seeds",
+    "extract_seeds",
+]

@@ -1,12 +1,25 @@
-"""Images in, normalised tensors out, and the several sizes that seeds are averaged over."""
+"""Pictures in, normalised tensors out; scores of a network in, label maps at the picture's size out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms.v2 import functional as tvF
+from transformers import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, PILImageResampling
+from transformers.image_utils import (
+    IMAGENET_DEFAULT_MEAN,
+    IMAGENET_DEFAULT_STD,
+    ChannelDimension,
+    ImageInput,
+    PILImageResampling,
+    SizeDict,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -30,24 +43,141 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+class BiTransImageProcessorKwargs(ImagesKwargs, total=False):
+    """What may be given to `BiTransImageProcessor` and its calls, besides the usual options of image processors.
+
+    Attributes:
+        max_side: Longest side, in pixels, of pictures that are not resized to `size`: larger ones are reduced to it,
+            so that the memory of attention maps (quadratic in the number of patches) stays bounded. It says how large
+            a picture `bounded`, and with it the pseudo-mask pipeline, works on, and counts in a call with
+            `do_resize=False`. None: no bound.
+    """
+
+    max_side: int | None
+
+
 class BiTransImageProcessor(TorchvisionBackend):
     """Resize to the training square and normalise as ImageNet; `scaled_views` gives the sizes that seeds need.
+
+    A call takes pictures of any PIL mode, stored pixels, and with `segmentation_maps` also label maps of the same
+    sizes (palette or gray PIL images, or arrays (H, W)), which come back as `labels` (B, h, w) int64, resized to the
+    nearest pixel, every id kept: 0 background, class id + 1, 255 ignored.
+
+    Args:
+        max_side: Longest side in pixels of pictures that keep their own size, see `BiTransImageProcessorKwargs`; the
+            default lets VOC and COCO pictures through as they are. The other arguments are those of every image
+            processor of transformers: `size`, `do_resize`, `do_normalize`, `image_mean`, `image_std`, ...
 
     Example:
         >>> from PIL import Image
         >>> processor = BiTransImageProcessor()
         >>> [tuple(view.shape) for view in processor.scaled_views(Image.new("RGB", (90, 60)), scales=(1.0, 0.75))]
         [(1, 3, 60, 90), (1, 3, 45, 68)]
+        >>> batch = processor(Image.new("RGB", (90, 60)), Image.new("L", (90, 60), 3), return_tensors="pt")
+        >>> tuple(batch["pixel_values"].shape), tuple(batch["labels"].shape), batch["labels"].unique().tolist()
+        ((1, 3, 224, 224), (1, 224, 224), [3])
     """
 
+    valid_kwargs = BiTransImageProcessorKwargs
     resample = PILImageResampling.BICUBIC
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
     size = {"height": 224, "width": 224}  # noqa: RUF012 - transformers reads these as class attributes
+    max_side: int | None = 640
     do_resize = True
     do_rescale = True
     do_normalize = True
     do_convert_rgb = True
+
+    def __init__(self, **kwargs: Unpack[BiTransImageProcessorKwargs]):
+        super().__init__(**kwargs)  # type: ignore[misc]  # the base class is typed for its own options alone
+
+    # ---- Pictures to tensors.
+
+    def preprocess(
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None = None,
+        **kwargs: Unpack[BiTransImageProcessorKwargs],
+    ) -> BatchFeature:
+        """Prepare pictures, and label maps if given, for a network.
+
+        Args:
+            images: One picture or a list of them: PIL images of any mode, or arrays.
+            segmentation_maps: As many label maps (H, W), each of its picture's size.
+            **kwargs: Replace the processor's own settings for this call.
+
+        Returns:
+            `pixel_values` (B, 3, h, w) float32 and, with label maps, `labels` (B, h, w) int64; lists of tensors
+            unless `return_tensors="pt"`, which needs equal sizes.
+
+        Raises:
+            ValueError: numbers or sizes of pictures and label maps differ, or a label map has several channels.
+        """
+        batch: BatchFeature = super().preprocess(images, segmentation_maps, **kwargs)
+        return batch
+
+    def _preprocess_image_like_inputs(  # type: ignore[override]  # as transformers' own processors with maps do
+        self,
+        images: ImageInput,
+        segmentation_maps: ImageInput | None,
+        do_convert_rgb: bool,
+        input_data_format: ChannelDimension | None,
+        return_tensors: str | None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        pictures = self._prepare_image_like_inputs(
+            images, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, device=device
+        )
+        data = {"pixel_values": self._preprocess(pictures, **kwargs, return_tensors=None)["pixel_values"]}
+        if segmentation_maps is not None:
+            maps = self._prepare_image_like_inputs(
+                segmentation_maps, expected_ndims=2, do_convert_rgb=False, input_data_format=ChannelDimension.FIRST
+            )
+            check_label_maps(pictures, maps)
+            untouched = {"resample": tvF.InterpolationMode.NEAREST_EXACT, "do_rescale": False, "do_normalize": False}
+            resized = self._preprocess(maps, **{**kwargs, **untouched}, return_tensors=None)["pixel_values"]
+            data["labels"] = [label_map.squeeze(0).to(torch.int64) for label_map in resized]
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def process_image(  # type: ignore[override]  # the rest is passed on
+        self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Turn one picture into a tensor (C, H, W); PIL images become RGB as `to_rgb` does it."""
+        if do_convert_rgb and isinstance(image, Image.Image):
+            image = to_rgb(image)
+        tensor: torch.Tensor = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
+        return tensor
+
+    def _preprocess(  # type: ignore[override]  # the rest is passed on
+        self, images: list[torch.Tensor], do_resize: bool, max_side: int | None, resample: Any, **kwargs: Any
+    ) -> BatchFeature:
+        if not do_resize and max_side is not None:
+            images = [
+                image
+                if (size := bounded_size(image.shape[-2:], max_side)) == image.shape[-2:]
+                else self.resize(image, SizeDict(height=size[0], width=size[1]), resample=resample)
+                for image in images
+            ]
+        batch: BatchFeature = super()._preprocess(images, do_resize=do_resize, resample=resample, **kwargs)
+        return batch
+
+    def bounded(self, image: Image.Image, max_side: int | None = None) -> Image.Image:
+        """Return a picture as RGB, reduced with PIL's bicubic filter if its longer side exceeds `max_side`.
+
+        Args:
+            image: PIL image of any mode; its stored pixels are used.
+            max_side: In pixels, instead of the processor's own.
+        """
+        image = to_rgb(image)
+        max_side = self.max_side if max_side is None else max_side
+        height, width = image.height, image.width
+        if max_side is not None:
+            height, width = bounded_size((height, width), max_side)
+        if (width, height) == image.size:
+            return image
+        return image.resize((width, height), Image.Resampling.BICUBIC)
 
     def scaled_views(self, image: Image.Image, scales: Sequence[float] = (1.0,)) -> list[torch.Tensor]:
         """Return the whole image at every scale, normalised: (1, 3, round(H * s), round(W * s)) float32 each.
@@ -66,6 +196,193 @@ class BiTransImageProcessor(TorchvisionBackend):
         pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0).permute(2, 0, 1)
         mean = torch.tensor(self.image_mean).view(3, 1, 1)
         return (pixels - mean) / torch.tensor(self.image_std).view(3, 1, 1)
+
+    # ---- Scores to label maps.
+
+    def post_process_semantic_segmentation(
+        self, outputs: Any, target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """Turn the logits of a segmentation network into label maps.
+
+        Args:
+            outputs: With `logits` (B, L, h, w), row 0 being the background.
+            target_sizes: (H, W) of each picture; the logits are resized to it bilinearly, one row at a time. None
+                leaves the label maps at (h, w).
+
+        Returns:
+            B label maps (H, W) int64 with values in [0, L).
+
+        Raises:
+            ValueError: not as many sizes as pictures.
+        """
+        logits = outputs.logits
+        sizes = sizes_of_batch(target_sizes, logits)
+        return [
+            strongest_row(range(len(scores)), (resized(row, size) for row in scores)).long()
+            for scores, size in zip(logits, sizes, strict=True)
+        ]
+
+    def post_process_pseudo_masks(
+        self,
+        outputs: Any,
+        labels: torch.Tensor | Sequence[Sequence[int]],
+        target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
+        threshold: float = 0.4,
+        *,
+        mode: str = "fused",
+        refine: bool = True,
+    ) -> list[torch.Tensor]:
+        """Turn the maps of one forward pass of a `BiTransModel` into pseudo masks of the classes that are present.
+
+        Each present class' map is fused (Eq. 8), refined (Eq. 10), resized to the picture and min-max normalised; a
+        pixel takes the class with the highest value above the threshold. The pseudo-mask pipeline adds scales, flips
+        and stronger refinement to this.
+
+        Args:
+            outputs: A `BiTransOutput` of B pictures.
+            labels: Multi-hot image-level labels (B, C), 0 or 1.
+            target_sizes: (H, W) of each picture; None leaves the masks on the token grid.
+            threshold: Background score in [0, 1].
+            mode: "fused" (SC-CAM x ReLU(Coarse-CAM)), "sc_cam" or "coarse_cam".
+            refine: Spread the maps along the patch affinity once.
+
+        Returns:
+            B label maps (H, W) int64: 0 background, class id + 1 for objects. Memory does not grow with the number of
+            classes.
+
+        Raises:
+            ValueError: threshold or mode out of range, labels that are not (B, C), not as many sizes as pictures.
+        """
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be in [0, 1], got {threshold}.")
+        if mode not in CAM_FUSIONS:
+            raise ValueError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
+        maps = CAM_FUSIONS[mode](outputs)
+        multi_hot = torch.as_tensor(labels)
+        if multi_hot.shape != maps.shape[:2]:
+            raise ValueError(
+                f"labels must be multi-hot of shape ({maps.shape[0]}, {maps.shape[1]}), got {tuple(multi_hot.shape)}."
+            )
+        if refine:
+            maps = refine_with_affinity(maps, outputs.affinity)
+        label_maps = []
+        for class_maps, present, size in zip(maps, multi_hot, sizes_of_batch(target_sizes, maps), strict=True):
+            class_ids = present.nonzero().flatten().tolist()
+            background = torch.full(size, threshold, dtype=torch.float32, device=maps.device)
+            rows = (min_max_normalized(resized(class_maps[class_id].float(), size)) for class_id in class_ids)
+            label_ids = [0, *(class_id + 1 for class_id in class_ids)]
+            label_maps.append(strongest_row(label_ids, chain([background], rows)).long())
+        return label_maps
+
+
+CAM_FUSIONS: Mapping[str, Any] = {
+    "fused": lambda output: output.pseudo_mask,
+    "sc_cam": lambda output: output.sc_cam,
+    "coarse_cam": lambda output: output.coarse_cam.relu(),
+}
+"""Names of `mode`: how the two branches' maps in a `BiTransOutput` become one (B, C, h, w)."""
+
+
+def refine_with_affinity(maps: torch.Tensor, affinity: torch.Tensor) -> torch.Tensor:
+    """Spread class maps along patch affinities once: out_i = sum_j A_ij m_j for each class (Eq. 10).
+
+    Args:
+        maps: (B, C, h, w).
+        affinity: (B, N, N) with N = h*w, [query, key]; rows are used as they are, not normalised again.
+    """
+    return (maps.flatten(2) @ affinity.transpose(1, 2)).reshape(maps.shape)
+
+
+def min_max_normalized(maps: torch.Tensor) -> torch.Tensor:
+    """Scale each map (..., H, W) to [0, 1]: (x - min) / (max - min); a constant map becomes 0.
+
+    The reference adds 1e-8 to the range. Nothing is added here, so that the result does not depend on the scale of
+    the maps (a mean or a sum over layers).
+    """
+    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
+
+
+def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Resize maps (..., h, w) to (..., H, W) bilinearly; maps of that size come back as they are."""
+    if maps.shape[-2:] == size:
+        return maps
+    leading = maps.shape[:-2]
+    flat = maps.reshape(1, -1, *maps.shape[-2:])
+    return F.interpolate(flat, size=size, mode="bilinear").reshape(*leading, *size)
+
+
+def strongest_row(label_ids: Sequence[int], rows: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Give every pixel the label id of its highest score, as `argmax` over stacked rows does: of equals the first.
+
+    Rows are taken one at a time, so that a picture of 48 million pixels and 80 classes needs two of them in memory.
+
+    Args:
+        label_ids: Label id of each row, in [0, 255].
+        rows: As many score maps (H, W), the first of which is the background's.
+
+    Returns:
+        (H, W) uint8.
+    """
+    best: torch.Tensor | None = None
+    label_map = torch.empty(0, dtype=torch.uint8)
+    for label_id, row in zip(label_ids, rows, strict=True):
+        if best is None:
+            best, label_map = row, torch.full(row.shape, label_id, dtype=torch.uint8, device=row.device)
+            continue
+        label_map[row > best] = label_id
+        best = torch.maximum(best, row)
+    return label_map
+
+
+def sizes_of_batch(
+    target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None, maps: torch.Tensor
+) -> Iterator[tuple[int, int]]:
+    """Return (H, W) of each picture of a batch of maps (B, C, h, w): the given sizes, or (h, w) for all."""
+    batch, (h, w) = len(maps), maps.shape[-2:]
+    if target_sizes is None:
+        return iter([(h, w)] * batch)
+    if len(target_sizes) != batch:
+        raise ValueError(
+            f"target_sizes must hold one (height, width) for each of {batch} pictures, got {target_sizes}."
+        )
+    return ((int(height), int(width)) for height, width in target_sizes)
+
+
+def check_label_maps(pictures: Sequence[torch.Tensor], label_maps: Sequence[torch.Tensor]) -> None:
+    """Check that label maps (1, H, W) belong to pictures (3, H, W).
+
+    Raises:
+        ValueError: their numbers or sizes differ, or a label map has several channels.
+    """
+    if len(pictures) != len(label_maps):
+        raise ValueError(f"got {len(label_maps)} segmentation maps for {len(pictures)} pictures, expected as many.")
+    for index, (picture, label_map) in enumerate(zip(pictures, label_maps, strict=True)):
+        if len(label_map) != 1:
+            raise ValueError(
+                f"segmentation map {index} has {len(label_map)} channels, expected one of label ids; "
+                "convert its colours to ids (0 background, 1 for the first class)."
+            )
+        if label_map.shape[-2:] != picture.shape[-2:]:
+            raise ValueError(
+                f"segmentation map {index} is {label_map.shape[-2]} x {label_map.shape[-1]} (height x width) and its "
+                f"picture {picture.shape[-2]} x {picture.shape[-1]}; give both at the same size and orientation."
+            )
+
+
+def bounded_size(size: Sequence[int], max_side: int) -> tuple[int, int]:
+    """Return (height, width) with the longer side at most `max_side`, proportions kept, at least one pixel each.
+
+    Raises:
+        ValueError: `max_side` is below 1.
+    """
+    if max_side < 1:
+        raise ValueError(f"max_side must be at least 1 pixel, got {max_side}.")
+    longest = max(size)
+    if longest <= max_side:
+        return cast(tuple[int, int], tuple(size))
+    height, width = (max(1, round(side * max_side / longest)) for side in size)
+    return height, width
 
 
 def scaled(image: Image.Image, scale: float) -> Image.Image:

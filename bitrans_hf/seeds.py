@@ -4,24 +4,18 @@ The procedure is MCTformer's: every scale and its horizontal flip is passed thro
 fused, refined and resized to the image, summed, and min-max normalised for each present class.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from .image_processing_bitrans import BiTransImageProcessor
+from .image_processing_bitrans import CAM_FUSIONS as CAM_FUSIONS  # under this name also from here
+from .image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized
+from .image_processing_bitrans import refine_with_affinity as refine_with_affinity
 from .modeling_bitrans import BiTransModel, BiTransOutput
-
-CAM_FUSIONS: dict[str, Callable[[BiTransOutput], torch.Tensor]] = {
-    "fused": lambda output: output.pseudo_mask,
-    "sc_cam": lambda output: output.sc_cam,
-    "coarse_cam": lambda output: output.coarse_cam.relu(),
-}
-"""Names of `mode`: how the two branches' maps become one (B, C, h, w)."""
 
 SEED_VARIANTS: dict[str, tuple[str, bool]] = {
     "sc_cam": ("sc_cam", False),
@@ -45,14 +39,25 @@ class Seeds:
     maps: np.ndarray
 
 
-def refine_with_affinity(maps: torch.Tensor, affinity: torch.Tensor) -> torch.Tensor:
-    """Spread class maps along patch affinities once: out_i = sum_j A_ij m_j for each class (Eq. 10).
+def fused_maps(output: BiTransOutput, mode: str, *, refine: bool, flip: bool) -> torch.Tensor:
+    """Fuse, refine and un-flip the maps of one forward pass.
 
     Args:
-        maps: (B, C, h, w).
-        affinity: (B, N, N) with N = h*w, [query, key]; rows are used as they are, not normalised again.
+        output: Of a batch of B images, or with `flip` of B images followed by their B horizontal mirrors.
+        mode: A name of `CAM_FUSIONS`.
+        refine: Spread the maps along the patch affinity once (Eq. 10).
+        flip: Add the mirrors' maps, turned back, to the images' maps.
+
+    Returns:
+        (B, C, h, w), any range.
     """
-    return (maps.flatten(2) @ affinity.transpose(1, 2)).reshape(maps.shape)
+    maps: torch.Tensor = CAM_FUSIONS[mode](output)
+    if refine:
+        maps = refine_with_affinity(maps, output.affinity)
+    if flip:
+        original, mirrored = maps.chunk(2)
+        maps = original + mirrored.flip(-1)
+    return maps
 
 
 def sum_over_views(
@@ -83,23 +88,15 @@ def sum_over_views(
         for pixel_values in scaled_views:
             output = model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
             for name, (mode, refine) in variants.items():
-                maps = CAM_FUSIONS[mode](output)
-                if refine:
-                    maps = refine_with_affinity(maps, output.affinity)
-                if flip:
-                    original, flipped = maps.chunk(2)
-                    maps = original + flipped.flip(-1)
+                maps = fused_maps(output, mode, refine=refine, flip=flip)
                 if size is not None:
-                    maps = F.interpolate(maps, size=size, mode="bilinear")
+                    maps = resized(maps, size)
                 totals[name] = totals[name] + maps if name in totals else maps
     return totals
 
 
 def normalized_seeds(class_ids: np.ndarray, maps: torch.Tensor, size: tuple[int, int]) -> Seeds:
-    """Resize the maps of the present classes to the image and min-max normalise each: (x - min) / (max - min).
-
-    The reference adds 1e-8 to the range. Here a map that is constant becomes 0 and nothing else is added, so that the
-    result does not depend on the scale of the maps (a mean or a sum over layers).
+    """Resize the maps of the present classes to the image and min-max normalise each.
 
     Args:
         class_ids: (K,) ids that belong to `maps`.
@@ -108,12 +105,8 @@ def normalized_seeds(class_ids: np.ndarray, maps: torch.Tensor, size: tuple[int,
     """
     if len(class_ids) == 0:
         return Seeds(np.zeros(0, dtype=np.int64), np.zeros((0, *size), dtype=np.float32))
-    maps = maps.float()
-    if maps.shape[1:] != size:
-        maps = F.interpolate(maps.unsqueeze(0), size=size, mode="bilinear").squeeze(0)
-    low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
-    extent = (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
-    return Seeds(np.asarray(class_ids, dtype=np.int64), ((maps - low) / extent).cpu().numpy())
+    values = min_max_normalized(resized(maps.float(), size))
+    return Seeds(np.asarray(class_ids, dtype=np.int64), values.cpu().numpy())
 
 
 def extract_seeds(
