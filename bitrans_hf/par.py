@@ -1,0 +1,102 @@
+"""Pixel-adaptive refinement (PAR): scores follow the edges of the picture. Plain torch, batched, on any device.
+
+Ru et al., "Learning Affinity from Attention" (AFA), CVPR 2022, arXiv:2203.02664. A second refiner beside the dense
+CRF, without anything to compile.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+
+DILATIONS = (1, 2, 4, 8, 12, 24)
+"""Distances in pixels of the eight neighbours, as in AFA."""
+
+_COLOUR_SCALE, _POSITION_SCALE, _POSITION_WEIGHT = 0.3, 0.3, 0.01  # AFA's w1 (used twice) and w2
+
+
+def pixel_adaptive_refinement(
+    images: torch.Tensor, scores: torch.Tensor, *, dilations: Sequence[int] = DILATIONS, iterations: int = 10
+) -> torch.Tensor:
+    """Replace each pixel's scores by a weighted mean of its neighbours' scores, again and again.
+
+    A pixel has eight neighbours for each dilation; beyond the border the border's pixel stands in. The neighbours'
+    weights are softmax(-((|difference of colour| / s) / 0.3)^2, mean over the three channels) plus
+    0.01 softmax(-((distance / s') / 0.3)^2), with s and s' the standard deviations over the neighbours. They sum to
+    1.01 and are divided by that here, so that scores keep their range: the result is AFA's divided by
+    1.01 ** iterations, with the same argmax.
+
+    Args:
+        images: (B, 3, H, W); colours relative to each other matter, not their scale, so [0, 1], [0, 255] and float or
+            uint8 are alike.
+        scores: (B, L, H, W) of the same size, any range. Give present classes only: time is in proportion to L.
+        dilations: Distances in pixels, each at least 1.
+        iterations: How often scores are passed on.
+
+    Returns:
+        Shape, dtype and device of `scores`; each channel stays within the range that it had.
+
+    Raises:
+        ValueError: shapes or devices that do not belong together, NaN or infinity, no dilation, a dilation below 1, a
+            negative number of iterations.
+    """
+    _check(images, scores, dilations, iterations)
+    if scores.numel() == 0:
+        return scores.clone()
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    weights = _neighbour_weights(images.to(dtype), dilations)
+    refined = scores.to(dtype)
+    for _ in range(iterations):
+        passed_on = torch.zeros_like(refined)
+        # One neighbour after the other: all 8 x len(dilations) shifted copies at once would not fit for large batches.
+        for number, neighbour in enumerate(_neighbours(refined, dilations)):
+            passed_on.addcmul_(weights[:, number : number + 1], neighbour)
+        refined = passed_on
+    return refined.to(scores.dtype)
+
+
+def _neighbour_weights(images: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, P, H, W), sum 1 over the P = 8 * len(dilations) neighbours."""
+    colour: torch.Tensor | float = 0.0
+    for channel in images.split(1, dim=1):  # one at a time, for memory
+        neighbours = torch.cat(list(_neighbours(channel, dilations)), dim=1)
+        deviation = neighbours.std(dim=1, keepdim=True) + 1e-8
+        colour = colour - ((neighbours - channel).abs_() / deviation / _COLOUR_SCALE).square_() / images.shape[1]
+    assert isinstance(colour, torch.Tensor)
+    distances = images.new_tensor([d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in _DIRECTIONS])
+    position = -((distances / (distances.std() + 1e-8) / _POSITION_SCALE) ** 2)
+    position_weights = _POSITION_WEIGHT * position.softmax(dim=0).reshape(1, -1, 1, 1)
+    return (colour.softmax(dim=1) + position_weights) / (1.0 + _POSITION_WEIGHT)
+
+
+_DIRECTIONS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
+
+
+def _neighbours(maps: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Yield (B, C, H, W) shifted by each direction at each dilation, the border repeated outwards."""
+    height, width = maps.shape[2:]
+    reach = max(dilations)
+    padded = F.pad(maps, (reach, reach, reach, reach), mode="replicate")
+    for dilation in dilations:
+        for dy, dx in _DIRECTIONS:
+            top, left = reach + dy * dilation, reach + dx * dilation
+            yield padded[:, :, top : top + height, left : left + width]
+
+
+def _check(images: torch.Tensor, scores: torch.Tensor, dilations: Sequence[int], iterations: int) -> None:
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}.")
+    if scores.dim() != 4 or scores.shape[0] != images.shape[0] or scores.shape[2:] != images.shape[2:]:
+        batch, _, height, width = images.shape
+        raise ValueError(
+            f"scores of these images must be ({batch}, L, {height}, {width}), got {tuple(scores.shape)}; "
+            "resize the scores to the image first."
+        )
+    if images.device != scores.device:
+        raise ValueError(f"images are on {images.device}, scores on {scores.device}; move them to one device.")
+    if not torch.isfinite(scores).all() or not torch.isfinite(images).all():
+        raise ValueError("images or scores hold NaN or infinity; look at what made them.")
+    if len(dilations) == 0 or min(dilations) < 1:
+        raise ValueError(f"dilations must be distances of at least 1 pixel, got {tuple(dilations)}.")
+    if iterations < 0:
+        raise ValueError(f"iterations must be 0 or more, got {iterations}.")
