@@ -1,11 +1,21 @@
 """Image-level labels in, segmentation masks out: the Bi-Trans method on the Hugging Face stack."""
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
 from transformers.pipelines import PIPELINE_REGISTRY
 
+from .configuration_affinitynet import AffinityNetConfig
 from .configuration_bitrans import BiTransConfig
+from .configuration_deeplab import DeepLabConfig
 from .image_processing_bitrans import BiTransImageProcessor
+from .modeling_affinitynet import AffinityNetModel, AffinityNetOutput
 from .modeling_bitrans import BiTransModel, BiTransOutput
+from .modeling_deeplab import DeepLabForSemanticSegmentation
 from .pipeline_bitrans import TASK, PseudoMaskPipeline
 from .seeds import Seeds, extract_seeds
 
@@ -18,11 +28,22 @@ AutoModelForImageClassification.register(BiTransConfig, BiTransModel)
 AutoImageProcessor.register(BiTransConfig, image_processor_classes={"torchvision": BiTransImageProcessor})
 PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=PseudoMaskPipeline, pt_model=AutoModel, type="image")
 
+AutoConfig.register("affinitynet", AffinityNetConfig)
+AutoModel.register(AffinityNetConfig, AffinityNetModel)
+AutoConfig.register("bitrans-deeplab", DeepLabConfig)
+AutoModelForSemanticSegmentation.register(DeepLabConfig, DeepLabForSemanticSegmentation)
+AutoImageProcessor.register(DeepLabConfig, image_processor_classes={"torchvision": BiTransImageProcessor})
+
 __all__ = [
+    "AffinityNetConfig",
+    "AffinityNetModel",
+    "AffinityNetOutput",
     "BiTransConfig",
     "BiTransImageProcessor",
     "BiTransModel",
     "BiTransOutput",
+    "DeepLabConfig",
+    "DeepLabForSemanticSegmentation",
     "PseudoMaskPipeline",
     "Seeds",
     "extract_seeds",
