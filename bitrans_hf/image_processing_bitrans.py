@@ -147,6 +147,8 @@ class BiTransImageProcessor(TorchvisionBackend):
         """Turn one picture into a tensor (C, H, W); PIL images become RGB as `to_rgb` does it."""
         if do_convert_rgb and isinstance(image, Image.Image):
             image = to_rgb(image)
+        if isinstance(image, np.ndarray) and not image.flags.writeable:
+            image = image.copy()  # torch warns of arrays that are views of a PIL image
         tensor: torch.Tensor = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         return tensor
 

@@ -29,6 +29,7 @@ from .image_processing_bitrans import (
     strongest_row,
     to_rgb,
 )
+from .par import pixel_adaptive_refinement
 from .seeds import fused_maps, present_class_ids
 
 TASK = "pseudo-mask-generation"
@@ -185,8 +186,9 @@ class PseudoMaskPipeline(Pipeline):
     - `flip` (True): average over the horizontal flip too.
     - `mode` ("fused"): "fused", "sc_cam" or "coarse_cam".
     - `refine` (True): spread the maps along the patch affinity (Eq. 10).
-    - `refiner` (None): what sharpens the scores on the picture's colours before they are cut: None, "crf" (dense CRF;
-      needs bitrans-hf[crf]) or a function (image (H, W, 3) uint8, scores (1 + K, H, W)) -> scores.
+    - `refiner` (None): what sharpens the scores on the picture's colours before they are cut: None, "par"
+      (pixel-adaptive refinement), "crf" (dense CRF; needs bitrans-hf[crf]) or a function (image (H, W, 3) uint8,
+      scores (1 + K, H, W) in [0, 1], background first) -> scores of the same shape.
     - `max_side`: instead of the image processor's (640, which lets VOC and COCO pictures pass as they are).
     - `upright` (True): False answers in the orientation of the stored pixels, on which training masks are drawn.
     - `timeout` (None): seconds to wait for a URL.
@@ -210,8 +212,8 @@ class PseudoMaskPipeline(Pipeline):
             inputs = list(inputs)
         if isinstance(inputs, list) and not inputs:
             return []
-        if hasattr(inputs, "features") and not isinstance(inputs, Dataset):
-            # A datasets.Dataset is no torch Dataset, and transformers would take the whole of it for one picture.
+        if hasattr(inputs, "features"):
+            # transformers would take a datasets.Dataset for one picture, and hand on its rows as they are if streamed.
             inputs = DatasetRows(inputs) if hasattr(inputs, "__len__") else _items_of_rows(inputs)
         elif isinstance(inputs, Iterator):
             inputs = (item for item in inputs)  # transformers knows generators alone, not map() and the like
@@ -396,7 +398,14 @@ def crf_refiner(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
     return marginals
 
 
-REFINERS: Mapping[str, Refiner] = {"crf": crf_refiner}
+def par_refiner(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Sharpen scores with pixel-adaptive refinement, which needs nothing but torch."""
+    images = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)
+    refined: np.ndarray = pixel_adaptive_refinement(images[None], torch.from_numpy(scores)[None])[0].numpy()
+    return refined
+
+
+REFINERS: Mapping[str, Refiner] = {"par": par_refiner, "crf": crf_refiner}
 """Names of `refiner`."""
 
 
@@ -463,7 +472,9 @@ def _label_column(features: Mapping[str, Any]) -> tuple[str | None, Sequence[str
 
 
 def _item_of_row(row: Mapping[str, Any], label_column: str | None, names: Sequence[str] | None) -> dict[str, Any]:
-    labels = None if label_column is None else row[label_column]
+    if label_column is None:
+        return {"image": row["image"]}
+    labels = row[label_column]
     if labels is not None and names is not None:
         labels = [names[class_id] for class_id in labels]
     return {"image": row["image"], "candidate_labels": labels}

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import picture
+from tiny_models import picture, pixels, tiny_model
+from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from bitrans_hf import BiTransImageProcessor
+from bitrans_hf import BiTransImageProcessor, extract_seeds
 from bitrans_hf.image_processing_bitrans import scaled, to_rgb
+from bitrans_hf.pseudo_labels import seeds_to_label_map
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
@@ -140,3 +143,158 @@ def test_a_saved_processor_comes_back_equal(tmp_path: Path):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(*views, strict=True))
     ours, theirs = (one(image, return_tensors="pt").pixel_values for one in (back, processor))
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("image", [picture(40, 56).convert("RGBA"), Image.new("I;16", (56, 40), 40_000)])
+def test_a_call_turns_any_mode_into_rgb_as_the_views_do(image: Image.Image):
+    ours = BiTransImageProcessor()(image, return_tensors="pt").pixel_values
+    assert torch.equal(ours, BiTransImageProcessor()(to_rgb(image), return_tensors="pt").pixel_values)
+
+
+# ---- Label maps beside pictures.
+
+
+def label_map_picture(height: int, width: int, seed: int = 0) -> Image.Image:
+    """A palette picture of the ids 0, 3 and 255 in blocks."""
+    ids = np.array([0, 3, 255], dtype=np.uint8)[np.random.default_rng(seed).integers(0, 3, (3, 4))]
+    image = Image.fromarray(ids).resize((width, height), Image.Resampling.NEAREST)
+    image.putpalette(list(range(256)) * 3)
+    return image
+
+
+def nearest(ids: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize (h, w) by taking the pixel under each new pixel's centre."""
+    rows = ((np.arange(height) + 0.5) * ids.shape[0] / height).astype(int)
+    columns = ((np.arange(width) + 0.5) * ids.shape[1] / width).astype(int)
+    return ids[rows][:, columns]
+
+
+def test_label_maps_are_resized_to_the_nearest_pixel_and_keep_their_ids():
+    processor = BiTransImageProcessor(size={"height": 31, "width": 45})
+    maps = [label_map_picture(64, 90), label_map_picture(33, 70, seed=1)]
+    batch = processor([picture(64, 90), picture(33, 70)], maps, return_tensors="pt")
+    assert batch.pixel_values.shape == (2, 3, 31, 45)
+    assert batch["labels"].dtype == torch.int64
+    for labels, label_map in zip(batch["labels"], maps, strict=True):
+        np.testing.assert_array_equal(labels.numpy(), nearest(np.asarray(label_map), 31, 45))
+
+
+def test_pictures_come_out_the_same_with_and_without_label_maps():
+    both = BiTransImageProcessor()(picture(64, 90), segmentation_maps=label_map_picture(64, 90), return_tensors="pt")
+    assert torch.equal(both.pixel_values, BiTransImageProcessor()(picture(64, 90), return_tensors="pt").pixel_values)
+    alone = BiTransImageProcessor()(picture(64, 90), np.asarray(label_map_picture(64, 90)), return_tensors="pt")
+    assert torch.equal(both["labels"], alone["labels"])
+
+
+@pytest.mark.parametrize(
+    ("label_maps", "words"),
+    [
+        ([Image.new("L", (30, 20))] * 2, "got 2 segmentation maps for 1 pictures"),
+        ([Image.new("L", (20, 30))], r"map 0 is 30 x 20 \(height x width\) and its picture 20 x 30"),
+        ([Image.new("RGB", (30, 20))], "has 3 channels, expected one of label ids"),
+    ],
+)
+def test_label_maps_that_do_not_belong_to_the_pictures_are_refused(label_maps: list[Image.Image], words: str):
+    with pytest.raises(ValueError, match=words):
+        BiTransImageProcessor()([picture(20, 30)], label_maps)
+
+
+# ---- A bound on large pictures.
+
+
+@pytest.mark.parametrize(
+    ("size", "bounded"), [((90, 60), (48, 32)), ((20, 96), (10, 48)), ((48, 31), (48, 31)), ((1, 500), (1, 48))]
+)
+def test_the_longer_side_is_bounded_and_proportions_stay(size: tuple[int, int], bounded: tuple[int, int]):
+    processor, image = BiTransImageProcessor(max_side=48), picture(*size)
+    ours = processor.bounded(image)
+    assert (ours.height, ours.width) == bounded
+    expected = image if size == bounded else image.resize((bounded[1], bounded[0]), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+    assert processor(image, do_resize=False, return_tensors="pt").pixel_values.shape[2:] == bounded
+
+
+def test_the_bound_can_be_set_for_a_call_and_is_saved(tmp_path: Path):
+    assert BiTransImageProcessor().max_side == 640
+    BiTransImageProcessor(max_side=100).save_pretrained(tmp_path)
+    processor = BiTransImageProcessor.from_pretrained(tmp_path)
+    assert processor.bounded(picture(150, 200)).size == (100, 75)
+    assert processor.bounded(picture(150, 200), max_side=20).size == (20, 15)
+    pixels = processor(picture(150, 200), do_resize=False, max_side=40, return_tensors="pt").pixel_values
+    assert pixels.shape == (1, 3, 30, 40)
+    with pytest.raises(ValueError, match="max_side must be at least 1 pixel, got 0"):
+        processor.bounded(picture(150, 200), max_side=0)
+
+
+def test_an_unknown_option_is_refused():
+    with pytest.raises(TypeError, match="maxside"):
+        BiTransImageProcessor()(picture(20, 30), maxside=10)
+
+
+# ---- Scores to label maps.
+
+
+def test_semantic_maps_are_the_argmax_of_the_resized_logits():
+    logits = torch.randn(2, 5, 6, 7, generator=torch.Generator().manual_seed(0))
+    output = SemanticSegmenterOutput(logits=logits)
+    processor = BiTransImageProcessor()
+    plain = processor.post_process_semantic_segmentation(output)
+    assert [label_map.dtype for label_map in plain] == [torch.int64] * 2
+    np.testing.assert_array_equal(torch.stack(plain).numpy(), logits.numpy().argmax(1))
+    sizes = [(13, 9), (40, 50)]
+    for given in (sizes, torch.tensor(sizes)):
+        for index, label_map in enumerate(processor.post_process_semantic_segmentation(output, target_sizes=given)):
+            larger = torch.nn.functional.interpolate(logits[index : index + 1], size=sizes[index], mode="bilinear")
+            np.testing.assert_array_equal(label_map.numpy(), larger[0].numpy().argmax(0))
+
+
+def test_equal_scores_go_to_the_first_class():
+    logits = torch.zeros(1, 3, 2, 2)
+    assert (
+        BiTransImageProcessor()
+        .post_process_semantic_segmentation(SemanticSegmenterOutput(logits=logits))[0]
+        .eq(0)
+        .all()
+    )
+
+
+@pytest.mark.parametrize("size", [(32, 40), (25, 57)])
+@pytest.mark.parametrize(
+    "options", [{}, {"refine": False, "threshold": 0.7}, {"mode": "sc_cam"}, {"mode": "coarse_cam", "refine": False}]
+)
+def test_pseudo_masks_are_the_cut_seeds_of_one_view(size: tuple[int, int], options: dict[str, Any]):
+    model, processor, image = tiny_model(), BiTransImageProcessor(), picture(*size)
+    with torch.no_grad():
+        output = model(torch.cat(processor.scaled_views(image) * 2))
+    labels = torch.tensor([[1, 0, 1], [0, 0, 0]])
+    ours = processor.post_process_pseudo_masks(output, labels, [size, (8, 9)], **options)
+    assert ours[1].shape == (8, 9)
+    assert ours[1].eq(0).all()
+    threshold = options.pop("threshold", 0.4)
+    seeds = extract_seeds(model, image, labels[0], processor=processor, flip=False, **options)
+    assert ours[0].dtype == torch.int64
+    assert (ours[0].numpy() != seeds_to_label_map(seeds, threshold)).mean() < 0.002
+    assert set(ours[0].unique().tolist()) == {0, 1, 3}
+
+
+def test_pseudo_masks_without_a_size_stay_on_the_token_grid():
+    with torch.no_grad():
+        output = tiny_model()(pixels(2, 3, 40, 24))
+    masks = BiTransImageProcessor().post_process_pseudo_masks(output, torch.ones(2, 3))
+    assert [tuple(mask.shape) for mask in masks] == [(5, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"threshold": 2}, r"threshold must be in \[0, 1\], got 2"),
+        ({"mode": "cam"}, "mode must be one of fused, sc_cam, coarse_cam, got 'cam'"),
+        ({"labels": torch.ones(2, 2)}, r"multi-hot of shape \(2, 3\), got \(2, 2\)"),
+        ({"target_sizes": [(4, 4)]}, r"\(height, width\) for each of 2 pictures"),
+    ],
+)
+def test_pseudo_masks_refuse_what_does_not_fit(options: dict[str, Any], words: str):
+    with torch.no_grad():
+        output = tiny_model()(pixels(2, 3, 40, 24))
+    with pytest.raises(ValueError, match=words):
+        BiTransImageProcessor().post_process_pseudo_masks(output, **{"labels": torch.ones(2, 3), **options})
