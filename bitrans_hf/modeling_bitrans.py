@@ -371,7 +371,7 @@ class BiTransModel(PreTrainedModel):
         """
         num_classes, num_layers = self.config.num_labels, len(self.layers)
         patches = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
-        class_tokens = self.class_tokens.expand(len(patches), -1, -1)
+        class_tokens = self.class_tokens.expand(patches.shape[0], -1, -1)
         position = self.position_embedding(pixel_values.shape[2], pixel_values.shape[3])
         tokens = torch.cat([class_tokens.to(patches.dtype), patches], dim=1) + position
         hidden_states, attentions = [tokens] if output_hidden_states else [], []
