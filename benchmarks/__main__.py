@@ -24,6 +24,7 @@ BENCHMARKS = {
     "seeds": bench_seeds.seeds_of_a_set,
     "sweep": bench_metrics.sweep_of_thresholds,
     "miou": bench_metrics.mean_iou_of_a_stream,
+    "miou-memory": bench_metrics.memory_of_a_stream,
 }
 
 

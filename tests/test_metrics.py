@@ -1,15 +1,32 @@
 from __future__ import annotations
 
+import ast
+import json
 import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
 import time
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from bitrans_hf import metrics
-from bitrans_hf.metrics import MeanIoU, ThresholdSweep, confusion_counts, iou_from_counts, mean_iou, threshold_sweep
+from bitrans_hf.labels import palette
+from bitrans_hf.metrics import (
+    METRIC_FOLDER,
+    MeanIoU,
+    ThresholdSweep,
+    confusion_counts,
+    iou_from_counts,
+    miou_from_counts,
+    threshold_sweep,
+)
 from bitrans_hf.pseudo_labels import seeds_to_label_map
 from bitrans_hf.seeds import Seeds
 
@@ -46,8 +63,8 @@ def test_iou_of_a_case_counted_by_hand():
     # Targets: 0 0 0 1 1 255; predictions: 0 0 1 1 2 2. Label 2 is only predicted, label 3 is nowhere.
     counts = confusion_counts([0, 0, 1, 1, 2, 2], [0, 0, 0, 1, 1, 255], num_labels=4)
     np.testing.assert_allclose(iou_from_counts(counts), [2 / 3, 1 / 3, 0.0, np.nan])
-    assert mean_iou(counts) == pytest.approx(1 / 3)
-    assert mean_iou(counts, absent="zero") == pytest.approx(1 / 4)
+    assert miou_from_counts(counts) == pytest.approx(1 / 3)
+    assert miou_from_counts(counts, absent="zero") == pytest.approx(1 / 4)
 
 
 def test_counts_do_not_overflow_where_the_reference_does():
@@ -71,51 +88,137 @@ def test_maps_that_cannot_be_compared_are_named(prediction, target, message):
         confusion_counts(prediction, target, num_labels=2)
 
 
-def community_mean_iou(predictions, references, num_labels, ignore_index):
-    """The arithmetic of the community metric, by three histograms for each picture."""
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.5, 1.0])
+@pytest.mark.parametrize("dtypes", [(np.uint8, np.uint8), (np.int64, np.uint8), (np.int16, np.int32)])
+def test_areas_noise_and_any_integers_are_counted_alike(noise, dtypes):
+    # Maps of areas are counted by runs, noisy ones by pixels.
+    rng = np.random.default_rng(0)
+    prediction, target = (np.kron(rng.integers(0, 9, (2, 3)), np.ones((20, 31), dtype=np.int64)) for _ in range(2))
+    for values in (prediction, target):
+        where = rng.random(values.shape) < noise
+        values[where] = rng.integers(0, 9, int(where.sum()))
+    target[3:9, 5:40] = 255
+    expected = slow_counts(prediction, target, 9, 255)
+    prediction, target = prediction.astype(dtypes[0]), target.astype(dtypes[1])
+    np.testing.assert_array_equal(confusion_counts(prediction, target, 9), expected)
+    # Views that are not contiguous.
+    np.testing.assert_array_equal(confusion_counts(prediction.T[::-1], target.T[::-1], 9), expected)
+
+
+def community_mean_iou(predictions, references, num_labels, ignore_index, nan_to_num=None, reduce_labels=False):
+    """The arithmetic of the community metric in NumPy, by three histograms for each picture."""
     intersect, predicted, labelled = (np.zeros(num_labels) for _ in range(3))
-    bins = np.arange(num_labels + 1) - 0.5
     for prediction, reference in zip(predictions, references, strict=True):
+        if reduce_labels:
+            reference = np.where(reference == 0, 255, reference) - 1
+            reference = np.where(reference == 254, 255, reference)
         keep = reference != ignore_index
         prediction, reference = prediction[keep], reference[keep]
-        intersect += np.histogram(prediction[prediction == reference], bins=bins)[0]
-        predicted += np.histogram(prediction, bins=bins)[0]
-        labelled += np.histogram(reference, bins=bins)[0]
+        for total, labels in (
+            (intersect, prediction[prediction == reference]),
+            (predicted, prediction),
+            (labelled, reference),
+        ):
+            total += np.histogram(labels, bins=num_labels, range=(0, num_labels - 1))[0]
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         iou = intersect / (predicted + labelled - intersect)
         accuracy = intersect / labelled
-        return {
+        scores = {
             "mean_iou": np.nanmean(iou),
             "mean_accuracy": np.nanmean(accuracy),
             "overall_accuracy": intersect.sum() / labelled.sum(),
             "per_category_iou": iou,
             "per_category_accuracy": accuracy,
         }
+    return scores if nan_to_num is None else {key: np.nan_to_num(s, nan=nan_to_num) for key, s in scores.items()}
 
 
-@pytest.mark.parametrize("ignore_index", [255, 0, 3])
-def test_mean_iou_equals_the_community_arithmetic(ignore_index):
-    rng = np.random.default_rng(ignore_index)
-    for _ in range(60):
-        num_labels = int(rng.integers(2, 26))
-        # Drawing from part of the labels leaves some absent.
-        present = rng.choice(num_labels, size=int(rng.integers(1, num_labels + 1)), replace=False)
-        sizes = rng.integers(3, 12, (4, 2))
-        references = [rng.choice(present, size) for size in sizes]
-        predictions = [rng.choice(present[: max(1, present.size - 1)], size) for size in sizes]
-        for reference in references:
-            reference[0, 0] = ignore_index
-        if all((reference == ignore_index).all() for reference in references):
-            continue
-        metric = MeanIoU(num_labels, ignore_index)
+def community_case(seed):
+    """Label maps, some ids out of range and some labels absent, with settings for the community metric."""
+    rng = np.random.default_rng(seed)
+    num_labels = int(rng.integers(1, 26))
+    settings = {
+        "num_labels": num_labels,
+        "ignore_index": int(rng.choice([0, 3, 255])),
+        "reduce_labels": bool(rng.integers(2)),
+        "nan_to_num": [None, 0.0, -1.0][rng.integers(3)],
+    }
+    dtype = [np.uint8, np.int16, np.int64][rng.integers(3)]
+    beyond = [255, 254, num_labels, num_labels + 1] + ([] if dtype == np.uint8 else [-1, -7, 256, 300])
+    present = rng.choice(num_labels, size=int(rng.integers(1, num_labels + 1)), replace=False)
+    ids = np.concatenate([present, rng.choice(beyond, size=int(rng.integers(0, 4)))])
+    sizes = rng.integers(1, 12, (4, 2))
+    grain = int(rng.integers(1, 6))  # areas and noise
+    maps = [
+        [
+            np.kron(rng.choice(ids[: int(rng.integers(1, ids.size + 1))], size), np.ones((grain, grain)))
+            for size in sizes
+        ]
+        for _ in range(2)
+    ]
+    predictions, references = ([values.astype(dtype) for values in part] for part in maps)
+    return predictions, references, settings
+
+
+@pytest.mark.parametrize("block", range(5))
+def test_mean_iou_equals_the_community_arithmetic_on_500_random_cases(block):
+    for seed in range(100 * block, 100 * block + 100):
+        predictions, references, settings = community_case(seed)
+        expected = community_mean_iou(predictions, references, **settings)
+        from_compute = MeanIoU(out_of_range="miss").compute(predictions=predictions, references=references, **settings)
+        nan_to_num = settings.pop("nan_to_num")
+        metric = MeanIoU(out_of_range="miss", **settings)
         metric.add_batch(predictions=predictions[:3], references=references[:3])
         metric.add(prediction=predictions[3], reference=references[3])
-        scores = metric.compute()
-        expected = community_mean_iou(predictions, references, num_labels, ignore_index)
-        assert scores.keys() == expected.keys()
-        for key, value in expected.items():
-            np.testing.assert_array_equal(scores[key], value, err_msg=key)
+        for scores in (from_compute, metric.compute(nan_to_num=nan_to_num)):
+            assert scores.keys() - {"frequency_weighted_iou"} == expected.keys()
+            for key, value in expected.items():
+                np.testing.assert_array_equal(scores[key], value, err_msg=f"case {seed}, {key}")
+
+
+def test_the_random_cases_hold_what_they_should():
+    cases = [community_case(seed) for seed in range(500)]
+    settings = [case[2] for case in cases]
+    assert {case["num_labels"] for case in settings} == set(range(1, 26))
+    assert {case["ignore_index"] for case in settings} == {0, 3, 255}
+    assert sum(case["reduce_labels"] for case in settings) > 200
+    beyond = [
+        any((values >= case["num_labels"]).any() or (values < 0).any() for part in maps for values in part)
+        for *maps, case in cases
+    ]
+    assert 200 < sum(beyond) < 490
+    scores = [community_mean_iou(*case[:2], **{**case[2], "nan_to_num": None}) for case in cases]
+    assert sum(np.isnan(score["per_category_iou"]).any() for score in scores) > 100
+    assert sum(0 < score["mean_iou"] < 1 for score in scores) > 300
+
+
+def test_frequency_weighted_iou_and_accuracies_of_a_case_counted_by_hand():
+    # Label 0: 3 pixels, 2 right, IoU 2/3; label 1: 1 pixel, 1 right, IoU 1/2; label 2 is nowhere.
+    prediction, reference = [[0, 0, 1, 1, 0]], [[0, 0, 0, 1, 255]]
+    scores = MeanIoU(3).compute(predictions=[prediction], references=[reference])
+    assert scores["frequency_weighted_iou"] == pytest.approx(3 / 4 * 2 / 3 + 1 / 4 * 1 / 2)
+    assert scores["mean_accuracy"] == pytest.approx((2 / 3 + 1) / 2)
+    assert scores["overall_accuracy"] == 3 / 4
+    assert scores["mean_iou"] == pytest.approx((2 / 3 + 1 / 2) / 2)
+    with_absent = MeanIoU(3, absent="zero").compute(predictions=[prediction], references=[reference])
+    assert with_absent["mean_iou"] == pytest.approx((2 / 3 + 1 / 2) / 3)
+    assert {type(score) for score in scores.values()} == {float, np.ndarray}  # a JSON file wants floats
+
+
+def test_a_label_map_replaces_all_ids_at_once_and_before_reduce_labels():
+    metric = MeanIoU(3, label_map={0: 1, 1: 0, 7: 2})
+    assert metric.compute(predictions=[[[1, 0, 2]]], references=[[[0, 1, 7]]])["overall_accuracy"] == 1.0
+    scores = MeanIoU(2, label_map={9: 1}, reduce_labels=True).compute(
+        predictions=[[[0, 1, 1]]], references=[[[9, 2, 0]]]
+    )
+    assert scores["overall_accuracy"] == 1.0  # 9 -> 1 -> 0; 2 -> 1; 0 -> 255, ignored
+
+
+def test_where_everything_is_ignored_the_scores_are_nan():
+    scores = MeanIoU(2).compute(predictions=[[[0, 1]]], references=[[[255, 255]]])
+    assert all(np.isnan(score).all() for score in scores.values())
+    assert MeanIoU(2).compute(predictions=[[[0]]], references=[[[255]]], nan_to_num=0.0)["mean_iou"] == 0.0
 
 
 def test_scores_do_not_depend_on_how_the_set_is_cut():
@@ -124,17 +227,41 @@ def test_scores_do_not_depend_on_how_the_set_is_cut():
     whole, left, right = MeanIoU(5), MeanIoU(5), MeanIoU(5)
     whole.add_batch(predictions=torch.from_numpy(predictions), references=torch.from_numpy(references))
     left.add_batch(predictions=predictions[:4], references=references[:4])
-    right.add_batch(predictions=list(predictions[4:]), references=list(references[4:]))
+    right.add_batch(predictions=list(predictions[4:]), references=iter(references[4:]))
     left.merge(right)
+    assert len(left) == len(whole) == 13
     np.testing.assert_array_equal(left.counts, whole.counts)
     assert left.compute()["mean_iou"] == whole.compute()["mean_iou"]
+
+
+def test_gathering_adds_the_processes_up_however_often_it_is_called():
+    rng = np.random.default_rng(1)
+    predictions, references = rng.integers(-1, 5, (2, 13, 6, 7))
+    whole = MeanIoU(4, out_of_range="miss")
+    processes = [MeanIoU(4, out_of_range="miss") for _ in range(2)]
+    for index, pair in enumerate(zip(predictions, references, strict=True)):
+        for metric in (whole, processes[index % 2]):
+            metric.add(prediction=pair[0], reference=pair[1])
+
+    def gather(own):  # what `gather_object` gives to every process
+        states = [(*metric._pairs.pairs(), metric.num_images) for metric in processes]
+        assert any(own[0][3] == state[3] for state in states)
+        return states
+
+    expected = whole.compute()
+    for _ in range(2):
+        scores = processes[0].gathered(gather, num_images=13).compute()
+        for key, value in expected.items():
+            np.testing.assert_array_equal(scores[key], value)
+    with pytest.raises(ValueError, match="counted 13 images, expected 12; a loader that fills up"):
+        processes[1].gathered(gather, num_images=12)
 
 
 def test_compute_empties_the_metric_as_evaluate_does():
     metric = MeanIoU(2)
     first = metric.compute(predictions=[[[0, 1]]], references=[[[0, 0]]])
     assert first["overall_accuracy"] == 0.5
-    with pytest.raises(ValueError, match="no counted pixel; call add_batch first"):
+    with pytest.raises(ValueError, match="no counted image; call add_batch first"):
         metric.compute()
     np.testing.assert_array_equal(first["per_category_iou"], [0.5, 0.0])
 
@@ -144,21 +271,101 @@ def test_a_batch_with_a_wrong_pair_counts_nothing():
     with pytest.raises(ValueError, match="label id 7"):
         metric.add_batch(predictions=[[[0, 1]], [[0, 7]]], references=[[[0, 0]], [[0, 0]]])
     assert not metric.counts.any()
+    assert len(metric) == 0
+
+
+def test_settings_given_to_compute_apply_to_what_was_counted_before():
+    metric = MeanIoU()
+    metric.add(prediction=[[0, 1, 1, 9]], reference=[[0, 1, 3, 1]])
+    with pytest.raises(ValueError, match="compute needs num_labels"):
+        metric.compute()
+    with pytest.raises(ValueError, match="prediction holds label id 9"):
+        metric.compute(num_labels=4)
+    assert metric.compute(num_labels=4, ignore_index=3, out_of_range="miss")["overall_accuracy"] == 2 / 3
+
+
+def test_index_images_are_counted_without_conversion():
+    image = Image.fromarray(np.array([[0, 3, 255]], dtype=np.uint8))
+    image.putpalette(palette())
+    assert MeanIoU(4).compute(predictions=[image], references=[image])["overall_accuracy"] == 1.0
+    with pytest.raises(ValueError, match=r"prediction has shape \(1, 3, 3\); a label map is \(H, W\)"):
+        MeanIoU(4).add(prediction=image.convert("RGB"), reference=image)
+
+
+def test_a_million_pixels_of_counts_take_no_more_memory_than_ten():
+    metric = MeanIoU(21)
+    sizes = []
+    for index in range(40):
+        values = np.random.default_rng(index).integers(0, 21, (160, 160)).astype(np.uint8)
+        metric.add(prediction=values, reference=values.T)
+        sizes.append(len(pickle.dumps(metric._pairs)))
+    assert sizes[-1] == sizes[0] < 600_000
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MeanIoU(0), "num_classes must be at least 1, got 0"),
-        (lambda: MeanIoU(2).merge(MeanIoU(3)), "cannot merge a metric with num_classes=3"),
+        (lambda: MeanIoU(0), "num_labels must be at least 1, got 0"),
+        (lambda: MeanIoU(2, num_labels=2), "num_classes=2 and num_labels=2; they mean the same"),
+        (lambda: MeanIoU(2, num_process=2), r"num_process must be 1, got 2; .*gathered\("),
+        (lambda: MeanIoU(2, out_of_range="skip"), 'out_of_range must be "error" or "miss"'),
+        (lambda: MeanIoU(2).merge(MeanIoU(3)), "cannot merge a metric with num_labels=3"),
+        (lambda: MeanIoU(2).merge(MeanIoU(2, ignore_index=0)), "ignore_index=0"),
         (lambda: MeanIoU(2).compute(predictions=[[[0]]]), "only one of predictions and references"),
+        (lambda: MeanIoU(2).compute(labels=[[[0]]]), r"unknown settings \['labels'\]"),
         (lambda: MeanIoU(2).add_batch(predictions=[[[0]]], references=[]), "argument 2 is shorter"),
-        (lambda: mean_iou(np.eye(2, dtype=np.int64), absent="drop"), 'absent must be "skip" or "zero"'),
+        (lambda: MeanIoU(2).add(prediction=[[0]], reference=[[0]], mask=1), r"unknown arguments \['mask'\]"),
+        (lambda: MeanIoU(2).add(prediction=[[0]], reference=[[2]]), "counts background too"),
+        (lambda: MeanIoU().counts, "counts needs the number of labels"),
+        (lambda: miou_from_counts(np.eye(2, dtype=np.int64), absent="drop"), 'absent must be "skip" or "zero"'),
     ],
 )
 def test_wrong_use_of_the_metric_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# --- evaluate -------------------------------------------------------------------------------------------------------
+
+
+def test_the_metric_folder_alone_is_what_evaluate_loads(tmp_path):
+    # As a Space has it: the folder under its own name, in a process that cannot import this package.
+    folder = shutil.copytree(METRIC_FOLDER, tmp_path / "mean_iou", ignore=shutil.ignore_patterns("__pycache__"))
+    predictions, references, settings = community_case(7)
+    np.savez(tmp_path / "maps.npz", *predictions, *references)
+    code = f"""
+import json, sys
+sys.modules["bitrans_hf"] = None
+import evaluate, numpy as np
+maps = list(np.load({str(tmp_path / "maps.npz")!r}).values())
+metric = evaluate.load({str(folder)!r}, out_of_range="miss")
+assert isinstance(metric, evaluate.Metric) and "nan_to_num" in metric.compute.__doc__
+metric.add_batch(predictions=maps[:4], references=maps[4:])
+print(json.dumps({{key: np.asarray(value).tolist() for key, value in metric.compute(**{settings!r}).items()}}))
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    scores = json.loads(result.stdout)
+    for key, value in community_mean_iou(predictions, references, **settings).items():
+        np.testing.assert_array_equal(scores[key], value)
+    assert not (tmp_path / "home" / "evaluate").exists() or not any((tmp_path / "home" / "evaluate").rglob("*.arrow"))
+
+
+def test_the_metric_folder_imports_nothing_that_a_space_lacks():
+    allowed = {"numpy", "evaluate", "datasets"} | sys.stdlib_module_names
+    files = sorted(METRIC_FOLDER.glob("*.py"))
+    assert {"mean_iou.py", "confusion.py"} <= {file.name for file in files}
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert node.level == 1
+                assert (METRIC_FOLDER / f"{node.module}.py").is_file()
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                assert {name.split(".")[0] for name in names} <= allowed, f"{file.name} line {node.lineno}"
 
 
 # --- threshold sweep ------------------------------------------------------------------------------------------------
@@ -175,7 +382,7 @@ def slow_sweep(pictures, thresholds, num_classes):
             for class_id, values in zip(seeds.class_ids, seeds.maps, strict=True):
                 scores[1 + class_id] = values
             counts += confusion_counts(scores.argmax(axis=0), target, 1 + num_classes)
-        miou.append(100.0 * mean_iou(counts))
+        miou.append(100.0 * miou_from_counts(counts))
         per_class.append(100.0 * iou_from_counts(counts))
     return np.array(miou), per_class
 
