@@ -212,6 +212,7 @@ def failed(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
+        (["--report.split", "test"], "report.split must be one of seeds.splits, ['train', 'val'], got 'test'"),
         (["--train.epoch", "3"], "train.epoch"),
         (["--train.epochs", "many"], "train.epochs"),
         (["--train.epochs", "0"], "train.epochs must be at least 1, got 0"),

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from bitrans_hf.data import UnreadableImageError, class_names, image_size, open_image, open_mask
+from bitrans_hf.data import UnreadableImageError, class_names, image_size, mask_rule, open_image, open_mask
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.metrics import SweepResult, ThresholdSweep
 from bitrans_hf.modeling_bitrans import BiTransModel
@@ -177,9 +177,10 @@ def score_split(
     """Write the label maps of a split and score its seeds at every threshold in one pass.
 
     Returns:
-        "images": how many have seeds. With masks, for each variant in percent over all classes and background:
-        "miou" at its best "threshold" and "per_class" IoU there; "miou_at_recipe_threshold"; with `given_thresholds`
-        also "miou_at_given_threshold"; "several_classes" repeats the scores for images with two or more classes.
+        "images": how many have seeds. With masks, "mask_rule" says how those were made, and for each variant in
+        percent over all classes and background: "miou" at its best "threshold" and "per_class" IoU there;
+        "miou_at_recipe_threshold"; with `given_thresholds` also "miou_at_given_threshold"; "several_classes" repeats
+        the scores for images with two or more classes.
     """
     store = SeedStore(folder / "seeds")
     num_classes = len(class_names(images))
@@ -215,7 +216,7 @@ def score_split(
     if counts["scored"]:
         swept = {variant: sweep.compute() for variant, sweep in sweeps["all"].items()}
         classes = ["background", *class_names(images)]
-        result |= {"scored": counts["scored"], **best_scores(swept)}
+        result |= {"scored": counts["scored"], "mask_rule": mask_rule(images), **best_scores(swept)}
         result["per_class"] = {
             variant: dict(zip(classes, map(rounded, each.per_class_iou), strict=True))
             for variant, each in swept.items()

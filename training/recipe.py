@@ -14,7 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 from transformers import set_seed
 
 from bitrans_hf.configuration_bitrans import BiTransConfig
-from bitrans_hf.data import load_folder, load_voc, make_shapes
+from bitrans_hf.data import load_coco, load_folder, load_voc, make_shapes
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.weights import from_timm, from_timm_state_dict
 
@@ -56,7 +56,7 @@ class DataRecipe:
     """Which images.
 
     Attributes:
-        source: "shapes" (drawn here), "voc" (a devkit folder) or "folder" (your own images and a label table).
+        source: "shapes" (drawn here), "voc" (a devkit folder), "coco" or "folder" (your own images and a label table).
         root: Folder of the data; not for shapes.
         train_split: Split that the model is trained on, with image-level labels alone.
         val_split: Split for the image-level mAP while training; null to leave it out.
@@ -67,9 +67,14 @@ class DataRecipe:
         num_val: shapes: number of scenes in each other split.
         image_size: shapes: side of a scene in pixels.
         seed: shapes: seed of the scenes; every split draws from its own stream.
+        sbd_root: voc: SBD's folder, for train_aug where `prepare_voc.py` has not written its list.
+        mask_folder: coco: folder of masks that were written once; null paints them when they are needed.
+        mask_overlap: coco: who gets pixels of several objects, "later" (null), "smaller" or "ignore".
+        mask_crowd: coco: what crowd regions become in masks, "background" (null), "ignore" or "object".
+        drop_empty: voc, coco: leave out images that show none of the classes; null keeps them.
     """
 
-    source: Literal["shapes", "voc", "folder"] = "shapes"
+    source: Literal["shapes", "voc", "coco", "folder"] = "shapes"
     root: str | None = None
     train_split: str | None = "train"
     val_split: str | None = "val"
@@ -80,6 +85,11 @@ class DataRecipe:
     num_val: int = 200
     image_size: int = 64
     seed: int = 0
+    sbd_root: str | None = None
+    mask_folder: str | None = None
+    mask_overlap: Literal["later", "smaller", "ignore"] | None = None
+    mask_crowd: Literal["background", "ignore", "object"] | None = None
+    drop_empty: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -360,6 +370,11 @@ class Recipe:
             raise ValueError(f"seeds.threshold must be in [0, 1], got {self.seeds.threshold}.")
         if self.data.source != "shapes" and self.data.root is None:
             raise ValueError(f"data.root must name the folder of the {self.data.source} data, got null.")
+        if self.report.split not in self.seeds.splits:
+            raise ValueError(
+                f"report.split must be one of seeds.splits, {self.seeds.splits}, got {self.report.split!r}; the "
+                "report shows seeds."
+            )
         self._check_affinity()
         self._check_pseudo_labels()
 
@@ -463,7 +478,28 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
         assert data.root is not None  # checked by Recipe
         if split is None:
             raise ValueError("VOC has no images without a split; name a list such as train, val or train_aug.")
-        return load_voc(data.root, split, classes=data.classes, label_file=data.label_file, masks=masks)
+        return load_voc(
+            data.root,
+            split,
+            classes=data.classes,
+            label_file=data.label_file,
+            sbd=data.sbd_root,
+            masks=masks,
+            drop_empty=bool(data.drop_empty),
+        )
+    if data.source == "coco":
+        assert data.root is not None
+        if split is None:
+            raise ValueError("COCO has no images without a split; name one such as train2014 or val2014.")
+        return load_coco(
+            data.root,
+            split,
+            classes=data.classes,
+            masks=(data.mask_folder or True) if masks else False,
+            overlap=data.mask_overlap,
+            crowd=data.mask_crowd,
+            drop_empty=bool(data.drop_empty),
+        )
     if data.source == "folder":
         assert data.root is not None
         return load_folder(data.root, data.table, split=split, classes=data.classes, masks=None if masks else False)

@@ -1,5 +1,6 @@
 """Loaders: every data set becomes a `datasets.Dataset` with `image_id`, `image`, `labels` and `mask`."""
 
+from .coco import CocoMaskRule, load_coco, write_coco_masks
 from .common import (
     DataError,
     UnreadableImageError,
@@ -15,10 +16,12 @@ from .shapes import make_shapes
 from .voc import load_voc, prepare_voc
 
 __all__ = [
+    "CocoMaskRule",
     "DataError",
     "UnreadableImageError",
     "class_names",
     "image_size",
+    "load_coco",
     "load_folder",
     "load_voc",
     "make_shapes",
@@ -27,4 +30,5 @@ __all__ = [
     "open_mask",
     "prepare_voc",
     "require_labels",
+    "write_coco_masks",
 ]

@@ -8,7 +8,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
@@ -32,6 +32,9 @@ _PALETTE = palette()
 
 _MASK_RULE = "masks: "
 
+COCO_REFERENCE = "coco:"
+"""How a mask cell begins that names COCO instances to be painted in place of a file."""
+
 _Opened = TypeVar("_Opened")
 
 
@@ -46,18 +49,18 @@ class UnreadableImageError(DataError):
 # ---- Rows.
 
 
-def row_features(classes: Sequence[str]) -> Features:
+def row_features(classes: Sequence[str], *, decode_masks: bool = True) -> Features:
     """Return the columns of every loader, for object classes named in the order of their ids.
 
     Pictures stay undecoded, because decoding by `datasets` would turn them upright by their EXIF tag, while masks are
-    drawn on the stored pixels: see `open_image`.
+    drawn on the stored pixels: see `open_image`. Masks that are painted on demand only `open_mask` can open.
     """
     return Features(
         {
             "image_id": Value("string"),
             "image": Image(decode=False),
             "labels": List(ClassLabel(names=list(classes))),
-            "mask": Image(),
+            "mask": Image(decode=decode_masks),
         }
     )
 
@@ -66,7 +69,7 @@ def build_dataset(
     image_ids: Sequence[str],
     images: Sequence[Path],
     labels: Sequence[Iterable[int] | None],
-    masks: Sequence[Path | bytes | None],
+    masks: Sequence[Path | bytes | str | None],
     classes: Sequence[str],
     *,
     mask_rule: str | None = None,
@@ -78,7 +81,8 @@ def build_dataset(
         images: Path of each picture.
         labels: Ids of the object classes in each picture, in any order, repeats allowed; stored sorted and unique.
             None where they are not known, which is not the same as none.
-        masks: For each row the path of an index image, the bytes of a PNG, or None where no mask is known.
+        masks: For each row the path of an index image, the bytes of a PNG, a reference (text) to what is painted on
+            demand, or None where no mask is known.
         classes: Names of the object classes, in the order of their ids.
         mask_rule: How the masks were made, for `mask_rule` to give back.
     """
@@ -92,7 +96,7 @@ def build_dataset(
         "labels": [None if ids is None else sorted(set(ids)) for ids in labels],
         "mask": cells,
     }
-    features = row_features(classes)
+    features = row_features(classes, decode_masks=not any(isinstance(mask, str) for mask in masks))
     info = DatasetInfo(description="" if mask_rule is None else f"{_MASK_RULE}{mask_rule}", features=features)
     return Dataset.from_dict(columns, features=features, info=info)
 
@@ -179,8 +183,13 @@ def open_mask(
         UnreadableImageError: the file is missing, damaged or no image.
         DataError: the image is no index image, or its size or its ids do not fit.
     """
-    mask, mode = _open(cell, "mask", _pixels_and_mode)
     name = _name(cell)
+    if name.startswith(COCO_REFERENCE):
+        from .coco import painted_mask  # here: that file builds on this one
+
+        mask, mode = painted_mask(name), "P"
+    else:
+        mask, mode = _open(cell, "mask", _pixels_and_mode)
     if mask.ndim != 2:
         raise DataError(
             f"mask {name} is a {mode} image, expected a palette or gray image whose pixels are label ids; "
@@ -326,6 +335,23 @@ def index_png(label_map: NDArray[np.uint8]) -> bytes:
     stream = io.BytesIO()
     image.save(stream, format="PNG", compress_level=1)
     return stream.getvalue()
+
+
+def inner_path(file_name: str, where: str) -> str:
+    """Return `file_name` with forward slashes, refusing every path that leaves its folder; `where` is its place."""
+    path = PureWindowsPath(file_name)  # takes both slashes, and knows drives
+    if path.drive or path.root or ".." in path.parts or not path.name:
+        raise DataError(
+            f"{where} names {file_name!r}, which leads out of the images folder; use names relative to that folder, "
+            "without '..'."
+        )
+    return path.as_posix()
+
+
+def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
+    """Return those of `names` that are no files in `folder`; one listing in place of a question for each file."""
+    present = {file.name for file in folder.iterdir()}
+    return [name for name in names if name not in present and not (folder / name).is_file()]
 
 
 def read_id_list(path: Path) -> list[str]:

@@ -10,7 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa  # type: ignore[import-untyped]
@@ -22,6 +22,7 @@ from .common import (
     build_dataset,
     check_classes,
     chosen_classes,
+    inner_path,
     masks_in_order,
     read_class_file,
     read_text,
@@ -188,18 +189,7 @@ def _read_rows(path: Path) -> Iterator[_Row]:
         if not isinstance(name, str) or not name.strip():
             has = "an empty file_name" if "file_name" in cells else f"the columns {', '.join(map(str, cells))}"
             raise DataError(f"{where} has {has}, expected the name of an image in the column file_name.")
-        yield _Row(where, _inner_path(name.strip(), where), cells)
-
-
-def _inner_path(file_name: str, where: str) -> str:
-    """Return `file_name` with forward slashes, refusing every path that leaves the images folder."""
-    path = PureWindowsPath(file_name)  # takes both slashes, and knows drives
-    if path.drive or path.root or ".." in path.parts or not path.name:
-        raise DataError(
-            f"{where} names {file_name!r}, which leads out of the images folder; use names relative to that folder, "
-            "without '..'."
-        )
-    return path.as_posix()
+        yield _Row(where, inner_path(name.strip(), where), cells)
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -43,12 +43,12 @@ def read_label_file(path: str | Path, num_classes: int) -> dict[str, list[int]]:
     labels = {}
     for image_id, row in rows.items():
         values = np.asarray(row)
-        if values.shape != (num_classes,) or not np.isin(values, (0, 1)).all():
+        if values.shape != (num_classes,) or not ((values == 0) | (values == 1)).all():
             raise DataError(
                 f"{path} holds {values.dtype} of shape {values.shape} for image {image_id!r}, expected "
                 f"{num_classes} numbers that are 0 or 1; is it the label file of another data set?"
             )
-        labels[str(image_id)] = [int(class_id) for class_id in np.flatnonzero(values)]
+        labels[str(image_id)] = np.flatnonzero(values).tolist()
     return labels
 
 
