@@ -1,0 +1,415 @@
+"""Dense CRF: scores follow the edges of the picture. The only file that knows pydensecrf, and its process pool.
+
+Kraehenbuehl & Koltun, NeurIPS 2011 (arXiv:1210.5644), through `pydensecrf2`. One image takes seconds on one core and
+the library holds Python's global lock meanwhile, so sets are worked on by processes; threads gain nothing.
+"""
+
+import functools
+import multiprocessing
+import multiprocessing.context
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sized
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Generic, Self, TypeVar
+
+import numpy as np
+from tqdm.auto import tqdm
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+class CrfNotInstalledError(ImportError):
+    """The package that computes dense CRFs is absent; the message says how to install it."""
+
+
+# ---- One image.
+
+
+@dataclass(frozen=True)
+class CrfPreset:
+    """Settings of a dense CRF: the unary term, and two Potts terms with Gaussian kernels.
+
+    Attributes:
+        iterations: Steps of mean-field inference.
+        gaussian_sxy: Standard deviation of the smoothness kernel in pixels.
+        gaussian_compat: Its weight.
+        bilateral_sxy: Standard deviation of the appearance kernel in pixels.
+        bilateral_srgb: Its standard deviation in colour, of [0, 255].
+        bilateral_compat: Its weight.
+        hard_label_probability: None takes -log(score) as unary term. A number takes only each pixel's best label and
+            gives it this probability, the others share the rest.
+    """
+
+    iterations: int
+    gaussian_sxy: float
+    gaussian_compat: float
+    bilateral_sxy: float
+    bilateral_srgb: float
+    bilateral_compat: float
+    hard_label_probability: float | None = None
+
+
+CRF_PRESETS: dict[str, CrfPreset] = {
+    # CAM labels of PSA, SEAM and MCTformer; `crf_inference` of AFA and ToCo.
+    "psa": CrfPreset(10, 3, 3, 80, 13, 10),
+    # IRN, SIPE, ReCAM, WeakTr on COCO.
+    "irn": CrfPreset(10, 3, 3, 50, 5, 10, hard_label_probability=0.7),
+    # Test of MCTformer's segmentation network.
+    "mctformer": CrfPreset(10, 4, 3, 83, 5, 3),
+    # WeakTr's masks on VOC.
+    "weaktr": CrfPreset(10, 4, 3, 83, 5, 3, hard_label_probability=0.7),
+    # SEAM after the random walk.
+    "seam": CrfPreset(1, 3, 3, 80, 13, 10),
+    # Test of SEAM's retrained segmentation network.
+    "seam-retrain": CrfPreset(1, 3, 3, 32, 13, 10),
+    # AFA's test.
+    "afa": CrfPreset(10, 3, 3, 64, 5, 4),
+    # ToCo's test on VOC and COCO, and its CAMs.
+    "toco": CrfPreset(10, 1, 1, 121, 5, 4),
+    "toco-cam": CrfPreset(10, 3, 3, 36, 3, 4),
+    # The DeepLab-V2 family: L2G, EPS, ViT-PCM.
+    "deeplab-v2": CrfPreset(10, 1, 3, 67, 3, 4),
+}
+"""Settings by the name of the system that uses them."""
+
+
+def check_crf_installed() -> None:
+    """Raise CrfNotInstalledError with one sentence on how to install it, unless the CRF can run here."""
+    _densecrf()
+
+
+def dense_crf(image: np.ndarray, scores: np.ndarray, *, preset: str | CrfPreset = "psa") -> np.ndarray:
+    """Refine label scores by a fully connected CRF over the picture's pixels.
+
+    Args:
+        image: (H, W, 3) uint8, stored pixels in RGB. Read-only and strided arrays are fine.
+        scores: (L, H, W) in [0, 1], of any float type. Row 0 is background, the others are present classes only: time
+            is in proportion to L. They need not sum to 1; values below 1e-5 count as 1e-5.
+        preset: A name in `CRF_PRESETS`, or settings of your own.
+
+    Returns:
+        (L, H, W) float32 marginals in [0, 1], sum 1 over L.
+
+    Raises:
+        ValueError: unknown preset, wrong shape or type, no row, NaN, or scores outside [0, 1].
+        CrfNotInstalledError: pydensecrf is absent.
+    """
+    settings = find_preset(preset)
+    _check(image, scores)
+    densecrf = _densecrf()
+    num_labels, height, width = scores.shape
+    if num_labels == 1 or height * width == 0:
+        return np.ones(scores.shape, dtype=np.float32)
+    # pydensecrf refuses float64, read-only and non-contiguous arrays.
+    crf = densecrf.DenseCRF2D(width, height, num_labels)
+    crf.setUnaryEnergy(_unary_energy(scores, settings.hard_label_probability))
+    crf.addPairwiseGaussian(sxy=settings.gaussian_sxy, compat=settings.gaussian_compat)
+    crf.addPairwiseBilateral(
+        sxy=settings.bilateral_sxy,
+        srgb=settings.bilateral_srgb,
+        rgbim=np.array(image, dtype=np.uint8, order="C"),
+        compat=settings.bilateral_compat,
+    )
+    marginals = np.array(crf.inference(settings.iterations), dtype=np.float32)
+    return marginals.reshape(scores.shape)
+
+
+def find_preset(preset: str | CrfPreset) -> CrfPreset:
+    """Return the settings of that name; settings come back as they are.
+
+    Raises:
+        ValueError: there is no preset of that name.
+    """
+    if isinstance(preset, CrfPreset):
+        return preset
+    if preset not in CRF_PRESETS:
+        raise ValueError(f"unknown CRF preset {preset!r}; there are {', '.join(CRF_PRESETS)}.")
+    return CRF_PRESETS[preset]
+
+
+def _densecrf() -> ModuleType:
+    try:
+        from pydensecrf import densecrf  # compiled, and an extra: most users never need it
+    except ImportError as error:
+        raise CrfNotInstalledError(
+            "the dense CRF needs pydensecrf2, which is not installed: pip install 'bitrans-hf[crf]' (it needs a C++ "
+            'compiler); the refiner "par" needs nothing.'
+        ) from error
+    return densecrf  # type: ignore[no-any-return]
+
+
+def _check(image: np.ndarray, scores: np.ndarray) -> None:
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+        raise ValueError(f"the image must be (H, W, 3) uint8, got {image.shape} {image.dtype}.")
+    if scores.ndim != 3 or scores.shape[0] == 0 or scores.shape[1:] != image.shape[:2]:
+        height, width = image.shape[:2]
+        raise ValueError(
+            f"scores of this image must be (L, {height}, {width}) with background as row 0, got {scores.shape}; "
+            "seeds and image must have one size."
+        )
+    if not np.issubdtype(scores.dtype, np.floating):
+        raise ValueError(f"scores must be floats in [0, 1], got {scores.dtype}.")
+    if scores.size == 0:
+        return
+    low, high = float(scores.min()), float(scores.max())
+    if not np.isfinite([low, high]).all():  # NaN anywhere makes both NaN
+        raise ValueError("the scores hold NaN or infinity; look at the network that made them.")
+    if low < -1e-3 or high > 1 + 1e-3:
+        raise ValueError(f"scores must be in [0, 1], got values from {low:.4g} to {high:.4g}; normalise them first.")
+
+
+def _unary_energy(scores: np.ndarray, hard_label_probability: float | None) -> np.ndarray:
+    """(L, H, W) -> (L, H*W) float32, -log of a probability."""
+    flat = scores.reshape(len(scores), -1)
+    if hard_label_probability is None:
+        probabilities = np.clip(flat.astype(np.float32), 1e-5, 1.0)
+    else:
+        rest = (1.0 - hard_label_probability) / (len(scores) - 1)
+        probabilities = np.full(flat.shape, rest, dtype=np.float32)
+        np.put_along_axis(probabilities, flat.argmax(axis=0)[None], hard_label_probability, axis=0)
+    return np.ascontiguousarray(-np.log(probabilities))
+
+
+# ---- A set of images.
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Result]):
+    """What became of one image of a set.
+
+    Attributes:
+        image_id: As given with the job.
+        result: What the function returned; None when it failed.
+        error: None, or why it failed, in one sentence.
+    """
+
+    image_id: str
+    result: Result | None
+    error: str | None = None
+
+
+class ImageFailedError(RuntimeError):
+    """An image of a set could not be worked on and the caller asked for a stop; the message names it."""
+
+
+class ImagePool:
+    """Processes that work through the images of a set, started once and used for as many sets as you like.
+
+    Results come in the order of the jobs. At most two jobs for each process wait or run at a time, whatever the size
+    of the set, and jobs are taken from their iterable only then. An image that fails, even one that kills its process,
+    is named and the others go on. Workers begin in a fresh interpreter, never as a copy of this process with its
+    threads and GPU; so a script that uses the pool must keep its own work under `if __name__ == "__main__":`.
+
+    Args:
+        processes: How many; None is one for each core of this process. With 1 all work is done in this process.
+
+    Example:
+        >>> with ImagePool(processes=1) as pool:
+        ...     [(o.image_id, o.result) for o in pool.run(len, [("a", "xyz"), ("b", "")])]
+        [('a', 3), ('b', 0)]
+    """
+
+    def __init__(self, processes: int | None = None):
+        if processes is not None and processes < 1:
+            raise ValueError(f"processes must be 1 or more, got {processes}.")
+        self.processes = processes or available_cores()
+        self._executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the processes once they have finished what they are at; jobs that still wait are dropped."""
+        if self._executor is not None:
+            self._executor.shutdown(wait=True, cancel_futures=True)
+            self._executor = None
+
+    def run(
+        self,
+        function: Callable[[Job], Result],
+        jobs: Iterable[tuple[str, Job]],
+        *,
+        strict: bool = False,
+        progress: str | None = None,
+        total: int | None = None,
+    ) -> Iterator[Outcome[Result]]:
+        """Yield the outcome of each job in order.
+
+        Args:
+            function: Of one job; importable by name, as everything that is sent to another process.
+            jobs: (image id, what the function gets). To go on after a kill, leave out what your store already holds.
+            strict: Stop at the first image that fails.
+            progress: Title of a bar on the terminal; None shows none, and without a terminal there is none either.
+            total: Number of jobs for the bar, where `jobs` has no length.
+
+        Raises:
+            ImageFailedError: `strict` and an image failed.
+        """
+        length = len(jobs) if total is None and isinstance(jobs, Sized) else total
+        with tqdm(total=length, desc=progress, unit="image", disable=None if progress else True) as bar:
+            for outcome in self._outcomes(function, jobs):
+                if strict and outcome.error is not None:
+                    raise ImageFailedError(f"image {outcome.image_id}: {outcome.error}")
+                yield outcome
+                bar.update()
+
+    def _outcomes(
+        self, function: Callable[[Job], Result], jobs: Iterable[tuple[str, Job]]
+    ) -> Iterator[Outcome[Result]]:
+        if self.processes == 1:
+            for image_id, job in jobs:
+                yield _work(function, image_id, job)
+            return
+        waiting: deque[tuple[str, Job, Future[Outcome[Result]] | None]] = deque()
+        try:
+            for image_id, job in jobs:
+                waiting.append((image_id, job, self._submit(function, image_id, job)))
+                if len(waiting) == 2 * self.processes:
+                    yield self._next(function, waiting)
+            while waiting:
+                yield self._next(function, waiting)
+        finally:  # the caller may stop early
+            for _, _, future in waiting:
+                if future is not None:
+                    future.cancel()
+
+    def _next(
+        self,
+        function: Callable[[Job], Result],
+        waiting: deque[tuple[str, Job, Future[Outcome[Result]] | None]],
+    ) -> Outcome[Result]:
+        image_id, job, future = waiting.popleft()
+        try:
+            if future is not None:
+                return future.result()
+        except BrokenProcessPool:
+            pass
+        # A process died and took all waiting jobs along. Whose fault it was shows when each is tried alone.
+        self.close()
+        try:
+            alone = self._submit(function, image_id, job)
+            outcome = alone.result() if alone is not None else Outcome[Result](image_id, None, _DIED)
+        except BrokenProcessPool:
+            self.close()
+            outcome = Outcome[Result](image_id, None, _DIED)
+        again = [
+            entry
+            if entry[2] is not None and _succeeded(entry[2])
+            else (*entry[:2], self._submit(function, *entry[:2]))
+            for entry in waiting
+        ]
+        waiting.clear()
+        waiting.extend(again)
+        return outcome
+
+    def _submit(self, function: Callable[[Job], Result], image_id: str, job: Job) -> Future[Outcome[Result]] | None:
+        """Hand a job to the processes; None when they have died."""
+        if self._executor is None:
+            self._executor = ProcessPoolExecutor(self.processes, mp_context=_context(), initializer=_start_worker)
+        try:
+            return self._executor.submit(_work, function, image_id, job)
+        except BrokenProcessPool:
+            return None
+
+
+_DIED = "the process that worked on it died, perhaps for want of memory; try fewer processes or a smaller image."
+
+
+def _work(function: Callable[[Job], Result], image_id: str, job: Job) -> Outcome[Result]:
+    try:
+        return Outcome(image_id, function(job))
+    except Exception as error:  # noqa: BLE001  one bad image must not stop the set, whatever is wrong with it
+        return Outcome(image_id, None, str(error) or type(error).__name__)
+
+
+def _succeeded(future: "Future[Outcome[Result]]") -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None
+
+
+def _context() -> multiprocessing.context.BaseContext:
+    """Fork workers from a server that imports this package once, where there is one; else each imports it anew."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def _start_worker() -> None:
+    """Leave Ctrl-C to the parent, and do not outlive it when it is killed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class CrfJob:
+    """What `dense_crf` needs of one image: `image` (H, W, 3) uint8 and `scores` (L, H, W)."""
+
+    image: np.ndarray
+    scores: np.ndarray
+
+
+def crf_pool(
+    jobs: Iterable[tuple[str, CrfJob]],
+    *,
+    preset: str | CrfPreset = "psa",
+    processes: int | None = None,
+    strict: bool = False,
+    progress: str | None = "CRF",
+    total: int | None = None,
+) -> Iterator[Outcome[np.ndarray]]:
+    """Refine a set of images, one on each core.
+
+    Args:
+        jobs: (image id, image and scores), taken from their iterable as the work proceeds.
+        preset: See `dense_crf`.
+        processes: See `ImagePool`.
+        strict: Stop at the first image that fails.
+        progress: Title of a bar on the terminal; None shows none.
+        total: Number of jobs, where `jobs` has no length.
+
+    Returns:
+        An iterator over the outcomes: for each job in order, marginals (L, H, W) float32, or why the image failed.
+
+    Raises:
+        ValueError: unknown preset.
+        CrfNotInstalledError: pydensecrf is absent.
+        ImageFailedError: `strict` and an image failed.
+    """
+    work = functools.partial(_refine_job, preset=find_preset(preset))
+    check_crf_installed()
+    pool = ImagePool(processes)
+
+    def outcomes() -> Iterator[Outcome[np.ndarray]]:
+        with pool:
+            yield from pool.run(work, jobs, strict=strict, progress=progress, total=total)
+
+    return outcomes()  # bad arguments have been refused by now, not at the first image
+
+
+def _refine_job(job: CrfJob, preset: CrfPreset) -> np.ndarray:
+    return dense_crf(job.image, job.scores, preset=preset)
