@@ -269,6 +269,49 @@ def recipe_table(recipe: Mapping[str, Any], title: str = "Recipe") -> Table:
     return Table(title, ["Setting", "Value"], list(flat(recipe, "")), folded=True)
 
 
+def confusion_picture(counts: npt.NDArray[np.integer], rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
+    """Draw confusion counts as shares of each true label: the diagonal is what was found.
+
+    Args:
+        counts: Pixel counts (R, C), rows are true labels.
+        rows: Names of the R true labels.
+        columns: Names of the C predicted labels.
+
+    Returns:
+        An RGB picture. With up to 25 labels the shares stand in the cells, in percent; a label that is in no target
+        has an empty row.
+
+    Raises:
+        ValueError: the numbers of names and of counts differ.
+    """
+    if counts.shape != (len(rows), len(columns)):
+        raise ValueError(f"counts have shape {counts.shape}, expected {(len(rows), len(columns))} for these names.")
+    total = counts.sum(axis=1, keepdims=True)
+    shares = np.divide(100.0 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
+    few = len(columns) <= 25
+    side = max(3.5, 1.6 + 0.36 * len(columns)) if few else 2.0 + 0.17 * len(columns)
+    figure = Figure(figsize=(side, side), dpi=130, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    # The root of a share, because most confusions are below ten percent and would all look like none.
+    axes.imshow(np.sqrt(shares / 100.0), cmap="Blues", vmin=0, vmax=1)
+    size = 8 if few else 6
+    axes.set_xticks(range(len(columns)), columns, fontsize=size, rotation=90)
+    axes.set_yticks(range(len(rows)), rows, fontsize=size)
+    axes.tick_params(length=0)
+    axes.set_xlabel("predicted", fontsize=size + 1)
+    axes.set_ylabel("true", fontsize=size + 1)
+    axes.set_title("Share of each true label, %", loc="left", fontsize=size + 2, fontweight="bold")
+    for (row, column), share in np.ndenumerate(shares):
+        if few and share >= 0.5:
+            colour = "white" if share > 40 else "#1d2329"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    for edge in axes.spines.values():
+        edge.set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
@@ -281,6 +324,7 @@ def write_report(
     curves: Sequence[Chart] = (),
     tables: Sequence[Table] = (),
     notes: Sequence[str] = (),
+    figures: Mapping[str, Image.Image] | None = None,
 ) -> Path:
     """Write one HTML page that needs no other file, and the pictures as PNGs in a folder beside it.
 
@@ -294,6 +338,7 @@ def write_report(
         curves: Charts, see `charts_from_log`.
         tables: Tables, see `score_table` and `recipe_table`.
         notes: Sentences to stand at the top, one paragraph each.
+        figures: Heading -> a picture about all images, below the tables.
 
     Returns:
         `path`.
@@ -309,6 +354,11 @@ def write_report(
     parts = [f"<h1>{escape(title)}</h1>"]
     parts += [f'<p class="note">{escape(note)}</p>' for note in [*notes, *_ground_truth_notes(rows)]]
     parts += [_table_html(table) for table in tables if not table.folded]
+    for heading, picture in (figures or {}).items():
+        parts.append(
+            f'<h2>{escape(heading)}</h2><figure style="max-width: {picture.width}px">'
+            f'<img src="{_data_uri(picture)}" alt="{escape(heading)}"></figure>'
+        )
     if rows:
         parts.append("<h2>Pictures</h2>")
         parts += [_picture_html(row, lines, columns) for row, lines in zip(rows, images, strict=True)]

@@ -316,7 +316,7 @@ def test_a_million_pixels_of_counts_take_no_more_memory_than_ten():
         (lambda: MeanIoU(2).add_batch(predictions=[[[0]]], references=[]), "argument 2 is shorter"),
         (lambda: MeanIoU(2).add(prediction=[[0]], reference=[[0]], mask=1), r"unknown arguments \['mask'\]"),
         (lambda: MeanIoU(2).add(prediction=[[0]], reference=[[2]]), "counts background too"),
-        (lambda: MeanIoU().counts, "counts needs the number of labels"),
+        (lambda: MeanIoU().counts, "counts need the number of labels"),
         (lambda: miou_from_counts(np.eye(2, dtype=np.int64), absent="drop"), 'absent must be "skip" or "zero"'),
     ],
 )

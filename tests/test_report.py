@@ -254,3 +254,28 @@ def test_a_page_without_pictures_can_hold_tables_alone(tmp_path):
     assert "b" in page.words
     assert "Pictures" not in page.words
     assert not (tmp_path / "page_pictures").exists()
+
+
+# --- confusion ------------------------------------------------------------------------------------------------------
+
+
+def test_a_confusion_picture_is_dark_where_most_pixels_are():
+    names = ["background", "cat", "dog"]
+    found, lost = np.diag([900, 50, 7]), np.full((3, 3), 100) - np.diag([100] * 3)
+    for counts in (found, lost):
+        counts[2] = counts[2] if counts is found else 0  # a label without pixels leaves its row empty
+    bright, dark = (
+        np.asarray(report.confusion_picture(counts, names, names).convert("L")) for counts in (lost, found)
+    )
+    inside = (slice(40, 250), slice(180, 330))
+    assert (dark[inside] < 100).sum() > 2 * (bright[inside] < 100).sum()
+    many = [f"label {index}" for index in range(81)]
+    assert report.confusion_picture(np.ones((81, 82), dtype=np.int64), many, [*many, "unsure"]).width < 2500
+    with pytest.raises(ValueError, match=r"counts have shape \(3, 3\), expected \(3, 2\)"):
+        report.confusion_picture(found, names, names[:2])
+
+
+def test_a_figure_stands_on_the_page_under_its_heading(tmp_path):
+    picture = Image.new("RGB", (30, 20), "red")
+    path = report.write_report(tmp_path / "page.html", title="Scores", rows=[], figures={"Confusion & more": picture})
+    assert "Confusion & more" in Page(path).words

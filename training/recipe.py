@@ -7,7 +7,7 @@ wrong type are errors. The resolved recipe is written beside every result.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from datasets import Dataset
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
@@ -454,16 +454,36 @@ def parse_recipe(description: str | None, arguments: Sequence[str] | None = None
     Raises:
         SystemExit: unknown key, wrong type or value; the message says which.
     """
+    recipe, options, _ = parse_recipe_with(NoOptions, description, arguments)
+    return recipe, options
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A script that has no options of its own."""
+
+
+Group = TypeVar("Group")
+Made = TypeVar("Made")
+
+
+def parse_recipe_with(
+    own_options: type[Group], description: str | None, arguments: Sequence[str] | None = None
+) -> tuple[Recipe, RunOptions, Group]:
+    """Read the recipe as `parse_recipe`, and the fields of a dataclass of the script's own options beside it."""
     parser = ArgumentParser(description=(description or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with the keys below")
-    parser.add_class_arguments(Recipe)
-    parser.add_class_arguments(RunOptions)
+    for group in (own_options, RunOptions, Recipe):
+        parser.add_class_arguments(group)
     values = parser.instantiate(parser.parse_args(arguments))
+
+    def made(group: type[Made]) -> Made:
+        return group(**{key.name: values[key.name] for key in dataclasses.fields(group)})  # type: ignore[arg-type]
+
     try:
-        recipe = Recipe(**{key.name: values[key.name] for key in dataclasses.fields(Recipe)})
+        return made(Recipe), made(RunOptions), made(own_options)
     except ValueError as error:
         parser.error(str(error))
-    return recipe, RunOptions(**{key.name: values[key.name] for key in dataclasses.fields(RunOptions)})
 
 
 def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:

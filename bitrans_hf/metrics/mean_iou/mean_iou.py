@@ -142,14 +142,19 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
 
     @property
     def counts(self) -> Counts:
-        """Confusion counts (num_labels, num_labels) int64 so far, rows are references.
+        """Confusion counts (num_labels, num_labels) int64 so far, rows are references; see `confusion`."""
+        return self.confusion[:-1, :-1]
+
+    @property
+    def confusion(self) -> Counts:
+        """Confusion counts (num_labels + 1, num_labels + 1) so far; the last row and column hold ids out of range.
 
         Raises:
-            ValueError: the number of labels is not known, or an id is out of range.
+            ValueError: the number of labels is not known, or an id is out of range and that is an error.
         """
         if self.rules is None:
-            raise ValueError("counts needs the number of labels; make the metric with num_classes.")
-        return self.rules.confusion(self._pairs)[:-1, :-1]
+            raise ValueError("counts need the number of labels; make the metric with num_classes.")
+        return self.rules.confusion(self._pairs)
 
     def add(self, *, prediction: LabelMap, reference: LabelMap, **unknown: Any) -> None:
         """Count one pair of label maps (H, W): integer arrays, CPU tensors or PIL index images.
