@@ -313,6 +313,106 @@ class PseudoLabelsRecipe:
 
 
 @dataclass(frozen=True)
+class SegmentationRecipe:
+    """How the segmentation network is trained; the defaults are MCTformer's (DeepLab-V1 on ResNet38, one GPU).
+
+    Attributes:
+        labels: What it is trained on. "pseudo_labels": those of the run. "seeds": the label maps of the run's seeds.
+            "ground_truth": the data's own masks, which weak supervision does not have: for the ceiling only. Else a
+            folder of index images called <image_id>.png.
+        split: Split to train on.
+        val_split: Split with masks for the mIoU while training, at one scale; null to leave it out. Nothing is chosen
+            by it: the last weights are kept.
+        val_every: Epochs between these scores; the last epoch is always scored.
+        preset: "mctformer" or "deeplab-v1" (SEAM's retraining): head, frozen parts, optimiser and augmentation.
+        backbone: "resnet38", "bitrans" (the run's own encoder) or the name of a timm network.
+        weights: What the backbone starts from. "trained": bitrans, the run's own model; "scratch"; "timm": a timm
+            network's weights from the Hub; a file: the public ResNet38 `.pth`, MXNet's `.params`, a timm network's
+            `.safetensors`; the folder of a finished segmentation network of the same classes.
+        options: Further fields of `DeepLabConfig`, such as output_stride, the pixels of a cell.
+        batch_norm: "frozen" or "trained" in the backbone; "sync": trained, with the statistics of all GPUs; null for
+            the preset's.
+        crop_size: Side of the training crops in pixels; null for the preset's.
+        augmentation_options: Options of `bitrans_hf.data.segmentation.PairAugmentation` in place of the preset's.
+        epochs: Passes over the images.
+        batch_size: Images for each process and forward pass.
+        gradient_accumulation: Forward passes for each optimiser step.
+        optimizer: "sgd": "mctformer" has next to no momentum (1e-5: the weight decay that lands in its place),
+            "deeplab-v1" 0.9. "adamw": for vision transformers.
+        learning_rate: First rate of the backbone; it falls by (1 - step / steps)^0.9. The head has 10 times it. Null
+            for the preset's.
+        weight_decay: Not applied to biases and norms; null for the preset's.
+        max_grad_norm: Clip the gradient to this norm; null does not clip.
+        precision: "no" for float32, or "bf16".
+        channels_last: Keep feature maps with the channels innermost, as tensor cores want them.
+        compile: Compile the network with torch.compile.
+        num_workers: Processes that load images, for each process that trains.
+        log_every: Optimiser steps between log lines.
+        checkpoint_every: Optimiser steps between checkpoints, beside the one after each epoch; null for none.
+        trackers: Trackers of Accelerate.
+    """
+
+    labels: str = "pseudo_labels"
+    split: str | None = "train"
+    val_split: str | None = None
+    val_every: int = 1
+    preset: Literal["mctformer", "deeplab-v1"] = "mctformer"
+    backbone: str = "resnet38"
+    weights: str = "scratch"
+    options: dict[str, Any] = field(default_factory=dict)
+    batch_norm: Literal["frozen", "trained", "sync"] | None = None
+    crop_size: int | None = None
+    augmentation_options: dict[str, Any] = field(default_factory=dict)
+    epochs: int = 30
+    batch_size: int = 4
+    gradient_accumulation: int = 1
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    precision: Literal["no", "bf16"] = "no"
+    channels_last: bool = False
+    compile: bool = False
+    num_workers: int = 2
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    trackers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class PredictionRecipe:
+    """How the trained network is tested.
+
+    Attributes:
+        splits: Splits to predict; the first one's score heads the metrics.
+        preset: Views and their fusion, see `bitrans_hf.segment.TEST_PRESETS`: "mctformer" or "deeplab-v1".
+        scales: Factors of the image's sides; null for the preset's.
+        flip: See flipped images too; null for the preset's.
+        window: Side of sliding windows in pixels, for images that do not fit in memory; null for whole images.
+        stride: Pixels from one window to the next; null for two thirds of the window.
+        refiner: What the fused scores pass through at last: "crf", "par" or "none".
+        crf_preset: Preset of the CRF, a name of `bitrans_hf.crf.CRF_PRESETS`; null for the one that belongs to
+            `preset`.
+        crf_classes: "predicted": the refiner sees background and the classes that win some pixel, which is what makes
+            80 classes affordable. "all": every class.
+        pack: Pack the predictions of VOC splits as the VOC server wants them.
+        network: Folder of another segmentation network than the run's own; null for `segmentation/model` of the run.
+    """
+
+    splits: list[str | None] = field(default_factory=lambda: ["val"])
+    preset: Literal["mctformer", "deeplab-v1"] = "mctformer"
+    scales: list[float] | None = None
+    flip: bool | None = None
+    window: int | None = None
+    stride: int | None = None
+    refiner: Refiner = "crf"
+    crf_preset: str | None = None
+    crf_classes: Literal["predicted", "all"] = "predicted"
+    pack: bool = False
+    network: str | None = None
+
+
+@dataclass(frozen=True)
 class ReportRecipe:
     """What the page shows.
 
@@ -339,6 +439,8 @@ class Recipe:
         seeds: How seeds are made and cut.
         affinity: How the affinity network is trained; null leaves the stage out.
         pseudo_labels: How seeds become pseudo labels; null leaves the stage out.
+        segmentation: How the segmentation network is trained; null leaves the stage out.
+        prediction: How it is tested; null leaves the stage out.
         report: What the page shows.
     """
 
@@ -351,6 +453,8 @@ class Recipe:
     seeds: SeedsRecipe = field(default_factory=SeedsRecipe)
     affinity: AffinityRecipe | None = None
     pseudo_labels: PseudoLabelsRecipe | None = None
+    segmentation: SegmentationRecipe | None = None
+    prediction: PredictionRecipe | None = None
     report: ReportRecipe = field(default_factory=ReportRecipe)
 
     def __post_init__(self) -> None:
@@ -359,7 +463,7 @@ class Recipe:
         Raises:
             ValueError: a value is out of range.
         """
-        sections = {"train": self.train, "affinity": self.affinity}
+        sections = {"train": self.train, "affinity": self.affinity, "segmentation": self.segmentation}
         for section, settings in sections.items():
             for name in ("epochs", "batch_size", "gradient_accumulation", "log_every"):
                 if settings is not None and getattr(settings, name) < 1:
@@ -377,6 +481,8 @@ class Recipe:
             )
         self._check_affinity()
         self._check_pseudo_labels()
+        self._check_segmentation()
+        self._check_prediction()
 
     def _check_affinity(self) -> None:
         affinity = self.affinity
@@ -415,6 +521,45 @@ class Recipe:
             raise ValueError(
                 'pseudo_labels.method "random_walk" needs an affinity network: add the section affinity, name one '
                 'with pseudo_labels.network, or choose the method "refiner".'
+            )
+
+    def _check_segmentation(self) -> None:
+        segmentation = self.segmentation
+        if segmentation is None:
+            return
+        if segmentation.val_every < 1:
+            raise ValueError(f"segmentation.val_every must be at least 1, got {segmentation.val_every}.")
+        if segmentation.labels == "pseudo_labels":
+            made = self.pseudo_labels.splits if self.pseudo_labels else None
+            if made is not None and segmentation.split not in made:
+                raise ValueError(
+                    f"segmentation.split names {segmentation.split!r}, which gets no pseudo labels; add it to "
+                    f"pseudo_labels.splits {made}."
+                )
+        if segmentation.labels == "seeds":
+            self._check_seeds_are_made("segmentation.split", segmentation.split)
+        if segmentation.weights == "trained" and segmentation.backbone != "bitrans":
+            raise ValueError(
+                'segmentation.weights "trained" is for the backbone bitrans, got the backbone '
+                f'{segmentation.backbone!r}; give a file of weights, "timm" for weights from the Hub, or "scratch".'
+            )
+
+    def _check_prediction(self) -> None:
+        prediction = self.prediction
+        if prediction is None:
+            return
+        if not prediction.splits:
+            raise ValueError("prediction.splits is empty; name the splits to predict.")
+        if prediction.scales is not None and not (prediction.scales and min(prediction.scales) > 0):
+            raise ValueError(f"prediction.scales must be factors above 0, got {prediction.scales}.")
+        if self.segmentation is None and prediction.network is None:
+            raise ValueError(
+                "prediction needs a network: add the section segmentation, or name one with prediction.network."
+            )
+        if prediction.pack and (self.data.source != "voc" or self.data.classes is not None):
+            raise ValueError(
+                "prediction.pack is for the VOC server, which wants all 20 classes in VOC's order: it needs "
+                f"data.source voc and no data.classes, got {self.data.source} and {self.data.classes}."
             )
 
     def _check_seeds_are_made(self, key: str, split: str | None) -> None:

@@ -1,0 +1,361 @@
+"""Test the segmentation network: label maps of whole splits, at several scales, refined, scored and packed.
+
+accelerate launch training/predict_masks.py --config training/recipes/voc_deit_small.yaml
+
+Every image gets three palette PNGs: of one scale, of all scales, and of all scales after the refiner, so that one run
+gives the score of each step. Images that are done are not done again. Scores of a few images are all that is held in
+memory, however many images and classes there are.
+"""
+
+import gzip
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from bitrans_hf.crf import CrfJob, CrfNotInstalledError, Outcome, available_cores, check_crf_installed, crf_pool
+from bitrans_hf.data import UnreadableImageError, class_names, open_image, open_mask
+from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.metrics import confusion_counts
+from bitrans_hf.modeling_deeplab import DeepLabForSemanticSegmentation
+from bitrans_hf.par import pixel_adaptive_refinement
+from bitrans_hf.pseudo_labels import write_label_png
+from bitrans_hf.segment import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
+from bitrans_hf.store import atomic_write
+from recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, parse_recipe
+from runtime import Stage, StageError, make_accelerator, progress, run_script, say, say_unreadable
+from train_segmentation import check_classes, scores_in_percent
+
+DEPENDS_ON = (
+    "seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation", "prediction",
+)  # fmt: skip
+
+SINGLE_SCALE, MULTI_SCALE = "single_scale", "multi_scale"
+"""Folders of the label maps before the refiner; the refiner's own is called after it."""
+
+CRF_PRESETS = {"mctformer": "mctformer", "deeplab-v1": "seam-retrain"}
+"""The dense CRF that ends each published test."""
+
+VOC_SERVER_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
+"""Where the VOC server looks for the maps of a method that used other data than VOC's, such as ImageNet or SBD."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments."""
+    predict_masks(*parse_recipe(__doc__, arguments))
+
+
+def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
+    """Predict and score every split of the recipe; return the folder of the stage.
+
+    `<split>/<step>/*.png` holds the label maps after each step.
+    """
+    if recipe.prediction is None:
+        raise StageError("the recipe has no section prediction; add it, or --prediction.preset mctformer.")
+    settings = recipe.prediction
+    accelerator = make_accelerator(recipe, options, settings=recipe.segmentation)
+    stage = Stage(recipe, "predictions", DEPENDS_ON, accelerator.is_main_process)
+    if stage.done:
+        say(accelerator, f"predictions: already done, {stage.folder}")
+        return stage.folder
+    if settings.refiner == "crf":
+        try:
+            check_crf_installed()  # before hours of predictions depend on it
+        except CrfNotInstalledError as error:
+            raise StageError(f"prediction.refiner is crf: {error}") from error
+    model, processor = load_network(recipe, settings)
+    model.to(accelerator.device).eval()
+
+    splits: dict[str, dict[str, Any]] = {}
+    unreadable: set[str] = set()
+    for split in settings.splits:
+        name = split or ALL_IMAGES
+        images = load_images(recipe.data, split, masks=True)
+        check_classes(model, class_names(images))
+        folder = stage.folder / name
+        broken = predict_split(accelerator, options, model, processor, images, folder, settings)
+        splits[name] = score_split(accelerator, options, images, folder, settings)
+        if settings.pack and accelerator.is_main_process:
+            splits[name]["archive"] = str(pack_for_voc_server(images["image_id"], folder, settings))
+        unreadable |= broken
+
+    head = next(iter(splits.values()))
+    final = {"miou": head["steps"][last_step(settings)]} if "steps" in head else {}
+    stage.finish({**final, "splits": splits, "unreadable": sorted(unreadable)})
+    say_unreadable(accelerator, unreadable)
+    for name, scores in splits.items():
+        shown = "no masks to score against"
+        if "steps" in scores:
+            shown = "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
+        say(accelerator, f"predictions: {name}, {scores['images']} images, {shown}")
+    say(accelerator, f"predictions: -> {stage.folder}")
+    accelerator.wait_for_everyone()
+    return stage.folder
+
+
+# ---- The network.
+
+
+def load_network(
+    recipe: Recipe, settings: PredictionRecipe
+) -> tuple[DeepLabForSemanticSegmentation, BiTransImageProcessor]:
+    """Load the segmentation network and its image processor.
+
+    Raises:
+        StageError: it is not there.
+    """
+    own = Path(recipe.output_dir) / recipe.name / "segmentation" / "model"
+    folder = own if settings.network is None else Path(settings.network)
+    if not (folder / "config.json").is_file():
+        raise StageError(f"no segmentation network at {folder}; run training/train_segmentation.py first.")
+    return DeepLabForSemanticSegmentation.from_pretrained(folder), BiTransImageProcessor.from_pretrained(folder)
+
+
+# ---- Label maps.
+
+
+def last_step(settings: PredictionRecipe) -> str:
+    """Return the name of the step whose label maps are the prediction."""
+    return MULTI_SCALE if settings.refiner == "none" else settings.refiner
+
+
+def steps(settings: PredictionRecipe) -> list[str]:
+    """Return the names of all steps in their order, which are those of the folders."""
+    return list(dict.fromkeys([SINGLE_SCALE, MULTI_SCALE, last_step(settings)]))
+
+
+def view_options(settings: PredictionRecipe) -> ViewOptions:
+    """Return the views of the recipe: the preset's, with scales and flip replaced where it says so."""
+    views = TEST_PRESETS[settings.preset].copy()
+    if settings.scales is not None:
+        views["scales"] = settings.scales
+    if settings.flip is not None:
+        views["flip"] = settings.flip
+    return views
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Scores of one image on their way to the last step.
+
+    Attributes:
+        label_ids: (L,) ids of the rows of `scores`, background first.
+        image: (H, W, 3) uint8.
+        scores: (L, H, W) float32.
+    """
+
+    label_ids: npt.NDArray[np.uint8]
+    image: npt.NDArray[np.uint8]
+    scores: npt.NDArray[np.float32]
+
+    def label_map(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+        """Return the label with the highest score (L, H, W) at each pixel."""
+        strongest: npt.NDArray[np.uint8] = self.label_ids[scores.argmax(axis=0)]
+        return strongest
+
+
+def predict_split(
+    accelerator: Accelerator,
+    options: RunOptions,
+    model: DeepLabForSemanticSegmentation,
+    processor: BiTransImageProcessor,
+    images: Dataset,
+    folder: Path,
+    settings: PredictionRecipe,
+) -> set[str]:
+    """Write the label maps of this process' share of a split; return the ids of unusable images of all processes.
+
+    The network runs here while a pool of processes refines what it has seen before. An image is done when its last
+    label map is there, which is written last.
+    """
+    own = range(accelerator.process_index, len(images), accelerator.num_processes)
+    ids, final = images["image_id"], folder / last_step(settings)
+    todo = [index for index in own if not (final / f"{ids[index]}.png").is_file()]
+    waiting: dict[str, Prediction] = {}
+    unusable: set[str] = set()
+
+    def jobs() -> Iterator[tuple[str, CrfJob]]:
+        for index in todo:
+            row = images[index]
+            try:
+                made = predict_image(accelerator, model, processor, row, folder, settings)
+            except UnreadableImageError:
+                if options.strict:
+                    raise
+                unusable.add(row["image_id"])
+                continue
+            waiting[row["image_id"]] = made
+            yield row["image_id"], CrfJob(made.image, made.scores)
+
+    refined: Iterable[Outcome[npt.NDArray[np.float32]]]
+    if settings.refiner == "crf":
+        workers = min(num_workers(accelerator, options), max(1, len(todo)))
+        preset = settings.crf_preset or CRF_PRESETS[settings.preset]
+        refined = crf_pool(jobs(), preset=preset, processes=workers, strict=options.strict, progress=None)
+    else:
+        refined = (Outcome(image_id, job.scores) for image_id, job in jobs())
+    for outcome in progress(refined, accelerator, options, total=len(todo), desc=folder.name, unit="image"):
+        made = waiting.pop(outcome.image_id)
+        if outcome.result is None:
+            say(accelerator, f"{outcome.image_id}: {outcome.error}")
+            unusable.add(outcome.image_id)
+        else:
+            write_label_png(final / f"{outcome.image_id}.png", made.label_map(outcome.result))
+    accelerator.wait_for_everyone()
+    return set(gather_object(sorted(unusable)))
+
+
+def num_workers(accelerator: Accelerator, options: RunOptions) -> int:
+    """Return how many processes refine for each one that runs the network: its share of the cores by default."""
+    return options.workers or max(1, available_cores() // accelerator.num_processes)
+
+
+@torch.no_grad()
+def predict_image(
+    accelerator: Accelerator,
+    model: DeepLabForSemanticSegmentation,
+    processor: BiTransImageProcessor,
+    row: dict[str, Any],
+    folder: Path,
+    settings: PredictionRecipe,
+) -> Prediction:
+    """Pass one image through the network and write its label maps of all but the last step.
+
+    The refiner "par" runs here and not in another process: it is made of torch, and fast where the scores are.
+    """
+    image = open_image(row["image"])
+    pixels = np.array(image)
+    single, fused = single_and_fused_scores(
+        accelerator, model, processor.normalized(image).to(accelerator.device), settings
+    )
+    winner = fused.argmax(dim=0)
+    winners = winner.unique()
+    for step, label_map in ((SINGLE_SCALE, single.argmax(dim=0)), (MULTI_SCALE, winner)):
+        if step != last_step(settings):
+            path = folder / step / f"{row['image_id']}.png"
+            write_label_png(path, label_map.to(torch.uint8).cpu().numpy())
+
+    labels = torch.arange(1, len(fused)) if settings.crf_classes == "all" else winners[winners > 0].cpu()
+    labels = torch.cat([torch.zeros(1, dtype=labels.dtype), labels])  # background first, always
+    scores = fused[labels.to(fused.device)]
+    if settings.refiner == "par" and len(labels) > 1:
+        batch = torch.from_numpy(pixels).to(fused.device).permute(2, 0, 1)[None].float() / 255
+        scores = pixel_adaptive_refinement(batch, scores[None])[0]
+    return Prediction(labels.numpy().astype(np.uint8), pixels, scores.cpu().numpy())
+
+
+def single_and_fused_scores(
+    accelerator: Accelerator,
+    model: DeepLabForSemanticSegmentation,
+    pixel_values: torch.Tensor,
+    settings: PredictionRecipe,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores (1 + C, H, W) of the image as it is, and those of all views fused."""
+    views = view_options(settings)
+    single: torch.Tensor | None = None
+
+    def logits(scales: Sequence[float], flip: bool) -> Iterator[torch.Tensor]:
+        nonlocal single
+        with accelerator.autocast():
+            for view in view_logits(
+                model,
+                pixel_values,
+                scales=scales,
+                flip=flip,
+                align_image=views["align_image"],
+                align_logits=views["align_logits"],
+                window=settings.window,
+                stride=settings.stride,
+            ):
+                if view.scale == 1.0 and not view.flipped:
+                    single = view.logits.softmax(dim=0)
+                yield view.logits
+
+    fused = FUSIONS[views["fusion"]](logits(views["scales"], views["flip"]))
+    if single is None:  # the recipe's scales leave 1.0 out
+        list(logits([1.0], False))
+    assert single is not None
+    return single, fused
+
+
+# ---- Scores.
+
+
+def score_split(
+    accelerator: Accelerator, options: RunOptions, images: Dataset, folder: Path, settings: PredictionRecipe
+) -> dict[str, Any]:
+    """Score the label maps of a split after every step, wherever masks are known.
+
+    Returns:
+        "images": how many were predicted; "scored": how many of them have a mask. If there are any, in percent over
+        all classes and background: "steps" (step -> mIoU) and "per_class" (step -> class -> IoU).
+    """
+    names = ["background", *class_names(images)]
+    counts = {step: np.zeros((len(names), len(names)), dtype=np.int64) for step in steps(settings)}
+    images_and_scored = np.zeros(2, dtype=np.int64)
+    own = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for index in progress(own, accelerator, options, desc="score", unit="image"):
+        row = images[index]
+        files = {step: folder / step / f"{row['image_id']}.png" for step in counts}
+        predicted = all(path.is_file() for path in files.values())
+        images_and_scored += (predicted, predicted and row["mask"] is not None)
+        if not predicted or row["mask"] is None:
+            continue
+        target = open_mask(row["mask"], num_classes=len(names) - 1)
+        for step, path in files.items():
+            counts[step] += confusion_counts(open_mask(path), target, len(names))
+    total, scored = (int(number) for number in np.sum(gather_object([images_and_scored]), axis=0))
+    result: dict[str, Any] = {"images": total, "scored": scored}
+    if scored:
+        scores = {
+            step: scores_in_percent(np.sum(gather_object([part]), axis=0), names) for step, part in counts.items()
+        }
+        result["steps"] = {step: each["miou"] for step, each in scores.items()}
+        result["per_class"] = {step: each["per_class"] for step, each in scores.items()}
+    return result
+
+
+# ---- The VOC server.
+
+
+def pack_for_voc_server(image_ids: Sequence[str], folder: Path, settings: PredictionRecipe) -> Path:
+    """Pack the predictions of a split as the VOC evaluation server wants them; return the archive.
+
+    The same predictions give the same bytes, so that two archives can be compared.
+
+    Raises:
+        StageError: a prediction is missing.
+    """
+    files = {image_id: folder / last_step(settings) / f"{image_id}.png" for image_id in image_ids}
+    missing = [image_id for image_id, path in files.items() if not path.is_file()]
+    if missing:
+        raise StageError(
+            f"{len(missing)} of {len(files)} images have no prediction, the first is {missing[0]}; the VOC server "
+            "wants all. Mend or replace these images and give the same command again."
+        )
+    archive = folder / "comp6_test_cls.tar.gz"
+    with (
+        atomic_write(archive) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for image_id, path in sorted(files.items()):
+            content = path.read_bytes()
+            entry = tarfile.TarInfo(f"{VOC_SERVER_FOLDER}/{image_id}.png")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return archive
+
+
+if __name__ == "__main__":
+    run_script(main)

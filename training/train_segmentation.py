@@ -1,0 +1,344 @@
+"""Train the segmentation network on pseudo labels.
+
+accelerate launch training/train_segmentation.py --config training/recipes/voc_deit_small.yaml
+
+Label maps are looked through before the first step: all are there, fit their pictures, hold known ids, and are not the
+ground truth by mistake. A run that was killed goes on from its newest checkpoint. Ground truth scores the network
+on another split; it is trained on where the recipe says `segmentation.labels: ground_truth`, and then only.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset, Image
+from transformers import set_seed
+
+from bitrans_hf.configuration_deeplab import DeepLabConfig
+from bitrans_hf.data import DataError, UnreadableImageError, class_names, open_image, open_mask
+from bitrans_hf.data.segmentation import LABEL_MAP, TrainingPairs, open_pair, pair_augmentation, with_label_maps
+from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.labels import IGNORE_INDEX
+from bitrans_hf.metrics import confusion_counts, iou_from_counts, miou_from_counts
+from bitrans_hf.modeling_bitrans import BiTransModel
+from bitrans_hf.modeling_deeplab import DeepLabForSemanticSegmentation
+from bitrans_hf.segment import SINGLE_SCALE, multi_scale_scores
+from loop import RateSchedule, TrainingLoop
+from recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, load_images, parse_recipe
+from runtime import Stage, StageError, make_accelerator, progress, run_script, say
+
+DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation")
+
+SGD_MOMENTUM = {"mctformer": 1e-5, "deeplab-v1": 0.9}
+"""MCTformer's optimiser gets its weight decay, 0.00001, where SGD takes the momentum."""
+
+LEARNING_RATE = {"mctformer": 7e-4, "deeplab-v1": 1e-3}
+"""First rate of the presets: for 4 images a step, and for 10."""
+
+LOOKED_AT = 24
+"""Label maps that are compared with the ground truth to find out whether they are a copy of it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments."""
+    train_segmentation(*parse_recipe(__doc__, arguments))
+
+
+def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
+    """Train the recipe's segmentation network; return the stage's folder, whose `model/` holds it and a processor."""
+    if recipe.segmentation is None:
+        raise StageError("the recipe has no section segmentation; add it, or --segmentation.backbone bitrans.")
+    settings = recipe.segmentation
+    accelerator = make_accelerator(recipe, options, Path(recipe.output_dir) / recipe.name / "segmentation", settings)
+    stage = Stage(recipe, "segmentation", DEPENDS_ON, accelerator.is_main_process)
+    if stage.done:
+        say(accelerator, f"segmentation: already done, {stage.folder}")
+        return stage.folder
+
+    # ---- Pictures and label maps
+    pairs = labelled_images(recipe, settings)
+    own_crop = {} if settings.crop_size is None else {"crop_size": settings.crop_size}
+    augmentation = pair_augmentation(settings.preset, **own_crop, **settings.augmentation_options)
+    check_label_maps(accelerator, options, pairs, augmentation.crop_size / augmentation.scale[1])
+    dataset = TrainingPairs(pairs, augmentation, seed=recipe.seed, strict=options.strict)
+    validation = None
+    if settings.val_split is not None:
+        validation = load_images(recipe.data, settings.val_split, masks=True)
+
+    # ---- Network and optimiser
+    model = build_network(recipe, settings, class_names(pairs))
+    if settings.batch_norm == "sync":
+        model = synchronized(model, accelerator)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers hides the overloads
+    optimizer = make_optimizer(model, settings)
+    # Pictures keep their size: the network sees them whole.
+    processor = BiTransImageProcessor(do_resize=False)
+
+    # ---- Loop and result
+    peak = LEARNING_RATE[settings.preset] if settings.learning_rate is None else settings.learning_rate
+    rate = RateSchedule("poly", peak, settings.epochs)
+    loop = TrainingLoop(settings, stage, accelerator, options, model, optimizer, dataset, rate, recipe.seed)
+
+    scores: dict[str, Any] = {}
+
+    def score() -> dict[str, float]:
+        epoch = loop.state["step"] // loop.steps_per_epoch
+        if validation is None or (epoch % settings.val_every and epoch < settings.epochs):
+            return {}
+        scores.update(validate(accelerator, options, loop.model, processor, validation))
+        return {"miou": scores["miou"]}
+
+    metrics = loop.run(score)
+    if validation is not None and not scores:  # resumed after the last epoch
+        score()
+    metrics |= scores
+    loop.finish({**metrics, "labels": settings.labels, "images": len(pairs)}, processor)
+    scored = f", mIoU {metrics['miou']:.1f} on {settings.val_split}" if validation is not None else ""
+    say(accelerator, f"segmentation: loss {metrics['loss']:.3f}{scored} -> {stage.folder}")
+    accelerator.wait_for_everyone()
+    return stage.folder
+
+
+# ---- Label maps.
+
+
+def labelled_images(recipe: Recipe, settings: SegmentationRecipe) -> Dataset:
+    """Load the pictures of the recipe's split with the label maps that it names.
+
+    Raises:
+        StageError: label maps are missing, or are the ground truth without the recipe saying so.
+    """
+    if settings.labels == "ground_truth":
+        images = load_images(recipe.data, settings.split, masks=True)
+        cells = list(images.cast_column("mask", Image(decode=False))["mask"])
+        missing = [name for name, cell in zip(images["image_id"], cells, strict=True) if cell is None]
+        refuse_missing(missing, len(images), "ground-truth mask", "choose a split whose masks are known")
+        return with_label_maps(images, cells)
+
+    folder = label_folder(recipe, settings)
+    if not folder.is_dir():
+        raise StageError(f"there are no label maps at {folder}; {how_to_make(settings.labels)}.")
+    images = load_images(recipe.data, settings.split, masks=False)
+    files = [folder / f"{image_id}.png" for image_id in images["image_id"]]
+    present = {str(path.relative_to(folder)) for path in folder.rglob("*.png")}  # one look, not 80,000
+    missing = [name for name in images["image_id"] if f"{name}.png" not in present]
+    refuse_missing(missing, len(images), f"label map in {folder}", how_to_make(settings.labels))
+    pairs = with_label_maps(images, files)
+    refuse_ground_truth(folder, pairs, load_images(recipe.data, settings.split, masks=True))
+    return pairs
+
+
+def label_folder(recipe: Recipe, settings: SegmentationRecipe) -> Path:
+    """Return the folder of the label maps that are not ground truth."""
+    run, split = Path(recipe.output_dir) / recipe.name, settings.split or ALL_IMAGES
+    own = {"pseudo_labels": run / "pseudo_labels" / split / "labels", "seeds": run / "seeds" / split / "masks"}
+    return own.get(settings.labels, Path(settings.labels))
+
+
+def how_to_make(labels: str) -> str:
+    """Say how the label maps of a recipe come to be: a piece of a message."""
+    scripts = {"pseudo_labels": "make_pseudo_labels.py", "seeds": "make_seeds.py"}
+    if labels in scripts:
+        return f"run training/{scripts[labels]} for this split first"
+    return "segmentation.labels must be pseudo_labels, seeds, ground_truth or a folder of <image_id>.png"
+
+
+def refuse_missing(missing: Sequence[str], total: int, what: str, remedy: str) -> None:
+    """Raise StageError if something is missing, with how many and the first."""
+    if missing:
+        raise StageError(f"{len(missing)} of {total} images have no {what}, the first is {missing[0]}; {remedy}.")
+
+
+def refuse_ground_truth(folder: Path, pairs: Dataset, truth: Dataset) -> None:
+    """Stop if label maps are the ground truth, as happens to people who mix up folders.
+
+    Some label maps, spread over the set, are compared with the masks that the data has: no method that sees image
+    labels alone paints all of them without a fault.
+
+    Raises:
+        StageError: every one that was looked at equals its mask wherever the mask is not ignored.
+    """
+    known = [number for number, mask in enumerate(truth.cast_column("mask", Image(decode=False))["mask"]) if mask]
+    looked_at = known[:: max(1, len(known) // LOOKED_AT)][:LOOKED_AT]
+    differ = False
+    for number in looked_at:
+        try:
+            label_map, target = open_mask(pairs[number][LABEL_MAP]), open_mask(truth[number]["mask"])
+        except DataError:
+            return  # `check_label_maps` says what is wrong with it
+        counted = target != IGNORE_INDEX
+        differ = differ or label_map.shape != target.shape or bool((label_map != target)[counted].any())
+    if looked_at and not differ:
+        raise StageError(
+            f"the label maps in {folder} are the ground truth: {len(looked_at)} of {len(looked_at)} that were looked "
+            "at equal the masks of the data. Give the folder of pseudo labels; for the ceiling say "
+            "segmentation.labels ground_truth."
+        )
+
+
+def check_label_maps(accelerator: Accelerator, options: RunOptions, pairs: Dataset, largest_crop: float) -> None:
+    """Open every picture and label map once, before hours of training depend on them.
+
+    Args:
+        accelerator: Each process looks at its share.
+        options: Of the run.
+        pairs: Pictures with label maps.
+        largest_crop: Longest side in pixels, before scaling, that a picture must have for a crop to fit in at all.
+
+    Raises:
+        StageError: some label maps do not fit (how many, and what is wrong with the first), or a crop is larger than
+            every picture.
+    """
+    num_classes = len(class_names(pairs))
+    own = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+
+    def look(index: int) -> tuple[str, int]:
+        """Return what is wrong with a pair, and the longest side of the picture."""
+        row = pairs[index]
+        try:
+            image, _ = open_pair(row, num_classes)
+        except UnreadableImageError:
+            return "", 0  # training leaves it out and names it
+        except DataError as error:
+            return f"{row['image_id']}: {error}", 0
+        return "", max(image.size)
+
+    with ThreadPoolExecutor() as pool:  # PIL releases the interpreter lock
+        bar = progress(pool.map(look, own), accelerator, options, total=len(own), desc="check labels", unit="image")
+        found = list(bar)
+    wrong = gather_object([message for message, _ in found if message])
+    longest = max(gather_object([max((side for _, side in found), default=0)]))
+    if wrong:
+        raise StageError(f"{len(wrong)} of {len(pairs)} label maps cannot be trained on. The first: {wrong[0]}")
+    if longest and longest < largest_crop:
+        raise StageError(
+            f"the crop is larger than every image: the longest side is {longest} pixels, a crop at the largest scale "
+            f"spans {largest_crop:.0f}. Every crop would be mostly padding; lower segmentation.crop_size."
+        )
+
+
+# ---- Network and optimiser.
+
+
+def build_network(
+    recipe: Recipe, settings: SegmentationRecipe, classes: Sequence[str]
+) -> DeepLabForSemanticSegmentation:
+    """Build the recipe's network with its starting weights.
+
+    Raises:
+        StageError: the weights are not there, or are those of a network for other classes.
+    """
+    names = {0: "background", **dict(enumerate(classes, start=1))}
+    options: dict[str, Any] = {"preset": settings.preset, "id2label": names, **settings.options}
+    if settings.batch_norm is not None:
+        options["freeze_batch_norm"] = settings.batch_norm == "frozen"
+    set_seed(recipe.seed)
+    if settings.weights == "trained":
+        folder = Path(recipe.output_dir) / recipe.name / "train" / "model"
+        if not folder.is_dir():
+            raise StageError(f"no trained model at {folder}; run training/train.py with the same recipe first.")
+        return DeepLabForSemanticSegmentation.from_bitrans(BiTransModel.from_pretrained(folder), **options)
+    if Path(settings.weights).is_dir():
+        model = DeepLabForSemanticSegmentation.from_pretrained(settings.weights)
+        check_classes(model, classes)
+        return model
+    return DeepLabForSemanticSegmentation(DeepLabConfig(backbone=settings.backbone, **options))
+
+
+def check_classes(model: DeepLabForSemanticSegmentation, classes: Sequence[str]) -> None:
+    """Check that a network was trained for these object classes.
+
+    Raises:
+        StageError: it was trained for others.
+    """
+    known = [name for _, name in sorted((model.config.id2label or {}).items())][1:]
+    if known != list(classes):
+        raise StageError(
+            f"the segmentation network knows the classes {', '.join(known)}, the data {', '.join(classes)}; use the "
+            "recipe that it was trained with."
+        )
+
+
+def synchronized(model: DeepLabForSemanticSegmentation, accelerator: Accelerator) -> DeepLabForSemanticSegmentation:
+    """Let BatchNorm see the images of all GPUs.
+
+    Raises:
+        StageError: on the CPU, where torch has no such layer.
+    """
+    if accelerator.device.type != "cuda":
+        raise StageError(f"segmentation.batch_norm sync needs GPUs, got {accelerator.device.type}; use trained.")
+    converted: DeepLabForSemanticSegmentation = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
+
+
+def make_optimizer(model: DeepLabForSemanticSegmentation, settings: SegmentationRecipe) -> torch.optim.Optimizer:
+    """Make the recipe's optimiser; the learning rate of each step is the loop's."""
+    groups = model.parameter_groups(settings.weight_decay)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, lr=0.0, momentum=SGD_MOMENTUM[settings.preset])
+
+
+# ---- Scores.
+
+
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator,
+    options: RunOptions,
+    model: torch.nn.Module,
+    processor: BiTransImageProcessor,
+    images: Dataset,
+) -> dict[str, Any]:
+    """Score whole pictures at one scale; only confusion counts are kept, whatever the number of images.
+
+    Returns:
+        In percent: "miou" over all classes and background, "per_class". "scored": number of images with a mask.
+
+    Raises:
+        StageError: no image has a mask.
+    """
+    network: torch.nn.Module = accelerator.unwrap_model(model)
+    network.eval()
+    names = ["background", *class_names(images)]
+    counts = np.zeros((len(names), len(names)), dtype=np.int64)
+    scored = 0
+    own: Iterable[int] = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for index in progress(own, accelerator, options, desc="validate", unit="image", leave=False):
+        row = images[index]
+        if row["mask"] is None:
+            continue
+        try:
+            image = open_image(row["image"])
+        except UnreadableImageError:
+            continue
+        target = open_mask(row["mask"], image_size=(image.height, image.width), num_classes=len(names) - 1)
+        with accelerator.autocast():
+            scores = multi_scale_scores(network, processor.normalized(image).to(accelerator.device), **SINGLE_SCALE)
+        counts += confusion_counts(scores.argmax(dim=0).cpu().numpy(), target, len(names))
+        scored += 1
+    counts, scored = np.sum(gather_object([counts]), axis=0), sum(gather_object([scored]))
+    if not scored:
+        raise StageError("segmentation.val_split has no image with a mask; leave it out, or name one that has.")
+    return {**scores_in_percent(counts, names), "scored": scored}
+
+
+def scores_in_percent(counts: npt.NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
+    """Return "miou" and "per_class" (name -> IoU) of confusion counts in percent with two decimals, for JSON."""
+
+    def percent(share: float) -> float:
+        return round(100 * float(share), 2)
+
+    per_class = {name: percent(value) for name, value in zip(names, iou_from_counts(counts), strict=True)}
+    return {"miou": percent(miou_from_counts(counts)), "per_class": per_class}
+
+
+if __name__ == "__main__":
+    run_script(main)
