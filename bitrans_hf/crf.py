@@ -21,6 +21,8 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
+from .store import DiskFullError
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
@@ -204,8 +206,9 @@ class ImagePool:
 
     Results come in the order of the jobs. At most two jobs for each process wait or run at a time, whatever the size
     of the set, and jobs are taken from their iterable only then. An image that fails, even one that kills its process,
-    is named and the others go on. Workers begin in a fresh interpreter, never as a copy of this process with its
-    threads and GPU; so a script that uses the pool must keep its own work under `if __name__ == "__main__":`.
+    is named and the others go on; only a full disk stops them. Workers begin in a fresh interpreter, never as a copy
+    of this process with its threads and GPU; so a script that uses the pool must keep its own work under
+    `if __name__ == "__main__":`.
 
     Args:
         processes: How many; None is one for each core of this process. With 1 all work is done in this process.
@@ -256,6 +259,7 @@ class ImagePool:
 
         Raises:
             ImageFailedError: `strict` and an image failed.
+            DiskFullError: the function found no room to write what it made.
         """
         length = len(jobs) if total is None and isinstance(jobs, Sized) else total
         with tqdm(total=length, desc=progress, unit="image", disable=None if progress else True) as bar:
@@ -330,6 +334,8 @@ _DIED = "the process that worked on it died, perhaps for want of memory; try few
 def _work(function: Callable[[Job], Result], image_id: str, job: Job) -> Outcome[Result]:
     try:
         return Outcome(image_id, function(job))
+    except DiskFullError:  # all others would fail alike
+        raise
     except Exception as error:  # noqa: BLE001  one bad image must not stop the set, whatever is wrong with it
         return Outcome(image_id, None, str(error) or type(error).__name__)
 

@@ -1,13 +1,93 @@
-"""Scores to label maps: the background score, and palette PNGs."""
+"""Scores to label maps: the background score, refiners by name, ignore bands, palette PNGs and a published set."""
 
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
+import torch
+from datasets import Dataset
 from PIL import Image
 
-from .labels import palette
+from .crf import dense_crf
+from .labels import BACKGROUND, IGNORE_INDEX, palette
+from .par import pixel_adaptive_refinement
 from .seeds import Seeds
 from .store import atomic_write
+
+NO_SCORE = 1e-5
+"""Below this for every label, a pixel counts as not scored at all (PSA: the zero padding of a crop)."""
+
+# ---- Scores.
+
+
+def with_background(maps: np.ndarray, *, threshold: float | None = None, alpha: float | None = None) -> np.ndarray:
+    """Put a background score above the class maps.
+
+    Args:
+        maps: (K, H, W) scores of the present classes in [0, 1]; K may be 0.
+        threshold: A constant background score in [0, 1], as MCTformer's random walk has it.
+        alpha: Or the exponent of (1 - max_k map_k) ** alpha, as PSA has it: small values give much background, large
+            ones little (PSA 4 and 32, MCTformer 1 and 12 for its two label maps).
+
+    Returns:
+        (1 + K, H, W) float32.
+
+    Raises:
+        ValueError: not exactly one of both rules is given, or its value is out of range.
+    """
+    maps = np.asarray(maps, dtype=np.float32)
+    if (threshold is None) == (alpha is None):
+        raise ValueError(f"give either a threshold or alpha, got threshold {threshold} and alpha {alpha}.")
+    if threshold is not None:
+        _check_threshold("threshold", threshold)
+        background = np.full(maps.shape[1:], threshold, dtype=np.float32)
+    else:
+        if not 0 < alpha < float("inf"):  # type: ignore[operator]  # one of both is given
+            raise ValueError(f"alpha must be a positive number, got {alpha}.")
+        background = (1 - np.clip(maps.max(axis=0, initial=0.0), 0, 1)) ** np.float32(alpha)
+    return np.concatenate([background[None], maps])
+
+
+Refiner = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(image (H, W, 3) uint8, scores (L, H, W) in [0, 1] with background as row 0) -> refined scores (L, H, W)."""
+
+
+def _unrefined(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    return scores
+
+
+def _par(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    refined = pixel_adaptive_refinement(pixels, torch.from_numpy(np.array(scores, dtype=np.float32)).unsqueeze(0))
+    return refined.squeeze(0).numpy()
+
+
+REFINERS: dict[str, Refiner] = {"none": _unrefined, "crf": dense_crf, "par": _par}
+"""What recipes choose from: no refinement, the dense CRF with PSA's settings, AFA's pixel-adaptive refinement."""
+
+
+# ---- Label maps.
+
+
+def scores_to_label_map(class_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Take the best label of each pixel; of equal ones the first, so background before classes.
+
+    Args:
+        class_ids: (K,) 0-based ids of the classes that rows 1 to K belong to.
+        scores: (1 + K, H, W), background as row 0.
+
+    Returns:
+        (H, W) uint8 with 0 for background and class id + 1 for objects.
+
+    Raises:
+        ValueError: the rows do not fit the class ids, a class id above 253, or NaN.
+    """
+    label_ids = _label_ids(class_ids, scores)
+    label_map: np.ndarray = label_ids[scores.argmax(axis=0)]
+    return label_map
 
 
 def seeds_to_label_map(seeds: Seeds, threshold: float) -> np.ndarray:
@@ -24,18 +104,202 @@ def seeds_to_label_map(seeds: Seeds, threshold: float) -> np.ndarray:
     Raises:
         ValueError: the threshold is outside [0, 1].
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold must be in [0, 1], got {threshold}.")
-    height, width = seeds.maps.shape[1:]
-    scores = np.concatenate([np.full((1, height, width), threshold, dtype=np.float32), seeds.maps])
-    label_ids = np.concatenate([[0], seeds.class_ids + 1]).astype(np.uint8)
-    label_map: np.ndarray = label_ids[scores.argmax(axis=0)]
+    return scores_to_label_map(seeds.class_ids, with_background(seeds.maps, threshold=threshold))
+
+
+def label_map_with_ignore_band(class_ids: np.ndarray, maps: np.ndarray, *, low: float, high: float) -> np.ndarray:
+    """Label what is clear: a class above the high threshold, background up to the low one, between them nothing.
+
+    This is AFA's rule for its pseudo labels (0.35 and 0.55 there).
+
+    Args:
+        class_ids: (K,) 0-based ids of the classes of `maps`.
+        maps: (K, H, W) in [0, 1], without a background score.
+        low: Threshold in [0, 1].
+        high: Threshold in [low, 1].
+
+    Returns:
+        (H, W) uint8 with 0, class id + 1, and 255 where unsure.
+
+    Raises:
+        ValueError: thresholds out of range or order, or as for `scores_to_label_map`.
+    """
+    _check_threshold("low", low)
+    _check_threshold("high", high)
+    if low > high:
+        raise ValueError(f"the low threshold must not exceed the high one, got {low} and {high}.")
+    scores = with_background(maps, threshold=high)
+    label_map = scores_to_label_map(class_ids, scores)
+    label_map[(label_map == BACKGROUND) & (scores[1:].max(axis=0, initial=0.0) > low)] = IGNORE_INDEX
     return label_map
 
 
+def confident_label_map(class_ids: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Join two score stacks, of much and of little background, to the labels that AffinityNet is trained with.
+
+    PSA's rule: an object is sure where it wins against much background, background is sure where it wins even when
+    there is little of it, all else is unsure; and so is a pixel without any score (the padding of a crop).
+
+    Args:
+        class_ids: (K,) 0-based ids of the classes that rows 1 to K belong to.
+        low: (1 + K, H, W) refined scores of the low alpha (much background), or their averages over grid cells.
+        high: (1 + K, H, W) of the high alpha (little background).
+
+    Returns:
+        (H, W) uint8 with 0, class id + 1, and 255 where unsure.
+
+    Raises:
+        ValueError: the two stacks differ in shape, or as for `scores_to_label_map`.
+    """
+    if low.shape != high.shape:
+        raise ValueError(f"scores of both alphas must have one shape, got {low.shape} and {high.shape}.")
+    label_map = scores_to_label_map(class_ids, low)
+    label_map[label_map == BACKGROUND] = IGNORE_INDEX
+    label_map[scores_to_label_map(class_ids, high) == BACKGROUND] = BACKGROUND
+    label_map[np.maximum(low.max(axis=0), high.max(axis=0)) < NO_SCORE] = IGNORE_INDEX
+    return label_map
+
+
+def _label_ids(class_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return the label id of each row, (1 + K,) uint8."""
+    if scores.ndim != 3 or len(scores) != 1 + len(class_ids):
+        raise ValueError(
+            f"scores of {len(class_ids)} classes and background must be ({1 + len(class_ids)}, H, W), "
+            f"got {scores.shape}."
+        )
+    if len(class_ids) and not 0 <= np.min(class_ids) <= np.max(class_ids) < IGNORE_INDEX - 1:
+        raise ValueError(f"a PNG holds the class ids 0 to {IGNORE_INDEX - 2}, got {np.max(class_ids)}.")
+    if np.isnan(scores).any():
+        raise ValueError("the scores hold NaN; look at the network that made them.")
+    return np.concatenate([[BACKGROUND], np.asarray(class_ids) + 1]).astype(np.uint8)
+
+
+def _check_threshold(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ValueError(f"{name} must be in [0, 1], got {value}.")
+
+
+# ---- Files.
+
+
 def write_label_png(path: Path, label_map: np.ndarray) -> None:
-    """Write a label map (H, W) uint8 as a PNG with the VOC palette, by atomic rename."""
+    """Write a label map (H, W) uint8 as a PNG with the VOC palette, by atomic rename.
+
+    Raises:
+        ValueError: not two axes of uint8.
+        OSError: no room on the disk, among others; nothing is left at `path`.
+    """
+    if label_map.ndim != 2 or label_map.dtype != np.uint8:
+        raise ValueError(f"a label map is (H, W) uint8, got {label_map.shape} {label_map.dtype}.")
     image = Image.fromarray(label_map)
     image.putpalette(palette())
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG")
+
+
+def pseudo_label_dataset(folder: str | Path, *, image_ids: list[str] | None = None) -> Dataset:
+    """Read a folder of pseudo labels as a data set that can be saved, pushed to the Hub and joined by `image_id`.
+
+    Args:
+        folder: PNGs named `<image_id>.png`, in subfolders where ids have a "/".
+        image_ids: Which, in this order; None takes all, sorted.
+
+    Returns:
+        Columns `image_id` and `pseudo_label`, an Image of mode "P" whose values are label ids and whose palette is
+        kept by `save_to_disk` and `push_to_hub`. No pictures: their licences are their owners'.
+
+    Raises:
+        FileNotFoundError: an image without a label map, or a folder without any.
+    """
+    folder = Path(folder)
+    paths = {
+        path.relative_to(folder).with_suffix("").as_posix(): path
+        for path in sorted(folder.rglob("*.png"))
+        if not path.name.startswith(".")  # still being written, or left by a kill
+    }
+    if not paths:
+        raise FileNotFoundError(f"no pseudo labels (<image_id>.png) in {folder}; make them first.")
+    chosen = sorted(paths) if image_ids is None else image_ids
+    missing = [image_id for image_id in chosen if image_id not in paths]
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise FileNotFoundError(f"{len(missing)} of {len(chosen)} images have no pseudo label in {folder}: {shown}")
+    features = datasets.Features({"image_id": datasets.Value("string"), "pseudo_label": datasets.Image()})
+    columns = {"image_id": chosen, "pseudo_label": [str(paths[image_id]) for image_id in chosen]}
+    return Dataset.from_dict(columns, features=features)
+
+
+def pseudo_label_card(
+    dataset: Dataset, class_names: list[str], recipe: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> str:
+    """Write the data set's card: what the labels are, how they were made, and their score.
+
+    Args:
+        dataset: Of `pseudo_label_dataset`.
+        class_names: Names of the object classes; label id 1 is the first.
+        recipe: The stage's `recipe.json`.
+        metrics: The stage's `metrics.json`. Its "miou" in percent, "images" and "made_with" are shown where present;
+            without "miou" the card says that there is no score.
+
+    Returns:
+        Text of a README.md with its YAML head.
+    """
+    ids = ["| 0 | background |", *(f"| {number} | {name} |" for number, name in enumerate(class_names, start=1))]
+    if "miou" in metrics:
+        scored = f" over {metrics['scored']} images with known masks" if "scored" in metrics else ""
+        score = f"Mean IoU against known masks: **{metrics['miou']:.2f} %**{scored}, background included."
+    else:
+        score = "They were not scored: no masks are known for these images."
+    made_with = metrics.get("made_with", {})
+    provenance = "\n".join(f"- {key}: `{value}`" for key, value in made_with.items())
+    return CARD.format(
+        count=len(dataset),
+        category=_size_category(len(dataset)),
+        ids="\n".join([*ids, f"| {IGNORE_INDEX} | unsure, to be ignored |"]),
+        score=score,
+        recipe=json.dumps(recipe, indent=2),
+        provenance=f"\nMade with\n{provenance}\n" if provenance else "",
+    )
+
+
+def _size_category(count: int) -> str:
+    """Return the Hub's name for a number of rows."""
+    for limit, name in ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K")):
+        if count < limit:
+            return name
+    return "100K<n<1M"
+
+
+CARD = """---
+task_categories:
+- image-segmentation
+tags:
+- weakly-supervised
+- pseudo-labels
+- bitrans_hf
+size_categories:
+- {category}
+---
+
+# Pseudo labels
+
+{count} segmentation masks that were computed from image-level labels alone; nobody drew or corrected them. The images
+are not included: join by `image_id`.
+
+{score}
+
+| column | |
+|---|---|
+| `image_id` | name of the image in its own data set |
+| `pseudo_label` | palette PNG at the image's size; its values are label ids |
+
+| label id | class |
+|---|---|
+{ids}
+
+## How they were made
+
+```json
+{recipe}
+```
+{provenance}"""

@@ -26,6 +26,7 @@ from bitrans_hf.crf import (
     crf_pool,
     dense_crf,
 )
+from bitrans_hf.store import DiskFullError
 
 try:
     check_crf_installed()
@@ -251,6 +252,10 @@ def fails_on_three(number: int) -> int:
     return number
 
 
+def finds_no_room(number: int) -> int:
+    raise DiskFullError("no room")
+
+
 def dies_on_three(number: int) -> int:
     if number == 3:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -300,6 +305,13 @@ def test_a_failing_image_is_named_and_the_others_go_on(pool: ImagePool, processe
     assert [o.image_id for o in outcomes if o.error] == ["image3"]
     assert outcomes[3] == Outcome("image3", None, "three is not allowed")
     assert [o.result for o in outcomes if not o.error] == [0, 1, 2, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_stops_the_set(pool: ImagePool, processes: int):
+    workers = pool if processes == 2 else ImagePool(1)
+    with pytest.raises(DiskFullError, match="no room"):
+        list(workers.run(finds_no_room, jobs(8)))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
