@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Image, List
+from datasets import ClassLabel, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
-from bitrans_hf.data import DataError, UnreadableImageError, class_names, load_folder, open_image, open_mask
+from bitrans_hf.data import (
+    DataError,
+    UnreadableImageError,
+    check_folder,
+    class_names,
+    colours_to_ids,
+    load_folder,
+    open_image,
+    open_mask,
+)
 
 MakeFolder = Callable[..., Path]
 
@@ -376,3 +386,255 @@ def test_a_real_folder_loads_as_it_is(shared_data: Path, split: str) -> None:
         image = open_image(dataset[index]["image"])
         mask = open_mask(dataset[index]["mask"], image_size=(image.height, image.width), num_classes=len(order))
         assert set(np.unique(mask)) - {0, 255} <= {class_id + 1 for class_id in dataset[index]["labels"]}
+
+
+# ---- Tables that imagefolder reads, and folders named by class.
+
+
+def write_lines(path: Path, *rows: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("place", ["", "train"])
+def test_a_metadata_file_gives_what_imagefolder_gives(tmp_path: Path, place: str) -> None:
+    folder = tmp_path / "data" / place
+    for name, value in (("a.png", 1), ("sub/b.png", 2)):
+        save_picture(folder / "images" / name)
+        (folder / "truth/sub").mkdir(parents=True, exist_ok=True)
+        PILImage.fromarray(np.full((8, 6), value, dtype=np.uint8)).save(folder / "truth" / name)
+    write_lines(
+        folder / "metadata.jsonl",
+        {"file_name": "images/sub/b.png", "mask_file_name": "truth/sub/b.png", "labels": [1], "image_id": "second"},
+        {"file_name": "images/a.png", "mask_file_name": "truth/a.png", "labels": [0, 1], "image_id": "first"},
+    )
+    features = Features(
+        {
+            "image": Image(decode=False),
+            "mask": Image(),
+            "labels": List(ClassLabel(names=["cat", "dog"])),
+            "image_id": Value("string"),
+        }
+    )
+    theirs = load_dataset(
+        "imagefolder",
+        data_files={"train": str(folder / "metadata.jsonl")},
+        features=features,
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
+    )
+    ours = load_folder(tmp_path / "data", classes=["cat", "dog"], split=place or None)
+    assert ours["image_id"][:] == theirs["image_id"][:] == ["second", "first"]
+    assert ours["labels"][:] == theirs["labels"][:] == [[1], [0, 1]]
+    for our_row, their_row in zip(ours, theirs, strict=True):
+        assert open_image(our_row["image"]) == open_image(their_row["image"])
+        np.testing.assert_array_equal(open_mask(our_row["mask"]), open_mask(their_row["mask"]))
+    assert load_folder(tmp_path / "data", classes=["cat", "dog"], masks=False)["mask"][:] == [None, None]
+
+
+def test_tables_in_subfolders_are_splits(tmp_path: Path) -> None:
+    for split in ("north", "south"):
+        save_picture(tmp_path / split / "a.png")
+        write_lines(tmp_path / split / "metadata.jsonl", {"file_name": "a.png", "labels": [f"{split}ern cat"]})
+    assert load_folder(tmp_path)["image_id"][:] == ["north/a", "south/a"]
+    assert names_of(load_folder(tmp_path, split="south")) == [["southern cat"]]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [([2], r"has the labels \[2\], expected class ids from 0 to 1"), ([-1], "expected class ids"), (1, "class names")],
+)
+def test_class_ids_must_be_those_of_the_class_list(make_folder: MakeFolder, labels: Any, message: str) -> None:
+    root = make_folder(json.dumps({"file_name": "a.png", "labels": labels}), "labels.jsonl", classes="cat\ndog\n")
+    with pytest.raises(DataError, match=message):
+        load_folder(root)
+
+
+@pytest.mark.parametrize("images", ["", "images"])
+def test_folders_name_the_class_of_their_pictures(tmp_path: Path, images: str) -> None:
+    for name in ("dog/2.png", "cat/1.png", "dog/puppies/3.jpeg", ".cache/4.png"):
+        save_picture(tmp_path / images / name)
+    save_picture(tmp_path / "masks/cat/1.png")
+    (tmp_path / images / "cat/notes.txt").write_text("no picture")
+    dataset = load_folder(tmp_path)
+    assert class_names(dataset) == ["cat", "dog"]
+    assert dataset["image_id"][:] == ["cat/1", "dog/2", "dog/puppies/3"]
+    assert names_of(dataset) == [["cat"], ["dog"], ["dog"]]
+    assert [mask is not None for mask in dataset["mask"]] == [True, False, False]
+
+
+def test_class_folders_may_lie_in_folders_of_splits(tmp_path: Path) -> None:
+    for name in ("train/n01/a.JPEG", "train/n02/b.JPEG", "val/n01/c.JPEG"):
+        save_picture(tmp_path / name)
+    assert class_names(load_folder(tmp_path)) == ["n01", "n02"]
+    val = load_folder(tmp_path, split="val")
+    assert class_names(val) == ["n01", "n02"]
+    assert val["image_id"][:] == ["val/n01/c"]
+    with pytest.raises(DataError, match="no row with split 'test', found train, val"):
+        load_folder(tmp_path, split="test")
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        ("file_name,cat,dgo\na.png,1,0\n", {"classes": ["cat"]}, r"the column 'dgo' \(1 such .* neither a class nor"),
+        ("file_name,cat,file-name\na.png,1,0\n", {"classes": ["cat"]}, "column 'file-name'.* mean 'file_name'"),
+        ("file_name,cat,width\na.png,1,640\n", {}, "has '640' in the column 'width', expected 0 or 1"),
+        ("file_name,cat\na.png,1\nb.png,maybe\n", {}, r"line 3 \(b\.png\) has 'maybe' in the column 'cat'"),
+        ("file_name,labels,mask_file_name\na.png,cat,m.png\n", {}, r"names the mask m\.png, which is not in"),
+        ("file_name,labels,mask_file_name\na.png,cat,../m.png\n", {}, r"'\.\./m\.png', which leads out"),
+        ("file_name,labels,image_id\na.png,cat,1\nb.png,cat,1\n", {}, "both with the id '1'"),
+        (
+            "file_name,labels\nc.png,cat\nd.png,cat\n",
+            {},
+            r"c\.png, which .* \(2 such problems in 2 rows; check_folder",
+        ),
+    ],
+)
+def test_bad_columns_are_refused_with_a_reason(
+    make_folder: MakeFolder, table: str, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_folder(make_folder(table), **options)
+
+
+# ---- The report.
+
+
+def test_a_sound_folder_is_counted(make_folder: MakeFolder) -> None:
+    root = make_folder(
+        "file_name,labels,split,who\na.png,cat,train,me\nb.png,cat;dog,val,me\n", classes="dog\ncat\ncow\n"
+    )
+    save_picture(root / "images/b.png", (4, 4))
+    (root / "masks").mkdir()
+    PILImage.fromarray(np.array([[0, 1, 2, 255]] * 4, dtype=np.uint8)).save(root / "masks/b.png")
+    report = check_folder(root)
+    assert report.ok
+    assert (report.images, report.classes, report.masks) == (2, ("dog", "cat", "cow"), 1)
+    assert report.images_per_class == {"dog": 1, "cat": 2, "cow": 0}
+    assert report.labels_per_image == {1: 1, 2: 1}
+    assert report.splits == {"train": 1, "val": 1}
+    assert report.unused_columns == ("who",)
+    assert check_folder(root, split="val").images_per_class == {"dog": 1, "cat": 1, "cow": 0}
+    assert str(report).splitlines()[1:] == [
+        "  splits: train 1, val 1",
+        "  images of each class: dog 1, cat 2, cow 0",
+        "  labels for each image: 1 in 1, 2 in 1",
+        "  columns without use: who",
+        "  no problems found",
+    ]
+
+
+@pytest.fixture
+def bad_folder(tmp_path: Path) -> Path:
+    """One picture for each thing that can be wrong with a row, its picture or its mask."""
+    names = ["sound", "cut", "text", "other_size", "wrong_id", "colours", "unnamed", "no_mask_file", "twin", "extra"]
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(number).integers(0, 255, (8, 6, 3), dtype=np.uint8)
+        (tmp_path / "images").mkdir(exist_ok=True)
+        PILImage.fromarray(pixels).save(tmp_path / f"images/{name}.png")
+    jpeg = io.BytesIO()
+    PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(
+        jpeg, format="JPEG"
+    )
+    (tmp_path / "images/cut.png").write_bytes(jpeg.getvalue()[:-600])
+    (tmp_path / "images/text.png").write_text("no picture")
+    (tmp_path / "images/twin.png").write_bytes((tmp_path / "images/sound.png").read_bytes())
+    masks = {
+        "sound": np.full((8, 6), 1, np.uint8),
+        "other_size": np.zeros((6, 8), np.uint8),
+        "wrong_id": np.full((8, 6), 3, np.uint8),
+        "colours": np.zeros((8, 6, 3), np.uint8),
+        "unnamed": np.full((8, 6), 2, np.uint8),
+    }
+    (tmp_path / "masks").mkdir()
+    for name, mask in masks.items():
+        PILImage.fromarray(mask).save(tmp_path / f"masks/{name}.png")
+    (tmp_path / "masks/no_mask_file.png").write_text("no picture")
+    rows = [f"{name}.png,cat" for name in names if name != "extra"]
+    rows += ["sound.jpg,dog", "gone.png,cat", "../out.png,cat", "a,b,c", "cut.bmp,", "gone2.png,dgo"]
+    (tmp_path / "labels.csv").write_text("\n".join(["file_name,labels", *rows]))
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    return tmp_path
+
+
+def test_every_problem_is_reported_by_name_and_none_hides_another(bad_folder: Path) -> None:
+    report = check_folder(bad_folder)
+    found = {}
+    for problem in report.problems:
+        found.setdefault(problem.kind, []).append(problem.name)
+    assert found == {
+        "table": ["labels.csv line 13", "labels.csv line 14"],
+        "duplicate": ["sound.jpg", "cut.bmp"],
+        "missing": ["sound.jpg", "gone.png", "cut.bmp", "gone2.png"],
+        "unlabelled": ["cut.bmp"],
+        "labels": ["gone2.png"],
+        "unlisted": ["extra.png"],
+        "unreadable": ["cut.png", "text.png"],
+        "mask size": ["other_size.png"],
+        "mask ids": ["wrong_id.png"],
+        "mask colours": ["colours.png"],
+        "mask labels": ["unnamed.png"],
+        "mask unreadable": ["no_mask_file.png"],
+        "copy": ["twin.png"],
+    }
+    text = str(report)
+    for problem in report.problems:
+        assert problem.message in text
+    for words in (
+        r"cut\.png cannot be read .*truncated",
+        r"mask .*other_size\.png is 6x8 .* and its image 8x6",
+        r"mask .*wrong_id\.png holds the id 3, expected .* 1 to 2",
+        r"mask .*colours\.png is a RGB image, .* bitrans_hf\.data\.colours_to_ids",
+        r"mask .*unnamed\.png shows dog, which the labels of unnamed\.png do not name",
+        r"twin\.png is the same file as sound\.png",
+        r"names the class 'dgo', which is not in .*classes\.txt: did you mean 'dog'",
+    ):
+        assert re.search(words, text), words
+    assert "missing: 4, sound.jpg, gone.png, ..." in report.summary(names=2)
+    with pytest.raises(
+        DataError, match=r"line 13 .* leads out .*\(2 such problems in 13 rows; check_folder lists all"
+    ):
+        load_folder(bad_folder)
+
+
+def test_a_quick_look_reads_headers_and_no_mask(bad_folder: Path) -> None:
+    kinds = {problem.kind for problem in check_folder(bad_folder, decode=False).problems}
+    assert "unreadable" in kinds
+    assert not any(kind.startswith("mask") for kind in kinds)
+
+
+def test_a_real_folder_has_no_problems(shared_data: Path) -> None:
+    report = check_folder(shared_data / "msrc_things", split="val")
+    rows = list(csv.DictReader(io.StringIO((shared_data / "msrc_things/labels.csv").read_text())))
+    expected = [row["labels"].split(";") for row in rows if row["split"] == "val"]
+    assert report.images == report.masks == len(expected)
+    assert report.images_per_class == {name: sum(name in each for each in expected) for name in report.classes}
+    assert sum(report.splits.values()) == 497
+    assert report.problems == ()
+
+
+# ---- Colour masks.
+
+
+@pytest.mark.parametrize("ignore", [None, (1, 2, 3)])
+def test_colours_become_ids(tmp_path: Path, ignore: tuple[int, int, int] | None) -> None:
+    ids = np.array([[0, 1, 2], [2, 255 if ignore else 0, 1]], dtype=np.uint8)
+    colours = [(0, 0, 0), (255, 0, 0), (0, 128, 255)]
+    PILImage.fromarray(np.array([*colours, *[(1, 2, 3)] * 253], dtype=np.uint8)[ids]).save(tmp_path / "colours.png")
+    colours_to_ids(tmp_path / "colours.png", colours, ignore=ignore).save(tmp_path / "ids.png")
+    np.testing.assert_array_equal(open_mask(tmp_path / "ids.png"), ids)
+
+
+def test_a_mask_saved_in_the_colours_of_voc_is_turned_back(shared_data: Path) -> None:
+    path = sorted((shared_data / "voc12_animals/SegmentationClassAug").iterdir())[0]
+    with PILImage.open(path) as mask:
+        np.testing.assert_array_equal(np.array(colours_to_ids(mask.convert("RGB"))), np.array(mask))
+
+
+def test_colours_between_classes_are_refused_with_their_place(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 4, 3), dtype=np.uint8)
+    pixels[2, 1] = (9, 9, 9)
+    PILImage.fromarray(pixels).save(tmp_path / "m.png")
+    with pytest.raises(DataError, match=r"m\.png has the colour \(9, 9, 9\) at row 2, column 1, expected one of 2"):
+        colours_to_ids(tmp_path / "m.png", [(0, 0, 0), (255, 255, 255)])

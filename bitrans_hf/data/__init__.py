@@ -5,6 +5,7 @@ from .common import (
     DataError,
     UnreadableImageError,
     class_names,
+    colours_to_ids,
     image_size,
     mask_rule,
     open_image,
@@ -12,14 +13,18 @@ from .common import (
     require_labels,
 )
 from .folder import load_folder
+from .folder_report import FolderReport, check_folder
 from .shapes import make_shapes
 from .voc import load_voc, prepare_voc
 
 __all__ = [
     "CocoMaskRule",
     "DataError",
+    "FolderReport",
     "UnreadableImageError",
+    "check_folder",
     "class_names",
+    "colours_to_ids",
     "image_size",
     "load_coco",
     "load_folder",

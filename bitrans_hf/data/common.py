@@ -39,11 +39,24 @@ _Opened = TypeVar("_Opened")
 
 
 class DataError(ValueError):
-    """A data set that cannot be used as it is: what was found, what was expected, what to do."""
+    """A data set that cannot be used as it is: what was found, what was expected, what to do.
+
+    Attributes:
+        kind: Of masks, what is wrong in a word: "unreadable", "colours", "size" or "ids"; "" otherwise.
+    """
+
+    kind = ""
+
+    def of_kind(self, kind: str) -> DataError:
+        """Return this error after setting its kind."""
+        self.kind = kind
+        return self
 
 
 class UnreadableImageError(DataError):
     """A picture or mask whose file is missing, damaged or no image; the message names the file."""
+
+    kind = "unreadable"
 
 
 # ---- Rows.
@@ -192,22 +205,61 @@ def open_mask(
         mask, mode = _open(cell, "mask", _pixels_and_mode)
     if mask.ndim != 2:
         raise DataError(
-            f"mask {name} is a {mode} image, expected a palette or gray image whose pixels are label ids; "
-            "convert its colours to ids (0 background, 1 for the first class)."
-        )
+            f"mask {name} is a {mode} image, expected a palette or gray image whose pixels are label ids; convert its "
+            "colours with bitrans_hf.data.colours_to_ids and save what it returns."
+        ).of_kind("colours")
     if image_size is not None and mask.shape != tuple(image_size):
         raise DataError(
             f"mask {name} is {mask.shape[0]}x{mask.shape[1]} (height x width) and its image "
             f"{image_size[0]}x{image_size[1]}; save the mask at the size of the stored image, without EXIF rotation."
-        )
+        ).of_kind("size")
     largest = IGNORE_INDEX if num_classes is None else num_classes
     wrong = mask[(mask != IGNORE_INDEX) & ((mask > largest) | (mask < 0))]
     if wrong.size:
         raise DataError(
             f"mask {name} holds the id {int(wrong[0])}, expected {BACKGROUND} for background, 1 to {largest} for "
             f"classes and {IGNORE_INDEX} for ignored pixels; check the list of classes and its order."
-        )
+        ).of_kind("ids")
     return mask.astype(np.uint8)
+
+
+def colours_to_ids(
+    cell: ImageCell,
+    colours: Sequence[tuple[int, int, int]] | None = None,
+    *,
+    ignore: tuple[int, int, int] | None = None,
+) -> PILImage.Image:
+    """Turn a mask whose classes are colours into one whose pixels are label ids; save it as PNG.
+
+    Args:
+        cell: The mask, opened as RGB.
+        colours: (red, green, blue) from 0 to 255 of each label id, background first. Default: the VOC palette, whose
+            last colour (224, 224, 192) is 255.
+        ignore: Colour of pixels that do not count, which become 255.
+
+    Returns:
+        An image of mode "P" with the VOC palette.
+
+    Raises:
+        UnreadableImageError: the file is missing, damaged or no image.
+        DataError: a pixel has another colour, as resized and JPEG masks have.
+    """
+    if colours is None:
+        colours = [tuple(_PALETTE[3 * label : 3 * label + 3]) for label in range(256)]  # type: ignore[misc]
+    pixels = np.asarray(open_image(cell)).astype(np.int32)
+    packed = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
+    ids = np.full(packed.shape, -1, dtype=np.int32)
+    for label, (red, green, blue) in [*enumerate(colours), *([(IGNORE_INDEX, ignore)] if ignore else [])]:
+        ids[packed == (red << 16 | green << 8 | blue)] = label
+    if (ids < 0).any():
+        row, column = (int(place) for place in np.argwhere(ids < 0)[0])
+        raise DataError(
+            f"mask {_name(cell)} has the colour {tuple(pixels[row, column].tolist())} at row {row}, column {column}, "
+            f"expected one of {len(colours)} colours; was it resized with smoothing, or saved as JPEG?"
+        ).of_kind("colours")
+    image = PILImage.fromarray(ids.astype(np.uint8))
+    image.putpalette(_PALETTE)
+    return image
 
 
 def _pixels_and_mode(image: PILImage.Image) -> tuple[NDArray[Any], str]:

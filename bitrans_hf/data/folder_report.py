@@ -1,0 +1,172 @@
+"""What a folder of your own pictures holds, and everything that is wrong with it, before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..labels import BACKGROUND, IGNORE_INDEX
+from .common import DataError, image_size, open_image, open_mask
+from .folder import FolderContent, look_through, shown_names
+from .tables import Problem
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What `check_folder` found; `str()` is the whole of it, `summary()` fits before a training log.
+
+    Attributes:
+        root: The folder.
+        source: The table, or that the folders name the classes.
+        images: Images that would be loaded.
+        classes: Their classes in the order of ids.
+        images_per_class: Class -> images that show it.
+        labels_per_image: Number of labels -> images that have so many.
+        splits: Split -> images, whatever split was asked for; empty without splits.
+        masks: Images with a mask.
+        unused_columns: Columns of the table that mean nothing here.
+        problems: Everything that is wrong, in the order of the table.
+    """
+
+    root: Path
+    source: str
+    images: int
+    classes: tuple[str, ...]
+    images_per_class: Mapping[str, int]
+    labels_per_image: Mapping[int, int]
+    splits: Mapping[str, int]
+    masks: int
+    unused_columns: tuple[str, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def summary(self, names: int = 3) -> str:
+        """Return the report with the first `names` names of each kind of problem."""
+        return "\n".join(self._lines(names, messages=False))
+
+    def __str__(self) -> str:
+        return "\n".join(self._lines(len(self.problems), messages=True))
+
+    def _lines(self, names: int, messages: bool) -> Iterator[str]:
+        yield f"{self.root}: {self.images:,} images, {len(self.classes)} classes, {self.masks:,} masks, {self.source}"
+        if self.splits:
+            yield "  splits: " + ", ".join(f"{split} {count:,}" for split, count in self.splits.items())
+        yield "  images of each class: " + ", ".join(f"{name} {n:,}" for name, n in self.images_per_class.items())
+        yield "  labels for each image: " + ", ".join(f"{k} in {n:,}" for k, n in self.labels_per_image.items())
+        if self.unused_columns:
+            yield f"  columns without use: {', '.join(self.unused_columns)}"
+        kinds: dict[str, list[Problem]] = {}
+        for problem in self.problems:
+            kinds.setdefault(problem.kind, []).append(problem)
+        for kind, problems in kinds.items():
+            shown = "" if messages else f", {shown_names([problem.name for problem in problems], names)}"
+            yield f"  {kind}: {len(problems):,}{shown}"
+            if messages:
+                yield from (f"    {problem.message}" for problem in problems)
+        if self.ok:
+            yield "  no problems found"
+
+
+def check_folder(
+    root: str | Path,
+    table: str | Path | None = None,
+    *,
+    split: str | None = None,
+    images: str | Path | None = None,
+    masks: str | Path | bool | None = None,
+    classes: Sequence[str] | None = None,
+    separator: str | None = None,
+    allow_empty: bool = False,
+    decode: bool = True,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda checked, _: checked,
+) -> FolderReport:
+    """Report what a folder holds and all that is wrong with it, without stopping at the first problem.
+
+    Args:
+        root: As for `load_folder`, like all that is not named here.
+        table: See there.
+        split: See there.
+        images: See there.
+        masks: See there.
+        classes: See there.
+        separator: See there.
+        allow_empty: See there.
+        decode: Open every picture and mask completely. False: read the beginning of each picture, which is much
+            faster and misses damage further inside, and touch no mask.
+        progress: Wraps the iterator over checked images, given their number.
+
+    Raises:
+        DataError: there is nothing to report on: no folder, no table, or one that cannot be read as such.
+    """
+    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty)
+    problems = list(found.problems)
+    problems += [
+        Problem("unlisted", name, f"{name} has no row in {found.source} and is left out; add one or take it out.")
+        for name in found.unlisted
+    ]
+    there = [position for position in found.kept if found.pictures[position].is_file()]
+    with ThreadPoolExecutor() as pool:  # PIL and hashlib release the interpreter lock
+        checked = pool.map(lambda position: _check_files(found, position, decode), there)
+        results = list(progress(checked, len(there)))
+    first_of: dict[bytes, str] = {}
+    for position, (digest, own_problems) in zip(there, results, strict=True):
+        problems += own_problems
+        name = found.rows[position].file_name
+        other = first_of.setdefault(digest, name) if digest else name
+        if other != name:
+            message = f"{name} is the same file as {other}; join their labels, or take one out."
+            problems.append(Problem("copy", name, message))
+    counts = Counter(name for position in found.kept for name in set(found.names[position]))
+    sizes = Counter(len(set(found.names[position]) & set(found.chosen)) for position in found.kept)
+    splits = Counter(row.text("split") for row in found.rows if row.text("split"))
+    return FolderReport(
+        root=found.root,
+        source=found.source,
+        images=len(found.kept),
+        classes=tuple(found.chosen),
+        images_per_class={name: counts[name] for name in found.chosen},
+        labels_per_image=dict(sorted(sizes.items())),
+        splits=dict(sorted(splits.items())),
+        masks=sum(found.masks[position] is not None for position in found.kept),
+        unused_columns=tuple(found.unused_columns),
+        problems=tuple(problems),
+    )
+
+
+def _check_files(found: FolderContent, position: int, decode: bool) -> tuple[bytes, list[Problem]]:
+    """Return a digest of the picture's file (empty if it was not read) and what is wrong with picture and mask."""
+    path, name = found.pictures[position], found.rows[position].file_name
+    try:
+        size = image_size(path)
+        if decode:
+            open_image(path)
+    except DataError as error:
+        return b"", [Problem("unreadable", name, str(error))]
+    if not decode:
+        return b"", []
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    mask_path = found.masks[position]
+    if mask_path is None:
+        return digest, []
+    try:
+        mask = open_mask(mask_path, image_size=size, num_classes=len(found.classes))
+    except DataError as error:
+        return digest, [Problem(f"mask {error.kind}", name, str(error))]
+    shown = {found.classes[label - 1] for label in np.unique(mask) if label not in (BACKGROUND, IGNORE_INDEX)}
+    unnamed = sorted(shown - set(found.names[position]))
+    if not unnamed:
+        return digest, []
+    message = f"mask {mask_path} shows {', '.join(unnamed)}, which the labels of {name} do not name; mend one of them."
+    return digest, [Problem("mask labels", name, message)]
