@@ -14,7 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 from transformers import set_seed
 
 from bitrans_hf.configuration_bitrans import BiTransConfig
-from bitrans_hf.data import load_coco, load_folder, load_voc, make_shapes
+from bitrans_hf.data import check_folder, load_coco, load_folder, load_voc, make_shapes
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.weights import from_timm, from_timm_state_dict
 
@@ -674,6 +674,18 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
     seed = len(SHAPE_SPLITS) * data.seed + SHAPE_SPLITS.index(split)
     scenes = make_shapes(size, seed, image_size=data.image_size)
     return scenes if masks else scenes.remove_columns("mask")
+
+
+def describe_folder(data: DataRecipe, split: str | None) -> str | None:
+    """Say what a folder of somebody's own images holds and what is wrong with it; None for other sources.
+
+    Masks are not looked at, and of pictures the beginning only: this comes before a training.
+    """
+    if data.source != "folder":
+        return None
+    assert data.root is not None  # checked by Recipe
+    report = check_folder(data.root, data.table, split=split, classes=data.classes, masks=False, decode=False)
+    return report.summary()
 
 
 def build_model(model: ModelRecipe, id2label: dict[int, str], seed: int) -> BiTransModel:

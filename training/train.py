@@ -24,7 +24,7 @@ from bitrans_hf.labels import class_ids_to_multi_hot
 from bitrans_hf.metrics import image_average_precision, mean_average_precision
 from bitrans_hf.modeling_bitrans import BiTransModel
 from loop import RateSchedule, TrainingLoop, images_per_step
-from recipe import Recipe, RunOptions, TrainRecipe, build_model, load_images, parse_recipe
+from recipe import Recipe, RunOptions, TrainRecipe, build_model, describe_folder, load_images, parse_recipe
 from runtime import Stage, make_accelerator, run_script, say
 
 DEPENDS_ON = ("seed", "data", "model", "train")
@@ -44,6 +44,8 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
         return stage.folder
 
     # ---- Images
+    if accelerator.is_main_process and (summary := describe_folder(recipe.data, recipe.data.train_split)):
+        say(accelerator, summary)  # before loading, which stops at the first thing that is wrong
     images = load_images(recipe.data, recipe.data.train_split, masks=False)
     validation = load_images(recipe.data, recipe.data.val_split, masks=False) if recipe.data.val_split else None
     id2label = dict(enumerate(class_names(images)))
