@@ -34,6 +34,15 @@ AutoConfig.register("bitrans-deeplab", DeepLabConfig)
 AutoModelForSemanticSegmentation.register(DeepLabConfig, DeepLabForSemanticSegmentation)
 AutoImageProcessor.register(DeepLabConfig, image_processor_classes={"torchvision": BiTransImageProcessor})
 
+# Saved folders carry their code, so that they open where this package is not installed, with trust_remote_code.
+BiTransConfig.register_for_auto_class()
+BiTransModel.register_for_auto_class()
+BiTransImageProcessor.register_for_auto_class()
+AffinityNetConfig.register_for_auto_class()
+AffinityNetModel.register_for_auto_class()
+DeepLabConfig.register_for_auto_class()
+DeepLabForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
+
 __all__ = [
     "AffinityNetConfig",
     "AffinityNetModel",

@@ -6,6 +6,7 @@ the Bi-Trans paper, whose equation numbers are given below.
 """
 
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any, cast
 
 import torch
@@ -20,6 +21,9 @@ from transformers.utils import ModelOutput
 from .configuration_bitrans import BiTransConfig
 from .losses import affinity_consistency_loss, class_consistency_loss, classification_loss
 from .views import VIEWS, invert_affinity
+
+AUTO_CLASSES = ("AutoModel", "AutoModelForImageClassification")
+"""Classes of transformers that open a saved model; the second lets the stock pipeline tag pictures by `logits`."""
 
 
 @dataclass
@@ -255,6 +259,18 @@ class BiTransModel(PreTrainedModel):
             init.trunc_normal_(module.class_tokens, std=std)
             init.trunc_normal_(module.class_position, std=std)
             init.trunc_normal_(module.patch_position, std=std)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save weights, configuration and code; the folder opens as `AutoModel` and as an image classifier.
+
+        The arguments are those of every model of transformers.
+        """
+        if self.is_remote_code():
+            # transformers writes the one auto class it knows of and keeps what the configuration has.
+            name = f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"
+            others = getattr(self.config, "auto_map", None) or {}
+            self.config.auto_map = {**others, **dict.fromkeys(AUTO_CLASSES, name)}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def position_embedding(self, height: int, width: int) -> torch.Tensor:
         """Position embeddings (1, C + N, D) for an image of height x width pixels, class tokens first.
