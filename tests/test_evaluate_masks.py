@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from bitrans_hf.data import make_shapes, open_mask
+from bitrans_hf.data import load_coco, make_shapes, open_mask
 from bitrans_hf.metrics import threshold_sweep
 from bitrans_hf.pseudo_labels import write_label_png
 from bitrans_hf.seeds import SEED_VARIANTS
@@ -198,6 +198,24 @@ def test_the_rule_of_the_masks_is_written_beside_a_voc_score(tmp_path: Path):
     assert record["miou"] == round(100 * (0 + 20 / 48) / 2, 2)
     with pytest.raises(StageError, match=r"x_1.png is the ground truth's own file"):
         evaluate(root / "SegmentationClass", None, *voc)
+
+
+def test_the_painting_rule_is_written_beside_a_coco_score_and_changes_it(shared_data: Path, tmp_path: Path):
+    root = shared_data / "tiny_coco"
+    images = load_coco(root, "val2017").select(range(8))
+    predicted = [open_mask(row["mask"]) for row in images]  # by the rule "later"
+    for row, label_map in zip(images, predicted, strict=True):
+        write_label_png(tmp_path / "predictions" / f"{row['image_id']}.png", label_map)
+    ids = tmp_path / "ids.txt"
+    ids.write_text("\n".join(images["image_id"]))
+    command = ["--data.source", "coco", "--data.root", str(root), "--split", "val2017"]
+    command += ["--ids", str(ids), "--num_worst", "1"]
+    with pytest.raises(StageError, match=r"all 8 label maps in .* are equal to the ground truth"):
+        evaluate(tmp_path / "predictions", None, *command)
+    record = evaluate(tmp_path / "predictions", None, *command, "--data.mask_overlap", "smaller")
+    assert "smaller" in record["rules"]["masks"]
+    assert 0 < record["miou"] < 100
+    assert len(record["per_class"]) == 81
 
 
 # ---- What is refused.

@@ -27,6 +27,7 @@ from bitrans_hf.metrics import (
     miou_from_counts,
     threshold_sweep,
 )
+from bitrans_hf.metrics.mean_iou.app import score_files
 from bitrans_hf.pseudo_labels import seeds_to_label_map
 from bitrans_hf.seeds import Seeds
 
@@ -355,10 +356,11 @@ print(json.dumps({{key: np.asarray(value).tolist() for key, value in metric.comp
 
 
 def test_the_metric_folder_imports_nothing_that_a_space_lacks():
-    allowed = {"numpy", "evaluate", "datasets"} | sys.stdlib_module_names
+    requirements = {"numpy", "evaluate", "datasets"} | sys.stdlib_module_names
     files = sorted(METRIC_FOLDER.glob("*.py"))
     assert {"mean_iou.py", "confusion.py"} <= {file.name for file in files}
     for file in files:
+        allowed = requirements | ({"gradio", "PIL"} if file.name == "app.py" else set())
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom) and node.level:
                 assert node.level == 1
@@ -366,6 +368,18 @@ def test_the_metric_folder_imports_nothing_that_a_space_lacks():
             elif isinstance(node, ast.Import | ast.ImportFrom):
                 names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
                 assert {name.split(".")[0] for name in names} <= allowed, f"{file.name} line {node.lineno}"
+
+
+def test_the_page_of_the_space_scores_two_files_and_says_what_is_wrong(tmp_path):
+    for name, ids in (("prediction", [[0, 1, 1, 0]]), ("reference", [[0, 1, 0, 255]]), ("small", [[0]])):
+        Image.fromarray(np.array(ids, dtype=np.uint8)).save(tmp_path / f"{name}.png")
+    prediction, reference, small = (str(tmp_path / f"{name}.png") for name in ("prediction", "reference", "small"))
+    sentence, rows = score_files(prediction, reference, 21)
+    assert sentence == "Mean IoU 50.00 % over the labels that occur."
+    assert rows == [[0, 50.0, 50.0], [1, 50.0, 100.0]]
+    assert "both must have the same shape" in score_files(prediction, small, 21)[0]
+    assert "label id 1" in score_files(prediction, reference, 1)[0]
+    assert score_files(prediction, None, 21) == ("Choose two index images, for instance palette PNGs.", [])
 
 
 # --- threshold sweep ------------------------------------------------------------------------------------------------
