@@ -4,18 +4,35 @@ import argparse
 import os
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import reference_resnet38 as reference
 import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from tiny_models import CLASSES, pixels, tiny_model
 
-from bitrans_hf import BiTransModel
-from bitrans_hf.weights import from_mctformer, from_timm, from_timm_state_dict
+from bitrans_hf import (
+    AffinityNetConfig,
+    AffinityNetModel,
+    BiTransModel,
+    DeepLabConfig,
+    DeepLabForSemanticSegmentation,
+)
+from bitrans_hf.weights import (
+    affinitynet_from_psa,
+    deeplab_from_mctformer,
+    from_mctformer,
+    from_timm,
+    from_timm_state_dict,
+    load_backbone,
+    read_mxnet_params,
+)
 
 State = dict[str, torch.Tensor]
 DEIT_TINY = Path("weights") / "deit_tiny_patch16_224.in1k.safetensors"
@@ -262,3 +279,256 @@ def test_each_loader_knows_the_others_weights(timm_state: State):
         from_timm_state_dict(state, id2label=CLASSES)
     with pytest.raises(ValueError, match="the checkpoint has 3 classes, id2label names 2"):
         from_mctformer(state, id2label={0: "cat", 1: "dog"})
+
+
+# ---- ResNet38 networks: PSA's, MCTformer's and MXNet's names.
+
+NARROW = {"width_multiplier": 1 / 32}
+
+
+def narrow_deeplab() -> DeepLabForSemanticSegmentation:
+    return DeepLabForSemanticSegmentation(DeepLabConfig(num_labels=4, backbone_config=NARROW)).eval()
+
+
+def saved(state: State, path: Path, form: str) -> Path:
+    """Write a state dict as the public scripts did, or do."""
+    if form == "safetensors":
+        save_file(state, path)
+    elif form == "data parallel":
+        torch.save({f"module.{name}": value for name, value in state.items()}, path)
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=form == "zip")
+    return path
+
+
+@pytest.mark.parametrize("form", ["zip", "before torch 1.6", "data parallel", "safetensors"])
+def test_a_checkpoint_of_psas_affinitynet_gives_its_features(form: str, tmp_path: Path):
+    state = reference.state(more=reference.affinity_shapes())
+    path = saved(state, tmp_path / ("aff.safetensors" if form == "safetensors" else "aff.pth"), form)
+    model = affinitynet_from_psa(path, radius=4).eval()
+    assert (model.config.backbone, model.config.backbone_config, model.config.radius) == ("resnet38", NARROW, 4)
+    images = pixels(1, 3, 64, 72)
+    with torch.no_grad():
+        expected = reference.affinity_features(state, images)
+        torch.testing.assert_close(model(images).features, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_checkpoint_of_mctformers_segmentation_network_gives_its_logits(tmp_path: Path):
+    state = reference.state(more=reference.segmentation_shapes(21))
+    # Later versions of torch count batches; the count is read as well.
+    state["bn7.num_batches_tracked"] = torch.tensor(7)
+    model = deeplab_from_mctformer(saved(state, tmp_path / "model_29.pth", "zip")).eval()
+    assert model.config.id2label[20] == "tvmonitor"
+    assert model.backbone.network.bn7.num_batches_tracked == 7
+    images = pixels(1, 3, 64, 71)
+    with torch.no_grad():
+        expected = reference.segmentation_logits(state, images)
+        torch.testing.assert_close(model(images).logits, expected, atol=1e-4, rtol=1e-4)
+    named = deeplab_from_mctformer(state, id2label={0: "background", **dict.fromkeys(range(1, 21), "thing")})
+    assert named.config.id2label[20] == "thing"
+
+
+@pytest.mark.parametrize("network", ["classifier", "affinitynet", "segmentation"])
+def test_the_trunk_of_any_public_checkpoint_becomes_a_backbone(network: str):
+    more = {
+        "classifier": {"fc8.weight": (20, 128, 1, 1)},  # res38_cls.pth
+        "affinitynet": reference.affinity_shapes(),
+        "segmentation": reference.segmentation_shapes(21),
+    }[network]
+    state = reference.state(more=more)
+    model, images = narrow_deeplab(), pixels(1, 3, 40, 48)
+    head = {name: value.clone() for name, value in model.head.state_dict().items()}
+    load_backbone(model, state)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.backbone(images)[0], reference.trunk(state, images)["conv6"], atol=1e-5, rtol=1e-4
+        )
+    assert all(torch.equal(value, head[name]) for name, value in model.head.state_dict().items())
+
+
+# MXNet's type numbers (mshadow/base.h).
+MXNET_TYPES = {"float32": 0, "float64": 1, "float16": 2, "uint8": 3, "int32": 4, "int8": 5, "int64": 6}
+
+
+def mxnet_bytes(arrays: dict[str, np.ndarray], version: int) -> bytes:
+    """A list of arrays as MXNet's `NDArray::Save` writes it; `version` 0 is the form before V1."""
+    chunks = [struct.pack("<QQQ", 0x112, 0, len(arrays))]
+    for array in arrays.values():
+        if version == 0:
+            chunks.append(struct.pack(f"<I{array.ndim}I", array.ndim, *array.shape))
+        else:
+            chunks.append(struct.pack("<I", {1: 0xF993FAC8, 2: 0xF993FAC9, 3: 0xF993FACA}[version]))
+            if version > 1:
+                chunks.append(struct.pack("<i", 0))  # dense
+            chunks.append(struct.pack(f"<I{array.ndim}q", array.ndim, *array.shape))
+        chunks.append(struct.pack("<iii", 2, 0, MXNET_TYPES[array.dtype.name]))  # GPU 0
+        chunks.append(array.tobytes())
+    chunks.append(struct.pack("<Q", len(arrays)))
+    for name in arrays:
+        chunks.append(struct.pack("<Q", len(name)) + name.encode())
+    return b"".join(chunks)
+
+
+def mxnet_arrays(state: State) -> dict[str, np.ndarray]:
+    """The trunk under the names of `ilsvrc-cls_rna-a1_cls1000_ep-0001.params`, with ImageNet's classifier."""
+    parts = {"weight": ("arg", "gamma"), "bias": ("arg", "beta"), "running_mean": ("aux", "moving_mean")}
+    parts["running_var"] = ("aux", "moving_var")
+    arrays = {"arg:linear1000_weight": np.ones((10, 128), np.float32), "arg:linear1000_bias": np.ones(10, np.float32)}
+    for name, value in state.items():
+        layer, part = name.rsplit(".", 1)
+        kind, mxnet_part = parts[part]
+        if layer == "conv1a":
+            key = "arg:conv1a_weight"
+        elif layer == "bn7":
+            key = f"{kind}:bn7_{mxnet_part}"
+        else:
+            block, branch = layer.split(".")
+            stage, _, number = block[1:].partition("_")
+            place = f"{stage}b{number}" if number else f"{stage}a"
+            if branch.startswith("conv"):
+                key = f"arg:res{place}_{branch.removeprefix('conv_')}_weight"
+            else:
+                key = f"{kind}:bn{place}_{branch.removeprefix('bn_')}_{mxnet_part}"
+        arrays[key] = value.numpy()
+    return arrays
+
+
+@pytest.mark.parametrize("version", [0, 1, 2, 3])
+def test_arrays_of_every_version_of_mxnets_format_are_read(version: int, tmp_path: Path):
+    rng = np.random.default_rng(0)
+    arrays = {
+        f"arg:{dtype}_{len(shape)}": (rng.normal(size=shape) * 50).astype(dtype)
+        for dtype in MXNET_TYPES
+        for shape in [(3,), (2, 5), (4, 3, 2, 2)]
+    }
+    (tmp_path / "net.params").write_bytes(mxnet_bytes(arrays, version))
+    tensors = read_mxnet_params(tmp_path / "net.params")
+    assert list(tensors) == list(arrays)
+    for name, array in arrays.items():
+        assert np.array_equal(tensors[name].numpy(), array)
+        assert tensors[name].numpy().dtype == array.dtype
+
+
+def test_mxnets_imagenet_weights_become_a_backbone(tmp_path: Path):
+    state = reference.state(seed=1)
+    path = tmp_path / "ilsvrc-cls_rna-a1_cls1000_ep-0001.params"
+    path.write_bytes(mxnet_bytes(mxnet_arrays(state), version=0))
+    assert {"arg:res2a_branch1_weight", "arg:res4b5_branch2b1_weight", "aux:bn6a_branch2b2_moving_var"} <= set(
+        read_mxnet_params(path)
+    )
+    model, images = AffinityNetModel(AffinityNetConfig(backbone_config=NARROW)).eval(), pixels(1, 3, 40, 48)
+    load_backbone(model, path)
+    with torch.no_grad():
+        expected = reference.trunk(state, images)
+        for ours, name in zip(model.backbone(images), ("conv4", "conv5", "conv6"), strict=True):
+            torch.testing.assert_close(ours, expected[name], atol=1e-5, rtol=1e-4)
+    path.unlink()  # nothing reads the file any more
+    assert model.backbone.network.conv1a.weight.sum().isfinite()
+
+
+GOOD = mxnet_bytes({"arg:a_weight": np.ones((2, 3), np.float32)}, version=2)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", r"bad\.params ends early: 8 bytes are missing after byte 0, 0 are left"),
+        (GOOD[:60], r"bad\.params ends early: 4 bytes are missing after byte 60, 0 are left"),
+        (GOOD[:-3], "ends early: 12 bytes are missing"),
+        (b"PK\x03\x04" + bytes(60), "no list of MXNet arrays: it does not start with 0x112"),
+        (GOOD + b"more", "1 arrays, 1 names and 4 bytes more"),
+        (GOOD.replace(struct.pack("<Ii", 0xF993FAC9, 0), struct.pack("<Ii", 0xF993FAC9, 1)), "a sparse array"),
+        (
+            GOOD.replace(struct.pack("<iii", 2, 0, 0), struct.pack("<iii", 2, 0, 99)),
+            "MXNet's type 99; expected 0 to 7",
+        ),
+        (struct.pack("<QQQI", 0x112, 0, 1, 5000), "an array of 5000 dimensions; expected at most 32"),
+        (GOOD.replace(struct.pack("<qq", 2, 3), struct.pack("<qq", 2**40, 3)), "ends early"),
+    ],
+    ids=["empty", "cut", "cut name", "other format", "more", "sparse", "type", "dimensions", "huge"],
+)
+def test_a_file_that_is_no_list_of_mxnet_arrays_is_told(content: bytes, words: str, tmp_path: Path):
+    (tmp_path / "bad.params").write_bytes(content)
+    with pytest.raises(ValueError, match=words):
+        read_mxnet_params(tmp_path / "bad.params")
+
+
+def test_a_timm_backbone_takes_timms_weights(shared_data: Path):
+    config = DeepLabConfig(backbone="deit_tiny_patch16_224", num_labels=3, out_indices=[-2])
+    model, images = DeepLabForSemanticSegmentation(config).eval(), pixels(1, 3, 224, 224)
+    load_backbone(model, shared_data / DEIT_TINY)
+    donor = timm.create_model("deit_tiny_patch16_224", pretrained=False).eval()
+    donor.load_state_dict(load_file(shared_data / DEIT_TINY))
+    with torch.no_grad():
+        tokens = donor.forward_intermediates(images, indices=[10], norm=False, intermediates_only=True)[0]
+        expected = F.layer_norm(tokens.permute(0, 2, 3, 1), (192,)).permute(0, 3, 1, 2)
+        torch.testing.assert_close(model.backbone(images)[0], expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_timm_pyramid_takes_timms_weights_with_statistics_and_dilation():
+    donor = timm.create_model("test_resnet", pretrained=False, num_classes=7)
+    for name, buffer in donor.named_buffers():
+        if "running" in name:
+            buffer.uniform_(0.5, 2)
+    model = AffinityNetModel(AffinityNetConfig(backbone="test_resnet", output_stride=8))
+    load_backbone(model, donor.state_dict())
+    ours, theirs = model.backbone.network._backbone.state_dict(), donor.state_dict()
+    assert ours.keys() <= theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+@pytest.mark.parametrize(
+    ("load", "words"),
+    [
+        (lambda: affinitynet_from_psa({"fc.weight": torch.zeros(1)}), "no 'conv1a.weight'; expected a network on Res"),
+        (lambda: affinitynet_from_psa(reference.state()), r"lack 4 tensors, first 'feature_head\.f8_3\.weight'"),
+        (
+            lambda: affinitynet_from_psa(reference.state(more={"fc8.weight": (20, 128, 1, 1)})),
+            r"hold 'fc8\.weight', which a AffinityNetModel has no place for",
+        ),
+        (lambda: deeplab_from_mctformer(reference.state()), r"no 'fc8_seg_conv2\.weight'; expected MCTformer's"),
+        (
+            lambda: deeplab_from_mctformer(
+                reference.state(more=reference.segmentation_shapes(21)), id2label={0: "background", 1: "cat"}
+            ),
+            "the checkpoint has 21 labels, id2label names 2",
+        ),
+        (lambda: load_backbone(narrow_deeplab(), reference.state(width=1 / 16)), r"conv1a\.weight has shape \(4, 3"),
+        (lambda: load_backbone(narrow_deeplab(), without(reference.state(), "bn7.bias")), r"first 'bn7\.bias'"),
+        (
+            lambda: load_backbone(narrow_deeplab(), {**reference.state(), "arg:res9a_branch7_weight": torch.zeros(1)}),
+            r"hold 'b9\.conv_branch7\.weight', which ResNet38 has no place for",
+        ),
+        (lambda: load_backbone(narrow_deeplab()), "backbone 'resnet38' takes no such weights; give a file"),
+        (
+            lambda: load_backbone(AffinityNetModel.from_bitrans(tiny_model()), reference.state()),
+            "backbone 'bitrans' takes no such weights.*from_bitrans",
+        ),
+        (
+            lambda: load_backbone(
+                AffinityNetModel(AffinityNetConfig(backbone="test_resnet")), {"conv1.weight": torch.zeros(1)}
+            ),
+            "the weights do not fit 'test_resnet'",
+        ),
+    ],
+)
+def test_weights_of_another_network_are_told(load: Any, words: str):
+    with pytest.raises(ValueError, match=words):
+        load()
+
+
+def test_weights_out_of_reach_are_told():
+    with pytest.raises(OSError, match=r"could not get the weights of 'test_resnet'.*go online once"):
+        load_backbone(AffinityNetModel(AffinityNetConfig(backbone="test_resnet")))
+    with pytest.raises(FileNotFoundError, match=r"absent\.params; expected a \.params file of MXNet"):
+        read_mxnet_params("absent.params")
+    with pytest.raises(FileNotFoundError, match=r"no weights file at absent\.params"):
+        load_backbone(narrow_deeplab(), "absent.params")
+
+
+def test_a_checkpoint_that_would_run_code_is_refused_by_every_loader(tmp_path: Path):
+    torch.save({"conv1a.weight": Trap(f"touch {tmp_path / 'owned'}")}, tmp_path / "trap.pth")
+    for load in (affinitynet_from_psa, deeplab_from_mctformer, lambda path: load_backbone(narrow_deeplab(), path)):
+        with pytest.raises(pickle.UnpicklingError, match=r"[Ww]eights.only"):
+            load(tmp_path / "trap.pth")
+    assert not (tmp_path / "owned").exists()
