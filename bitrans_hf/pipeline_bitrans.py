@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch.utils.data import Dataset
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedConfig
 
 from .image_processing_bitrans import (
     CAM_FUSIONS,
@@ -29,6 +29,7 @@ from .image_processing_bitrans import (
     strongest_row,
     to_rgb,
 )
+from .modeling_bitrans import BiTransModel
 from .par import pixel_adaptive_refinement
 from .seeds import fused_maps, present_class_ids
 
@@ -200,6 +201,37 @@ class PseudoMaskPipeline(Pipeline):
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]
 
+    @classmethod
+    def from_pretrained(cls, source: str | PathLike[str], device: int | str | torch.device | None = None) -> Self:
+        """Load model and image processor with the classes of this package: no code of the repository runs.
+
+        Args:
+            source: A folder that training or `save_pretrained` wrote, or a repository on the Hub.
+            device: Where the model goes; None: a GPU if there is one.
+
+        Raises:
+            OSError: there is no such folder or repository, or it cannot be reached.
+            ValueError: it holds another kind of model.
+        """
+        try:
+            model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+        except OSError as error:
+            reason = str(error).partition("\n")[0]
+            raise OSError(
+                f"no model at {source}: it is no folder of a trained model, nor on the Hub ({reason})"
+            ) from error
+        if model_type != "bitrans":
+            raise ValueError(
+                f"{source} holds a model of the kind {model_type!r}, expected 'bitrans'; segmentation networks run in "
+                'pipeline("image-segmentation").'
+            )
+        return cls(
+            model=BiTransModel.from_pretrained(source).eval(),
+            image_processor=BiTransImageProcessor.from_pretrained(source),
+            task=TASK,
+            device=device,  # type: ignore[arg-type]  # also takes text
+        )
+
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Segment one picture, a list of them, a generator or a data set; see the class for options and answers.
 
@@ -336,23 +368,6 @@ class PseudoMaskPipeline(Pipeline):
             )
         return present_class_ids(labels, cast("Mapping[int, str]", self.model.config.id2label))
 
-    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
-        """Write model, image processor, pipeline and the code of all three into a folder.
-
-        The folder works with `pipeline(model=folder, trust_remote_code=True)`, `AutoModel` and
-        `AutoModelForImageClassification` where this package is not installed.
-        """
-        config = self.model.config
-        type(config).register_for_auto_class()
-        type(self.model).register_for_auto_class("AutoModel")
-        type(cast("BiTransImageProcessor", self.image_processor)).register_for_auto_class()
-        model_reference = f"{type(self.model).__module__.rpartition('.')[2]}.{type(self.model).__name__}"
-        config.auto_map = {
-            **(getattr(config, "auto_map", None) or {}),
-            "AutoModelForImageClassification": model_reference,
-        }
-        super().save_pretrained(save_directory, **kwargs)
-
 
 PREPROCESS_OPTIONS = ("candidate_labels", "scales", "max_side", "upright", "timeout")
 FORWARD_OPTIONS = ("flip", "mode", "refine")
@@ -370,6 +385,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be in [0, 1], got {options[name]}.")
     if "scales" in options and (len(options["scales"]) == 0 or min(options["scales"]) <= 0):
         raise ValueError(f"scales must be one or more factors above 0, such as (1.0, 0.75), got {options['scales']}.")
+    if options.get("max_side") is not None and options["max_side"] < 1:
+        raise ValueError(f"max_side must be at least 1 pixel, got {options['max_side']}.")
     if "mode" in options and options["mode"] not in CAM_FUSIONS:
         raise ValueError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {options['mode']!r}.")
     refiner = options.get("refiner")

@@ -57,12 +57,11 @@ def propagate(cams: torch.Tensor, affinity: Affinity, *, beta: float = 8.0, num_
         for _ in range(2**num_doublings):
             scores = scores @ transition
     else:
-        weights = _sparse_inflow(affinities, beta, dtype)
-        sums = weights @ torch.ones(weights.shape[0], 1, dtype=dtype, device=weights.device)
-        _check_sums(sums[:, 0], beta)
+        # One block-diagonal matrix for all images; rows of T' hold what flows into a cell.
+        inflow = _sparse_inflow(affinities, beta, dtype)
         columns = images.to(dtype).transpose(1, 2).reshape(-1, num_channels)
         for _ in range(2**num_doublings):
-            columns = weights @ columns / sums
+            columns = inflow @ columns
         scores = columns.reshape(-1, h * w, num_channels).transpose(1, 2)
     return scores.reshape(cams.shape).to(cams.dtype)
 
@@ -170,24 +169,28 @@ def _dense_transition(affinity: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def _sparse_inflow(affinities: list[torch.Tensor], beta: float, dtype: torch.dtype) -> torch.Tensor:
-    """(W^beta)' of all images as one block-diagonal CSR matrix (B*N, B*N): row j holds what cell j takes in."""
+    """T' (B*N, B*N) in CSR form, block-diagonal over the images: entry (j, i) is what cell j takes from cell i."""
     num_cells = affinities[0].shape[0]
-    size = len(affinities) * num_cells
-    lengths, columns, values = [], [], []
+    rows, columns, values = [], [], []
     for position, matrix in enumerate(affinities):
         entries = matrix.to_sparse_coo().coalesce()
-        out_of, into = entries.indices()
-        order = torch.argsort(into, stable=True)  # within a row, columns are in order already
-        lengths.append(torch.bincount(into, minlength=num_cells))
-        columns.append((out_of[order] + position * num_cells).int())  # half the memory of int64
+        into, out_of = entries.indices()[1], entries.indices()[0]
+        order = torch.argsort(into * num_cells + out_of)
+        rows.append(into[order] + position * num_cells)
+        columns.append(out_of[order] + position * num_cells)
         values.append(entries.values()[order].to(dtype))
-    value = torch.cat(values)
+    row, column, value = torch.cat(rows), torch.cat(columns), torch.cat(values)
     _check_values(value)
-    starts = F.pad(torch.cat(lengths).cumsum(0), (1, 0)).int()
+    weights = value**beta
+    size = len(affinities) * num_cells
+    sums = weights.new_zeros(size).index_add_(0, row, weights)
+    _check_sums(sums, beta)
+    starts = torch.zeros(size + 1, dtype=torch.int64, device=row.device)
+    starts[1:] = torch.bincount(row, minlength=size).cumsum(0)
     with warnings.catch_warnings():
         # CSR products are tens of times faster than COO ones; only their product with a dense matrix is used.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(starts, torch.cat(columns), value**beta, (size, size), check_invariants=False)
+        return torch.sparse_csr_tensor(starts, column, weights / sums[row], (size, size), check_invariants=False)
 
 
 def _check_values(affinity: torch.Tensor) -> None:

@@ -1,0 +1,576 @@
+"""A page to try a model on: drop a picture, choose its labels, see maps and mask, ask a patch what it is alike to.
+
+`bitrans app --model FOLDER_OR_REPO` runs it here, `write_space` makes the folder of a Space. The network sees a
+picture once for each scale; moving a slider only combines what it said again.
+"""
+
+from __future__ import annotations
+
+import functools
+import html
+import importlib.metadata
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import gradio as gr
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from .image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized, strongest_row
+from .labels import palette
+from .modeling_bitrans import BiTransOutput
+from .pipeline_bitrans import PseudoMaskPipeline, open_picture
+from .pseudo_labels import write_label_png
+from .report import VARIANT_TITLES, heat_overlay, label_overlay
+from .seeds import SEED_VARIANTS, fused_maps
+
+SCALES = (1.0, 0.75, 1.25, 1.5)
+"""The sizes that the slider adds, one after the other."""
+
+MAX_SIDE = 512
+"""Longest side in pixels that the network sees at scale 1. All layers' attention is looked at, at scale 1.5 some
+1,800 tokens for each of two views: about 0.3 GB for 12 layers."""
+
+CLICKABLE_SIDE = 800
+"""Pixels on the longer side of the picture to click on: more than the page's layout gives it."""
+
+PICTURES_KEPT = 8
+"""Pictures whose maps are kept, of all visitors together; others are computed again."""
+
+
+# ---- What the network says of a picture.
+
+
+@dataclass(frozen=True)
+class ScaleMaps:
+    """One scale of a picture and its horizontal flip (V = 2 views), C classes, L layers, h x w = N patches.
+
+    Attributes:
+        class_attention: (V, L, C, h, w) class-to-patch attention of every layer, mean over heads.
+        coarse_cam: (V, C, h, w) before the ReLU.
+        affinity: (V, N, N) patch-to-patch attention, mean over heads and layers.
+        probabilities: (C,) of each class' presence, mean over the views.
+    """
+
+    class_attention: torch.Tensor
+    coarse_cam: torch.Tensor
+    affinity: torch.Tensor
+    probabilities: torch.Tensor
+
+
+class PictureMaps:
+    """Everything that the network says of one picture. A scale is computed when it is first asked for, then kept.
+
+    Args:
+        pipe: Model and image processor.
+        path: File of the picture.
+
+    Raises:
+        ValueError: the file is no picture or smaller than a patch; the message is one sentence for a person.
+    """
+
+    def __init__(self, pipe: PseudoMaskPipeline, path: str | Path):
+        image = open_picture(path)
+        self.size = (image.height, image.width)
+        self.processor = cast("BiTransImageProcessor", pipe.image_processor)
+        self.image = self.processor.bounded(image, max_side=MAX_SIDE)
+        self.model = pipe.model
+        patch_size = self.model.config.patch_size
+        if round(min(self.image.size) * min(SCALES)) < patch_size:
+            smallest = -int(-patch_size // min(SCALES))
+            raise ValueError(
+                f"The picture is {self.size[0]} x {self.size[1]} pixels (height x width), too small for this model, "
+                f"which needs {smallest} on each side once the longer one is reduced to {MAX_SIDE}."
+            )
+        self._scales: dict[float, ScaleMaps] = {}
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the patches at scale 1."""
+        h, w = self.at_scale(1.0).coarse_cam.shape[2:]
+        return h, w
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """(C,) probability of each class' presence at scale 1."""
+        return self.at_scale(1.0).probabilities
+
+    @torch.no_grad()
+    def at_scale(self, scale: float) -> ScaleMaps:
+        """Pass the picture and its flip through the network, unless that was done before."""
+        if scale not in self._scales:
+            (view,) = self.processor.scaled_views(self.image, (scale,))
+            view = view.to(device=self.model.device, dtype=self.model.dtype)
+            output = self.model(torch.cat([view, view.flip(-1)]), output_attentions=True)
+            num_classes, grid = output.coarse_cam.shape[1], output.coarse_cam.shape[2:]
+            by_layer = [attention[:, :num_classes, num_classes:].unflatten(2, grid) for attention in output.attentions]
+            self._scales[scale] = ScaleMaps(
+                torch.stack(by_layer, dim=1).float().cpu(),
+                output.coarse_cam.float().cpu(),
+                output.affinity.float().cpu(),
+                output.logits.float().sigmoid().mean(dim=0).cpu(),
+            )
+        return self._scales[scale]
+
+    def seeds(self, class_ids: Sequence[int], num_scales: int, num_layers: int) -> dict[str, torch.Tensor]:
+        """Combine the kept maps.
+
+        Args:
+            class_ids: The K classes that the picture shows.
+            num_scales: How many of `SCALES` are averaged.
+            num_layers: How many of the last layers give the SC-CAM (K of Eq. 2).
+
+        Returns:
+            Each of `SEED_VARIANTS` -> (K, H', W') in [0, 1] at the size of `image`.
+        """
+        size = (self.image.height, self.image.width)
+        totals: dict[str, torch.Tensor] = {}
+        for scale in SCALES[:num_scales]:
+            kept = self.at_scale(scale)
+            ids = list(class_ids)
+            sc_cam = kept.class_attention[:, -num_layers:, ids].mean(dim=1)
+            coarse_cam = kept.coarse_cam[:, ids]
+            output = BiTransOutput(
+                sc_cam=sc_cam, coarse_cam=coarse_cam, pseudo_mask=sc_cam * coarse_cam.relu(), affinity=kept.affinity
+            )
+            for name, (mode, refine) in SEED_VARIANTS.items():
+                maps = resized(fused_maps(output, mode, refine=refine, flip=True)[0], size)
+                totals[name] = totals[name] + maps if name in totals else maps
+        return {name: min_max_normalized(maps) for name, maps in totals.items()}
+
+    def label_map(
+        self, class_ids: Sequence[int], seeds: torch.Tensor, threshold: float, size: tuple[int, int]
+    ) -> np.ndarray:
+        """Cut seeds (K, H', W') into a label map (H, W) uint8: 0 background, class id + 1."""
+        rows = chain([torch.full(size, threshold)], (resized(row, size) for row in seeds))
+        label_map: np.ndarray = strongest_row([0, *(class_id + 1 for class_id in class_ids)], rows).numpy()
+        return label_map
+
+    def affinity_row(self, row: int, column: int) -> torch.Tensor:
+        """Return how much a patch attends to every patch, as a map (h, w) in [0, 1].
+
+        0 and 1 are the least and the most that it attends to another patch: its own share, which often exceeds all
+        others, is drawn as 1.
+        """
+        h, w = self.grid
+        query = row * w + column
+        affinity = self.at_scale(1.0).affinity[0, query]
+        others = torch.cat([affinity[:query], affinity[query + 1 :]])
+        low, high = (others.min(), others.max()) if len(others) else (affinity[0], affinity[0])
+        values = (affinity - low) / (high - low).clamp(min=torch.finfo(affinity.dtype).tiny)
+        values[query] = 1
+        return values.clamp(0, 1).reshape(h, w)
+
+
+# ---- The page.
+
+STYLE = """
+.gradio-container { max-width: 1240px !important; }
+#panels { display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 8px; }
+#panels > * { min-width: 0 !important; }
+#panels .image-container, #affinity .image-container { height: auto; }
+#panels button, #affinity button, #panels .image-frame, #affinity .image-frame { width: 100%; height: auto; }
+#panels img, #affinity img { width: 100%; height: auto; object-fit: contain; }
+#panels label, #affinity label { position: static; border: 0; width: 100%; border-radius: 0; }
+#affinity img { cursor: crosshair; }
+#status { min-height: 1.6em; }
+#status .bad { color: #b3261e; font-weight: 600; }
+.dark #status .bad { color: #ff8a80; }
+.chip { display: inline-block; margin: 0 .8em .3em 0; }
+.chip i { display: inline-block; width: .9em; height: .9em; margin-right: .35em; border-radius: 2px;
+          vertical-align: -.1em; border: 1px solid #8888; }
+@media (max-width: 640px) { #panels { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+"""
+
+INTRODUCTION = """# Masks from labels
+Drop a picture and say what it shows. The model never saw a mask: it was trained on labels alone."""
+
+
+def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
+    """Lay out the page and say what each control does.
+
+    Args:
+        pipe: Model and image processor, see `PseudoMaskPipeline.from_pretrained`.
+    """
+    id2label = cast("Mapping[int, str]", pipe.model.config.id2label)
+    names = [id2label[class_id] for class_id in range(len(id2label))]
+    num_layers, seed_layers = pipe.model.config.num_hidden_layers, pipe.model.config.num_seed_layers
+
+    @functools.lru_cache(maxsize=PICTURES_KEPT)
+    def maps_of(path: str) -> PictureMaps:
+        return PictureMaps(pipe, path)
+
+    masks_folder = tempfile.TemporaryDirectory(prefix="bitrans_app_")
+
+    # ---- What the controls do.
+
+    def read_picture(path: str | None) -> dict[Any, Any]:
+        """Look at a new picture, guess its labels, and forget what was shown before."""
+        cleared: dict[Any, Any] = {
+            shown_class: gr.Radio(choices=[], value=None),
+            labels: gr.Dropdown(value=[]),
+            plain: None,
+            affinity: None,
+            current: None,
+        }
+        if path is None:
+            return {**cleared, status: say("Drop a picture to begin.")}
+        try:
+            maps = maps_of(path)
+            guessed, sentence = guess(maps, names)
+        except ValueError as error:
+            return {**cleared, status: say(without_path(str(error), path), bad=True)}
+        h, w = maps.grid
+        row, column = h // 2, w // 2
+        return {
+            current: path,
+            status: say(sentence),
+            plain: maps.image,
+            labels: gr.Dropdown(value=guessed),
+            shown_class: gr.Radio(choices=guessed, value=guessed[0]),
+            patch_row: gr.Slider(maximum=h, value=row + 1),
+            patch_column: gr.Slider(maximum=w, value=column + 1),
+            affinity: draw_affinity(maps, row, column),
+        }
+
+    def guess_again(path: str | None) -> dict[Any, Any]:
+        if path is None:
+            return {status: say("Drop a picture to begin.")}
+        guessed, sentence = guess(maps_of(path), names)
+        return {
+            status: say(sentence),
+            labels: gr.Dropdown(value=guessed),
+            shown_class: gr.Radio(choices=guessed, value=guessed[0]),
+        }
+
+    def choose_labels(path: str | None, chosen: list[str], shown: str | None) -> dict[Any, Any]:
+        """Keep the class that is shown if it is still among the labels."""
+        chosen = [name for name in names if name in chosen]
+        sentence = "Choose what the picture shows, or let the model guess."
+        if path is None:
+            sentence = "Drop a picture to begin."
+        elif chosen:
+            shares = maps_of(path).probabilities
+            sentence = "The model's own opinion: " + ", ".join(
+                f"{name} {percent(shares[names.index(name)])}" for name in chosen
+            )
+        value = shown if shown in chosen else next(iter(chosen), None)
+        return {status: say(sentence), shown_class: gr.Radio(choices=chosen, value=value)}
+
+    def draw_panels(
+        path: str | None, chosen: list[str], shown: str | None, num_scales: int, layers: int, cut: float
+    ) -> dict[Any, Any]:
+        """Draw the maps of the class that is shown and the mask of all."""
+        if path is None or not chosen:
+            return {
+                **dict.fromkeys(panels.values()),
+                mask: None,
+                legend: "",
+                download: gr.DownloadButton(interactive=False),
+            }
+        maps = maps_of(path)
+        class_ids = sorted(names.index(name) for name in chosen)
+        seeds = maps.seeds(class_ids, num_scales, layers)
+        position = class_ids.index(names.index(shown)) if shown in chosen else 0
+        drawn = {
+            panels[variant]: heat_overlay(maps.image, values[position].numpy()) for variant, values in seeds.items()
+        }
+        return {**drawn, **cut_mask(maps, class_ids, seeds["refined"], cut)}
+
+    def draw_mask(path: str | None, chosen: list[str], num_scales: int, layers: int, cut: float) -> dict[Any, Any]:
+        """Cut the mask again: nothing else depends on the threshold."""
+        if path is None or not chosen:
+            return {mask: None, legend: "", download: gr.DownloadButton(interactive=False)}
+        maps = maps_of(path)
+        class_ids = sorted(names.index(name) for name in chosen)
+        return cut_mask(maps, class_ids, maps.seeds(class_ids, num_scales, layers)["refined"], cut)
+
+    def cut_mask(maps: PictureMaps, class_ids: list[int], seeds: torch.Tensor, cut: float) -> dict[Any, Any]:
+        label_map = maps.label_map(class_ids, seeds, cut, (maps.image.height, maps.image.width))
+        return {
+            mask: label_overlay(maps.image, label_map),
+            legend: legend_of(label_map, class_ids, names),
+            download: gr.DownloadButton(interactive=False),  # until the file of this very mask is there
+        }
+
+    def write_mask(
+        path: str | None, chosen: list[str], num_scales: int, layers: int, cut: float, request: gr.Request
+    ) -> gr.DownloadButton:
+        """Write the mask at the picture's own size, in the visitor's own folder."""
+        if path is None or not chosen:
+            return gr.DownloadButton(interactive=False)
+        maps = maps_of(path)
+        class_ids = sorted(names.index(name) for name in chosen)
+        seeds = maps.seeds(class_ids, num_scales, layers)["refined"]
+        file = Path(masks_folder.name) / str(request.session_hash) / f"{Path(path).stem}_mask.png"
+        write_label_png(file, maps.label_map(class_ids, seeds, cut, maps.size))
+        return gr.DownloadButton(value=str(file), interactive=True)
+
+    def click_patch(path: str | None, event: gr.SelectData) -> dict[Any, Any]:
+        """Move the query to the patch under the pointer."""
+        if path is None:
+            return {affinity: None}
+        maps = maps_of(path)
+        h, w = maps.grid
+        x, y = event.index
+        height, width = clickable_size(maps)
+        row, column = min(int(y * h / height), h - 1), min(int(x * w / width), w - 1)
+        return {
+            patch_row: row + 1,
+            patch_column: column + 1,
+            affinity: draw_affinity(maps, row, column),
+        }
+
+    def move_patch(path: str | None, row: int, column: int) -> Image.Image | None:
+        return None if path is None else draw_affinity(maps_of(path), int(row) - 1, int(column) - 1)
+
+    def forget_visitor(request: gr.Request) -> None:
+        shutil.rmtree(Path(masks_folder.name) / str(request.session_hash), ignore_errors=True)
+
+    # ---- What stands where.
+
+    with gr.Blocks(title="Masks from labels", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as app:
+        gr.Markdown(INTRODUCTION)
+        current = gr.State(None)  # the file of the picture that is shown
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                file = gr.File(label="Picture (drop it here)", type="filepath", height=110, elem_id="picture")
+                status = gr.HTML(say("Drop a picture to begin."), elem_id="status")
+                labels = gr.Dropdown(names, value=[], multiselect=True, label="Labels", elem_id="labels")
+                guess_button = gr.Button("Guess the labels", elem_id="guess")
+                scales = gr.Slider(
+                    1, len(SCALES), 1, step=1, label="Scales", elem_id="scales",
+                    info=f"how many of {', '.join(f'{scale:g}' for scale in SCALES)} are averaged",
+                )  # fmt: skip
+                layers = gr.Slider(
+                    1, num_layers, seed_layers, step=1, label="Layers", elem_id="layers",
+                    info="how many of the last ones give the SC-CAM",
+                )  # fmt: skip
+            with gr.Column(scale=3, min_width=280):
+                shown_class = gr.Radio([], label="Class whose maps are shown", elem_id="shown")
+                with gr.Row(elem_id="panels"):
+                    plain = still("Picture", "The picture, upright")
+                    panels = {
+                        variant: still(title, f"{title} of the chosen class over the picture: blue low, red high")
+                        for variant, title in VARIANT_TITLES.items()
+                    }
+                    mask = still("Mask", "The mask of all labels over the picture")
+                with gr.Row():
+                    with gr.Column(min_width=200):
+                        threshold = gr.Slider(
+                            0, 1, 0.4, step=0.01, label="Threshold", info="higher: smaller masks", elem_id="threshold"
+                        )
+                        legend = gr.HTML("", elem_id="legend", min_height=40)
+                    download = gr.DownloadButton(
+                        "Download the mask (PNG)", variant="primary", interactive=False, elem_id="download"
+                    )
+                with gr.Row():
+                    affinity = gr.Image(
+                        label="Affinity: click a patch", interactive=False, buttons=[], format="jpeg", scale=2,
+                        min_width=240, elem_id="affinity",
+                        alt_text="How much the chosen patch attends to the others: blue low, red high",
+                    )  # fmt: skip
+                    with gr.Column(scale=1, min_width=200):
+                        patch_row = gr.Slider(1, 2, 1, step=1, label="Patch row", elem_id="row")
+                        patch_column = gr.Slider(
+                            1, 2, 1, step=1, label="Patch column", elem_id="column",
+                            info="or click a patch of the picture beside",
+                        )  # fmt: skip
+
+        # ---- What happens when.
+
+        mask_inputs = [current, labels, scales, layers, threshold]
+        panel_inputs = [current, labels, shown_class, scales, layers, threshold]
+        panel_outputs = [*panels.values(), mask, legend, download]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+        read = file.change(
+            read_picture,
+            file,
+            [current, status, labels, shown_class, plain, patch_row, patch_column, affinity],
+            show_progress_on=status,
+            api_visibility="private",
+        )
+        guessed = guess_button.click(guess_again, current, [status, labels, shown_class], **quiet)
+        relabelled = labels.input(
+            choose_labels, [current, labels, shown_class], [status, shown_class], trigger_mode="always_last", **quiet
+        )
+        for event in (read, guessed, relabelled):
+            event.then(draw_panels, panel_inputs, panel_outputs, **quiet).then(
+                write_mask, mask_inputs, download, **quiet
+            )
+        for control in (scales, layers, shown_class):
+            control.input(draw_panels, panel_inputs, panel_outputs, trigger_mode="always_last", **quiet).then(
+                write_mask, mask_inputs, download, **quiet
+            )
+        threshold.input(draw_mask, mask_inputs, [mask, legend, download], trigger_mode="always_last", **quiet).then(
+            write_mask, mask_inputs, download, **quiet
+        )
+        affinity.select(click_patch, current, [patch_row, patch_column, affinity], **quiet)
+        for control in (patch_row, patch_column):
+            control.input(
+                move_patch, [current, patch_row, patch_column], affinity, trigger_mode="always_last", **quiet
+            )
+        app.unload(forget_visitor)
+    return cast("gr.Blocks", app)
+
+
+def still(label: str, alt_text: str) -> gr.Image:
+    """A picture to look at."""
+    return gr.Image(label=label, interactive=False, buttons=[], alt_text=alt_text, format="jpeg", min_width=100)
+
+
+def guess(maps: PictureMaps, names: Sequence[str]) -> tuple[list[str], str]:
+    """Return the classes above 50 %, or the likeliest if there is none, in the order of their ids, and a sentence."""
+    shares = maps.probabilities
+    order = shares.argsort(descending=True).tolist()
+    sure = [class_id for class_id in order if shares[class_id] > 0.5]
+    told = ", ".join(f"{names[class_id]} {percent(shares[class_id])}" for class_id in sure or order[:3])
+    sentence = f"The model sees: {told}" if sure else f"The model is not sure: {told}"
+    return [names[class_id] for class_id in sorted(sure or order[:1])], sentence
+
+
+def percent(share: torch.Tensor) -> str:
+    """A probability for a person: "98 %"."""
+    return f"{100 * float(share):.0f} %"
+
+
+def without_path(sentence: str, path: str) -> str:
+    """A message with the picture's name in place of where the server keeps it."""
+    return sentence.replace(path, Path(path).name)
+
+
+def say(sentence: str, *, bad: bool = False) -> str:
+    """The status line; screen readers read it out when it changes."""
+    return f'<div role="status" aria-live="polite" class="{"bad" if bad else ""}">{html.escape(sentence)}</div>'
+
+
+def legend_of(label_map: np.ndarray, class_ids: Sequence[int], names: Sequence[str]) -> str:
+    """The colours of the mask with each class' share of the picture."""
+    colours = np.array(palette()).reshape(256, 3)
+    chips = []
+    for class_id in class_ids:
+        colour = "rgb({}, {}, {})".format(*colours[class_id + 1])
+        share = (label_map == class_id + 1).mean()
+        text = f"{html.escape(names[class_id])}, {100 * share:.0f} % of the picture"
+        chips.append(f'<span class="chip"><i style="background: {colour}"></i>{text}</span>')
+    return "".join(chips)
+
+
+def draw_affinity(maps: PictureMaps, row: int, column: int) -> Image.Image:
+    """Draw a patch's affinities over the picture, with a frame around the patch."""
+    h, w = maps.grid
+    height, width = clickable_size(maps)
+    heat = resized(maps.affinity_row(row, column)[None], (height, width))[0].clamp(0, 1)
+    picture = heat_overlay(maps.image.resize((width, height), Image.Resampling.BICUBIC), heat.numpy())
+    box = (column * width / w, row * height / h, (column + 1) * width / w, (row + 1) * height / h)
+    ImageDraw.Draw(picture).rectangle(box, outline="white", width=max(1, round(width / 250)))
+    return picture
+
+
+def clickable_size(maps: PictureMaps) -> tuple[int, int]:
+    """(H, W) of the picture to click on. Gradio mistakes where a click falls on a picture that is shown enlarged."""
+    height, width = maps.image.height, maps.image.width
+    factor = max(1.0, CLICKABLE_SIDE / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+# ---- Running it.
+
+
+def serve(
+    model: str | Path,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str | None = None,
+    browser: bool = False,
+    block: bool = True,
+) -> gr.Blocks:
+    """Load a model and serve the page; nothing is fetched from or sent to other machines than the one that serves.
+
+    Args:
+        model: Folder or repository, see `PseudoMaskPipeline.from_pretrained`.
+        host: Address to listen at; "0.0.0.0" lets other machines in.
+        port: To listen at.
+        device: Of the model; None: a GPU if there is one.
+        browser: Open the page in the browser.
+        block: Return only when the server is stopped.
+    """
+    app = build_app(PseudoMaskPipeline.from_pretrained(model, device))
+    # Fonts by name: gradio's own themes fetch theirs from the web.
+    theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+    theme.set(block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300")
+    app.launch(
+        server_name=host,
+        server_port=port,
+        inbrowser=browser,
+        theme=theme,
+        css=STYLE,
+        footer_links=[],
+        run_history=False,
+        ssr_mode=False,
+        share=False,
+        prevent_thread_lock=not block,
+        quiet=not block,
+    )
+    return app
+
+
+SPACE_CARD = """\
+---
+title: Masks from labels
+emoji: 🎭
+sdk: gradio
+sdk_version: {gradio}
+python_version: "3.11"
+app_file: app.py
+license: apache-2.0
+models:
+- {model}
+short_description: Image-level labels in, segmentation masks out
+---
+
+Drop a picture, choose what it shows, and see the class maps, the refined seed and the mask of
+[{model}](https://huggingface.co/{model}).
+"""
+
+
+def write_space(folder: str | Path, model: str) -> Path:
+    """Write the folder of a Space that serves a model: `app.py`, `requirements.txt`, `README.md` and this package.
+
+    The package goes along as source, so that the Space shows exactly what was tried here.
+
+    Args:
+        folder: Made if it is not there; files of an earlier call are replaced.
+        model: Repository of the model on the Hub.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: `model` is not the name of a repository.
+    """
+    if Path(model).exists() or model.count("/") != 1:
+        raise ValueError(
+            f"a Space needs a model on the Hub such as 'org/bitrans-voc', got {model!r}; publish it first."
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    package = Path(__file__).parent
+    shutil.rmtree(folder / package.name, ignore_errors=True)
+    shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    (folder / "app.py").write_text(
+        f'from {package.name}.app import serve\n\nserve("{model}", host="0.0.0.0")\n', encoding="utf-8"
+    )
+    needed = [line for line in importlib.metadata.requires("bitrans-hf") or [] if "extra" not in line]
+    needed += [f"gradio=={gr.__version__}"]
+    (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(SPACE_CARD.format(gradio=gr.__version__, model=model), encoding="utf-8")
+    return folder
