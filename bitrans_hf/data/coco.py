@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, unquote, urlencode
 
@@ -24,11 +24,13 @@ from .common import (
     DataError,
     build_dataset,
     chosen_classes,
+    collector_paused,
     index_png,
     inner_path,
     label_lookup,
     masks_in_order,
     missing_files,
+    without_suffix,
 )
 
 OVERLAPS: Mapping[str, str] = {
@@ -132,7 +134,7 @@ def load_coco(
         cells = masks_in_order(paths, instances.classes, chosen)
     return build_dataset(
         [image.image_id for image in images],
-        [folder / image.file_name for image in images],
+        [f"{folder}/{image.file_name}" for image in images],
         [labels[position] for position in kept],
         cells,
         chosen,
@@ -271,7 +273,7 @@ class _Image:
 
     @property
     def image_id(self) -> str:
-        return str(PurePosixPath(self.file_name).with_suffix(""))
+        return without_suffix(self.file_name)
 
 
 @dataclass
@@ -286,6 +288,7 @@ class _Instances:
     annotations: dict[int, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
 
 
+@collector_paused()
 def _read_instances(path: Path) -> _Instances:
     """Read `instances_*.json`: pycocotools' own reader does no checks, and prints.
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from datasets import Dataset
 
@@ -15,10 +15,12 @@ from .common import (
     build_dataset,
     check_classes,
     chosen_classes,
+    collector_paused,
     inner_path,
     masks_in_order,
     read_class_file,
     suggest,
+    without_suffix,
 )
 from .tables import OWN_COLUMNS, Problem, Row, class_names_of_rows, read_rows
 
@@ -94,7 +96,7 @@ def load_folder(
     ids = {name: class_id for class_id, name in enumerate(found.chosen)}
     return build_dataset(
         [found.image_ids[position] for position in found.kept],
-        [found.pictures[position] for position in found.kept],
+        [f"{found.folder}/{found.rows[position].file_name}" for position in found.kept],
         [[ids[name] for name in found.names[position] if name in ids] for position in found.kept],
         masks_in_order(mask_paths, found.classes, found.chosen),
         found.chosen,
@@ -116,7 +118,7 @@ class FolderContent:
         classes: All classes, in the order of the ids in masks.
         chosen: The classes to load, in the order of their ids.
         image_ids: Ids.
-        pictures: Paths, whether there or not.
+        folder: The folder that the rows' file names are relative to.
         masks: Paths of masks that are there.
         names: Class names.
         kept: Positions of the rows of the split that was asked for.
@@ -128,10 +130,10 @@ class FolderContent:
     source: str
     rows: list[Row]
     problems: list[Problem]
+    folder: Path
     classes: list[str] = field(default_factory=list)
     chosen: list[str] = field(default_factory=list)
     image_ids: list[str] = field(default_factory=list)
-    pictures: list[Path] = field(default_factory=list)
     masks: list[Path | None] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
@@ -139,6 +141,7 @@ class FolderContent:
     unused_columns: list[str] = field(default_factory=list)
 
 
+@collector_paused()
 def look_through(
     root: Path,
     table: str | Path | None,
@@ -182,7 +185,7 @@ def look_through(
             )
         raise DataError(problems[0].message if problems else nothing)
 
-    content = FolderContent(root, where, rows, problems)
+    content = FolderContent(root, where, rows, problems, folder)
     content.names = class_names_of_rows(rows, known, separator, where, problems)
     if known is None:
         if problems and not any(content.names):
@@ -195,8 +198,8 @@ def look_through(
     content.unused_columns = [
         name for name in dict.fromkeys(key for row in rows for key in row.cells) if name not in used
     ]
-    _find_ids_and_pictures(content, folder, mask_folder)
-    _find_masks(content, folder, mask_folder, masks is not False)
+    _find_ids_and_pictures(content, mask_folder)
+    _find_masks(content, mask_folder, masks is not False)
     _check_labels(content, class_file if has_class_file else "classes", allow_empty)
     return content
 
@@ -298,7 +301,7 @@ def _pictures_in(folder: Path, excluded: Path | None) -> Iterator[str]:
         folders[:] = [name for name in folders if here / name != excluded and not name.startswith(".")]
         inside = here.relative_to(folder).as_posix()
         prefix = "" if inside == "." else f"{inside}/"
-        yield from (prefix + name for name in files if Path(name).suffix.lower() in IMAGE_SUFFIXES)
+        yield from (prefix + name for name in files if f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES)
 
 
 def _rows_of_split(rows: Sequence[Row], split: str | None, source: str) -> list[int]:
@@ -314,19 +317,15 @@ def _rows_of_split(rows: Sequence[Row], split: str | None, source: str) -> list[
     return kept
 
 
-def _without_suffix(file_name: str) -> str:
-    return str(PurePosixPath(file_name).with_suffix(""))
-
-
-def _find_ids_and_pictures(content: FolderContent, folder: Path, mask_folder: Path | None) -> None:
-    """Fill in ids and pictures; note rows for one image, pictures that are missing, pictures without a row."""
+def _find_ids_and_pictures(content: FolderContent, mask_folder: Path | None) -> None:
+    """Fill in ids; note rows for one image, pictures that are missing, pictures without a row."""
+    folder = content.folder
     present = set(_pictures_in(folder, mask_folder))
     by_lower_case = {name.lower(): name for name in present}
     first_row: dict[str, Row] = {}
     for row in content.rows:
-        image_id = row.text("image_id") or _without_suffix(row.file_name)
+        image_id = row.text("image_id") or without_suffix(row.file_name)
         content.image_ids.append(image_id)
-        content.pictures.append(folder / row.file_name)
         earlier = first_row.setdefault(image_id, row)
         if earlier is not row:
             message = (
@@ -335,7 +334,7 @@ def _find_ids_and_pictures(content: FolderContent, folder: Path, mask_folder: Pa
                 "or rename a file."
             )
             content.problems.append(Problem("duplicate", row.file_name, message))
-        if row.file_name not in present and not content.pictures[-1].is_file():
+        if row.file_name not in present and not (folder / row.file_name).is_file():
             hint = by_lower_case.get(row.file_name.lower())
             advice = f"did you mean {hint!r}?" if hint else "add the file or take out the row."
             message = f"{row.where} names {row.file_name}, which is not in {folder}; {advice}"
@@ -345,8 +344,9 @@ def _find_ids_and_pictures(content: FolderContent, folder: Path, mask_folder: Pa
     content.unlisted = sorted(present - named)
 
 
-def _find_masks(content: FolderContent, folder: Path, mask_folder: Path | None, wanted: bool) -> None:
+def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) -> None:
     """Fill in the masks: what a row names, else the file of the picture's name in the mask folder."""
+    folder = content.folder
     for row in content.rows:
         named = row.text("mask_file_name") if wanted else ""
         path = None
@@ -363,7 +363,7 @@ def _find_masks(content: FolderContent, folder: Path, mask_folder: Path | None, 
             except DataError as error:
                 content.problems.append(Problem("table", row.where, str(error)))
         elif wanted and mask_folder is not None:
-            path = mask_folder / f"{_without_suffix(row.file_name)}.png"
+            path = mask_folder / f"{without_suffix(row.file_name)}.png"
         content.masks.append(path if path is not None and path.is_file() else None)
 
 

@@ -115,7 +115,7 @@ def check_folder(
         Problem("unlisted", name, f"{name} has no row in {found.source} and is left out; add one or take it out.")
         for name in found.unlisted
     ]
-    there = [position for position in found.kept if found.pictures[position].is_file()]
+    there = [position for position in found.kept if (found.folder / found.rows[position].file_name).is_file()]
     with ThreadPoolExecutor() as pool:  # PIL and hashlib release the interpreter lock
         checked = pool.map(lambda position: _check_files(found, position, decode), there)
         results = list(progress(checked, len(there)))
@@ -146,7 +146,8 @@ def check_folder(
 
 def _check_files(found: FolderContent, position: int, decode: bool) -> tuple[bytes, list[Problem]]:
     """Return a digest of the picture's file (empty if it was not read) and what is wrong with picture and mask."""
-    path, name = found.pictures[position], found.rows[position].file_name
+    name = found.rows[position].file_name
+    path = found.folder / name
     try:
         size = image_size(path)
         if decode:

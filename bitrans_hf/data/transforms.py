@@ -143,7 +143,7 @@ class TrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
             raise DataError(f"seed must be 0 or greater, got {seed}.")
         self.classes = class_names(dataset)
         require_labels(dataset)
-        self.image_ids: list[str] = list(dataset["image_id"])
+        self.image_ids: list[str] = dataset["image_id"][:]
         self._rows = dataset.select_columns(["image", "labels"])
         self._transform = transform
         self._seed = seed
