@@ -6,8 +6,10 @@ cells, P offsets, M from-cells.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .labels import BACKGROUND, IGNORE_INDEX
 
@@ -69,16 +71,39 @@ def pair_affinity(features: torch.Tensor, radius: int = 5) -> torch.Tensor:
         (B, P, M) in (0, 1]: offsets in the order of `half_disc_offsets`, from-cells row by row. From-cells leave out
         the last radius - 1 rows and radius - 1 columns on both sides, where the half disc would reach outside.
     """
-    batch, _, h, w = features.shape
-    radius = fitting_radius((h, w), radius)
-    start = _from_cells(features, radius)
-    affinities = [
-        torch.exp(-(_partners(features, radius, offset) - start).abs().mean(dim=1)).flatten(1)
-        for offset in half_disc_offsets(radius)
-    ]
-    if not affinities:
-        return features.new_zeros(batch, 0, h * w)
-    return torch.stack(affinities, dim=1)
+    radius = fitting_radius((features.shape[2], features.shape[3]), radius)
+    affinities: torch.Tensor = _PairAffinity.apply(features, radius)
+    return affinities
+
+
+class _PairAffinity(torch.autograd.Function):
+    """`pair_affinity` that keeps the features and the result for backward, not P differences of the features' size."""
+
+    @staticmethod
+    def forward(ctx: Any, features: torch.Tensor, radius: int) -> torch.Tensor:
+        start = _from_cells(features, radius)
+        affinities = features.new_empty(len(start), len(half_disc_offsets(radius)), start.shape[2] * start.shape[3])
+        for number, offset in enumerate(half_disc_offsets(radius)):
+            distance = (_partners(features, radius, offset) - start).abs_().mean(dim=1)
+            affinities[:, number] = torch.exp(-distance).flatten(1)
+        ctx.save_for_backward(features, affinities)
+        ctx.radius = radius
+        return affinities
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_affinities: torch.Tensor) -> tuple[torch.Tensor, None]:
+        features, affinities = ctx.saved_tensors
+        grad_features = torch.zeros_like(features)
+        start, grad_start = _from_cells(features, ctx.radius), _from_cells(grad_features, ctx.radius)
+        # d exp(-mean |f_j - f_i|) = -exp(...) / D * sign(f_j - f_i) (df_j - df_i)
+        grad_signs = -grad_affinities * affinities / features.shape[1]
+        for number, offset in enumerate(half_disc_offsets(ctx.radius)):
+            signs = (_partners(features, ctx.radius, offset) - start).sign_()
+            signs *= grad_signs[:, number].reshape(len(signs), 1, *signs.shape[2:])
+            _partners(grad_features, ctx.radius, offset).add_(signs)
+            grad_start -= signs
+        return grad_features, None
 
 
 def pair_indices(size: tuple[int, int], radius: int = 5) -> tuple[torch.Tensor, torch.Tensor]:

@@ -105,6 +105,36 @@ def test_pairs_of_any_radius_agree_with_a_loop(h: int, w: int, radius: int):
     torch.testing.assert_close(dense, expected_dense, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("h", "w", "radius"), [(3, 5, 2), (6, 9, 3)])
+def test_gradients_agree_with_finite_differences(h: int, w: int, radius: int):
+    features = random_features(h, w).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda f: pair_affinity(f, radius), features)
+
+
+def test_gradients_agree_with_those_of_the_plain_formula():
+    features = random_features(12, 14).requires_grad_()
+    weights = torch.rand(2, 34, 8 * 6, generator=torch.Generator().manual_seed(2))
+    (ours,) = torch.autograd.grad((pair_affinity(features) * weights).sum(), features)
+    start, partners = pair_indices((12, 14))
+    flat = features.flatten(2)
+    plain = torch.exp(-(flat[:, :, partners] - flat[:, :, None, start]).abs().mean(dim=1))
+    (theirs,) = torch.autograd.grad((plain * weights).sum(), features)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+def test_backward_needs_the_features_and_the_result_only():
+    features = random_features(20, 24, batch=1).requires_grad_()
+    kept: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        pairs = pair_affinity(features)
+    assert sum(kept) <= features.numel() + pairs.numel()
+
+
 @pytest.mark.parametrize(("h", "w", "radius"), SIZES)
 def test_labels_of_any_radius_agree_with_a_loop(h: int, w: int, radius: int):
     radius = fitting_radius((h, w), radius)
