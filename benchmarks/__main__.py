@@ -14,7 +14,7 @@ import timm
 import torch
 import transformers
 
-from . import bench_metrics, bench_model, bench_seeds
+from . import bench_metrics, bench_model, bench_seeds, bench_segment
 from .harness import Options
 
 BENCHMARKS = {
@@ -25,6 +25,8 @@ BENCHMARKS = {
     "sweep": bench_metrics.sweep_of_thresholds,
     "miou": bench_metrics.mean_iou_of_a_stream,
     "miou-memory": bench_metrics.memory_of_a_stream,
+    "segment-training": bench_segment.training_step,
+    "segment-test": bench_segment.testing,
 }
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import tiny_model
 
 from bitrans_hf import BiTransImageProcessor, DeepLabConfig, DeepLabForSemanticSegmentation
 from bitrans_hf.data import make_shapes, open_mask
@@ -184,6 +186,29 @@ def test_label_maps_of_earlier_stages_are_found_by_name(tmp_path: Path):
         write_label_maps(folder / "tiny" / place)
         train_main(arguments(folder, "--segmentation.labels", labels, "--segmentation.epochs", "1"))
         assert metrics(folder, "segmentation")["labels"] == labels
+
+
+def test_the_backbone_starts_from_the_weights_that_the_recipe_names(tmp_path: Path):
+    recipe, _ = parse_recipe("", arguments(tmp_path))
+    tiny = {"backbone_config": {"width_multiplier": 0.03125}}
+    source = build_network(recipe, SegmentationRecipe(options=tiny), ["a"])
+    names = {name.removeprefix("network."): value for name, value in source.backbone.state_dict().items()}
+    torch.save(names, tmp_path / "res38_cls.pth")
+    started = build_network(
+        replace(recipe, seed=1), SegmentationRecipe(options=tiny, weights=str(tmp_path / "res38_cls.pth")), ["b", "c"]
+    )
+    assert largest_difference(source.backbone.state_dict(), started.backbone.state_dict()) == 0.0
+    assert started.config.id2label == {0: "background", 1: "b", 2: "c"}
+
+    bitrans = tiny_model()
+    bitrans.save_pretrained(tmp_path / "tiny" / "train" / "model")
+    own = SegmentationRecipe(backbone="bitrans", weights="trained", options={"output_stride": 4})
+    network = build_network(recipe, own, ["cat", "dog", "horse"])
+    assert network.stride == 4
+    for name, value in network.backbone.encoder.state_dict().items():
+        assert torch.equal(value, bitrans.state_dict()[name])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        build_network(recipe, SegmentationRecipe(options=tiny, weights="nowhere.pth"), ["a"])
 
 
 # ---- Killed and resumed.

@@ -29,6 +29,7 @@ from bitrans_hf.metrics import confusion_counts, iou_from_counts, miou_from_coun
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.modeling_deeplab import DeepLabForSemanticSegmentation
 from bitrans_hf.segment import SINGLE_SCALE, multi_scale_scores
+from bitrans_hf.weights import load_backbone
 from loop import RateSchedule, TrainingLoop
 from recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, load_images, parse_recipe
 from runtime import Stage, StageError, make_accelerator, progress, run_script, say
@@ -233,7 +234,8 @@ def build_network(
     """Build the recipe's network with its starting weights.
 
     Raises:
-        StageError: the weights are not there, or are those of a network for other classes.
+        StageError: there is no trained encoder, or the weights are those of a network for other classes.
+        ValueError, OSError: the weights are not there or do not fit, see `load_backbone`.
     """
     names = {0: "background", **dict(enumerate(classes, start=1))}
     options: dict[str, Any] = {"preset": settings.preset, "id2label": names, **settings.options}
@@ -249,7 +251,10 @@ def build_network(
         model = DeepLabForSemanticSegmentation.from_pretrained(settings.weights)
         check_classes(model, classes)
         return model
-    return DeepLabForSemanticSegmentation(DeepLabConfig(backbone=settings.backbone, **options))
+    model = DeepLabForSemanticSegmentation(DeepLabConfig(backbone=settings.backbone, **options))
+    if settings.weights != "scratch":
+        load_backbone(model, None if settings.weights == "timm" else settings.weights)
+    return model
 
 
 def check_classes(model: DeepLabForSemanticSegmentation, classes: Sequence[str]) -> None:
