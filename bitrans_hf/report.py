@@ -199,8 +199,8 @@ def charts_from_log(path: str | Path) -> list[Chart]:
 
     Args:
         path: `log.jsonl`, one JSON object for each line with "step" and any of "loss", "class", "patch", "scc",
-            "pac", "lr" (training) or "map_class", "map_patch" (validation, in percent). Where a step is there twice,
-            as after a resume, the later line counts. A half-written last line is left out.
+            "pac", "lr" (training) or "map_class", "map_patch", "miou" (validation, in percent). Where a step is there
+            twice, as after a resume, the later line counts. A half-written last line is left out.
 
     Returns:
         The charts for which there are numbers.
@@ -225,6 +225,7 @@ def charts_from_log(path: str | Path) -> list[Chart]:
         Chart("Loss", curves({"loss": "total"}), smooth=True),
         Chart("Terms of the loss", curves({**branches, "scc": "SCC", "pac": "PAC"}), log_scale=True, smooth=True),
         Chart("Validation mAP (%)", curves({f"map_{key}": name for key, name in branches.items()})),
+        Chart("Validation mIoU (%)", curves({"miou": "one scale"})),
         Chart("Learning rate", curves({"lr": "learning rate"})),
     ]
     return [chart for chart in charts if chart.curves]

@@ -147,6 +147,14 @@ def test_curves_come_from_the_log_with_the_last_word_on_each_step(tmp_path):
     assert rate.curves[0].values == [1e-4, 2e-4]
 
 
+def test_a_segmentation_log_has_a_chart_of_its_mean_iou(tmp_path):
+    log = tmp_path / "log.jsonl"
+    log.write_text('{"step": 4, "loss": 2.0}\n{"step": 4, "epoch": 1, "miou": 30.5}\n{"step": 8, "miou": 41.0}\n')
+    _, miou = report.charts_from_log(log)
+    assert miou.title == "Validation mIoU (%)"
+    assert (miou.curves[0].steps, miou.curves[0].values) == ([4.0, 8.0], [30.5, 41.0])
+
+
 def test_a_log_without_numbers_gives_no_charts(tmp_path):
     (tmp_path / "log.jsonl").write_text("")
     assert report.charts_from_log(tmp_path / "log.jsonl") == []

@@ -84,7 +84,7 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
         folder = stage.folder / name
         broken = predict_split(accelerator, options, model, processor, images, folder, settings)
         splits[name] = score_split(accelerator, options, images, folder, settings)
-        if settings.pack and accelerator.is_main_process:
+        if settings.pack and not splits[name]["scored"] and accelerator.is_main_process:
             splits[name]["archive"] = str(pack_for_voc_server(images["image_id"], folder, settings))
         unreadable |= broken
 

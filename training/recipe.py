@@ -395,7 +395,7 @@ class PredictionRecipe:
             `preset`.
         crf_classes: "predicted": the refiner sees background and the classes that win some pixel, which is what makes
             80 classes affordable. "all": every class.
-        pack: Pack the predictions of VOC splits as the VOC server wants them.
+        pack: Pack the predictions of VOC splits without masks, that is test, as the VOC server wants them.
         network: Folder of another segmentation network than the run's own; null for `segmentation/model` of the run.
     """
 
