@@ -17,20 +17,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 
 from bitrans_hf import BiTransImageProcessor, DeepLabConfig, DeepLabForSemanticSegmentation
-from bitrans_hf.data import make_shapes, open_mask
+from bitrans_hf.data import load_coco, make_shapes, open_mask
 from bitrans_hf.metrics import MeanIoU
 from bitrans_hf.segment import TEST_PRESETS, multi_scale_scores
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 sys.path.insert(0, str(TRAINING))
 
-from predict_masks import VOC_SERVER_FOLDER, pack_for_voc_server  # noqa: E402
+from predict_masks import VOC_SERVER_FOLDER, pack_for_voc_server, predict_image  # noqa: E402
 from predict_masks import main as predict_main  # noqa: E402
 from recipe import PredictionRecipe, SegmentationRecipe, parse_recipe  # noqa: E402
 from runtime import StageError  # noqa: E402
@@ -153,6 +154,36 @@ def test_a_refiner_is_a_further_step(refiner: str, tmp_path: Path):
     for path in (folder / refiner).glob("*.png"):
         # Classes that won no pixel before the refiner cannot win one after it.
         assert set(np.unique(open_mask(path))) <= {0, *np.unique(open_mask(folder / "multi_scale" / path.name))}
+
+
+def test_no_more_than_one_image_is_held_for_each_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("pydensecrf", reason="the dense CRF is an extra")
+    import predict_masks
+
+    train_main(arguments(tmp_path))
+    order: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        predict_masks, "write_label_png", lambda path, label_map: order.append((path.stem, path.parent.name))
+    )
+    predict_main(arguments(tmp_path, "--prediction.refiner", "crf"))
+    steps = ["single_scale", "multi_scale", "crf"]
+    assert order == [(image_id, step) for image_id in make_shapes(6, 1)["image_id"] for step in steps]
+
+
+def test_the_refiner_sees_the_predicted_of_81_classes(tmp_path: Path, shared_data: Path):
+    rows = load_coco(shared_data / "tiny_coco", "val2017").select(range(2))
+    recipe, _ = parse_recipe("", TINY)
+    names = rows.features["labels"].feature.names
+    network = build_network(recipe, recipe.segmentation, names).eval()
+    accelerator = Accelerator(cpu=True)
+    for settings in (PredictionRecipe(scales=[0.25]), PredictionRecipe(scales=[0.25], crf_classes="all")):
+        for row in rows:
+            made = predict_image(accelerator, network, BiTransImageProcessor(), row, tmp_path, settings)
+            label_map = open_mask(tmp_path / "multi_scale" / f"{row['image_id']}.png", num_classes=80)
+            np.testing.assert_array_equal(made.label_map(made.scores), label_map)
+            predicted = range(81) if settings.crf_classes == "all" else np.union1d([0], np.unique(label_map))
+            assert made.label_ids.tolist() == list(predicted)
+            assert made.scores.shape == (len(predicted), *made.image.shape[:2])
 
 
 def test_bf16_accumulation_and_adamw_are_recipe_keys(tmp_path: Path):
