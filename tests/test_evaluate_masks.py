@@ -17,7 +17,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
-from bitrans_hf.data import load_coco, make_shapes, open_mask
+from bitrans_hf.data import load_coco, make_shapes, open_mask, write_coco_masks
 from bitrans_hf.metrics import threshold_sweep
 from bitrans_hf.pseudo_labels import write_label_png
 from bitrans_hf.seeds import SEED_VARIANTS
@@ -216,6 +216,11 @@ def test_the_painting_rule_is_written_beside_a_coco_score_and_changes_it(shared_
     assert "smaller" in record["rules"]["masks"]
     assert 0 < record["miou"] < 100
     assert len(record["per_class"]) == 81
+    write_coco_masks(root, "val2017", tmp_path / "masks", overlap="smaller")
+    command = ["--targets", str(tmp_path / "masks"), "--classes", "coco", "--ids", str(ids), "--num_worst", "1"]
+    written = evaluate(tmp_path / "predictions", None, *command)
+    assert written["rules"] == record["rules"]
+    assert written["per_class"] == record["per_class"]
 
 
 # ---- What is refused.

@@ -8,6 +8,7 @@ Predictions are one `<image_id>.png` for each image, whose pixels are label ids,
 """
 
 import csv
+import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from bitrans_hf.data import DataError, class_names, mask_rule, open_image, open_mask
+from bitrans_hf.data.coco import CocoMaskRule
 from bitrans_hf.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES
 from bitrans_hf.metrics import MeanIoU, SweepResult, ThresholdSweep
 from bitrans_hf.pseudo_labels import seeds_to_label_map
@@ -175,9 +177,8 @@ def ground_truth(recipe: Recipe, evaluation: EvaluationOptions) -> GroundTruth:
         folder = Path(evaluation.targets)
         paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.png"))}
         ids = [image_id for image_id in paths if wanted is None or image_id in wanted]
-        truth = GroundTruth(
-            ids, [{"mask": str(paths[image_id])} for image_id in ids], given_classes(evaluation), None, str(folder)
-        )
+        rows = [{"mask": str(paths[image_id])} for image_id in ids]
+        truth = GroundTruth(ids, rows, given_classes(evaluation), painting_rule(folder), str(folder))
     else:
         if evaluation.classes is not None:
             raise StageError("--classes goes with --targets; the recipe's data has its own, see --data.classes.")
@@ -203,6 +204,15 @@ def ground_truth(recipe: Recipe, evaluation: EvaluationOptions) -> GroundTruth:
             f"first is {lacking[0]!r}; take the list that belongs to the masks."
         )
     return truth
+
+
+def painting_rule(folder: Path) -> str | None:
+    """Return the rule in words by which `prepare_coco.py` painted a folder of masks; None for other folders."""
+    path = folder / "rule.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text())
+    return str(CocoMaskRule(record["overlap"], record["crowd"]))
 
 
 def given_classes(evaluation: EvaluationOptions) -> Sequence[str]:
