@@ -25,6 +25,16 @@ from .store import atomic_write
 VARIANT_TITLES = {"sc_cam": "SC-CAM", "coarse_cam": "Coarse-CAM", "fused": "Product", "refined": "Refined seed"}
 """Heading of each seed variant, in the order of the columns."""
 
+STEP_TITLES = {
+    "seed": "Seed, cut at the background score",
+    "low": "Refined seed, much background",
+    "high": "Refined seed, little background",
+    "confident": "What both agree upon",
+    "walk": "After the random walk",
+    "refined": "After the refiner",
+}
+"""Names of the steps from seeds to pseudo labels, in a table."""
+
 _PHOTO, _TARGET, _MASK = "Photo", "Ground truth", "Mask"
 _MAX_EMBEDDED_PNG_BYTES = 40_000
 _NUM_ROWS_IN_GRID = 8
@@ -42,6 +52,7 @@ class GalleryRow:
         label_map: Predicted label map (H, W) uint8, or None.
         class_names: Names of all object classes, indexed by class id.
         caption: A short remark to stand beside the name.
+        steps: Label maps (H, W) of later stages by their headings, shown after `label_map`.
     """
 
     image_id: str
@@ -51,6 +62,7 @@ class GalleryRow:
     label_map: npt.NDArray[np.uint8] | None
     class_names: Sequence[str]
     caption: str = ""
+    steps: Mapping[str, npt.NDArray[np.uint8]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,8 @@ def gallery_row(row: GalleryRow) -> list[GalleryLine]:
         whole = {_PHOTO: row.image.convert("RGB")}
         if row.target is not None:
             whole[_TARGET] = label_overlay(row.image, row.target)
-        mask = {} if row.label_map is None else {_MASK: label_overlay(row.image, row.label_map)}
+        masks = {} if row.label_map is None else {_MASK: label_overlay(row.image, row.label_map)}
+        masks |= {heading: label_overlay(row.image, label_map) for heading, label_map in row.steps.items()}
         class_ids = sorted({int(class_id) for seeds in row.maps.values() for class_id in seeds.class_ids})
         lines = [
             GalleryLine(
@@ -172,7 +185,7 @@ def gallery_row(row: GalleryRow) -> list[GalleryLine]:
         ] or [GalleryLine("", {})]
     except ValueError as error:
         raise ValueError(f"{row.image_id}: {error}") from error
-    return [GalleryLine(lines[0].class_name, {**whole, **lines[0].cells, **mask}), *lines[1:]]
+    return [GalleryLine(lines[0].class_name, {**whole, **lines[0].cells, **masks}), *lines[1:]]
 
 
 def figure_grid(rows: Sequence[GalleryRow], height: int = 160) -> Image.Image:
@@ -255,6 +268,33 @@ def score_table(metrics: Mapping[str, Any], title: str = "Scores") -> Table | No
     ]
     best = max(range(len(names)), key=lambda index: float(miou[names[index]]))
     return Table(title, ["Seed", "mIoU (%)", "best threshold"], rows, best)
+
+
+def step_table(metrics: Mapping[str, Any], title: str = "Steps") -> Table | None:
+    """Make the table of the steps from seeds to pseudo labels.
+
+    Args:
+        metrics: Of one split: "steps" (step -> mIoU in percent), with "several_classes" of the images that hold two
+            classes or more, and "sure" (step -> percent of the pixels that have a label at all) for some.
+        title: Heading.
+
+    Returns:
+        The table with the best step marked, or None if nothing was scored. Steps that leave pixels out are not
+        compared.
+    """
+    steps: Mapping[str, float] = metrics.get("steps", {})
+    if not steps:
+        return None
+    several = metrics.get("several_classes", {}).get("steps", {})
+    sure = metrics.get("sure", {})
+    rows = []
+    for name, miou in steps.items():
+        heading = STEP_TITLES.get(name, name) + (f" ({sure[name]:.0f} % of the pixels)" if name in sure else "")
+        rows.append([heading, f"{miou:.1f}", *([f"{several[name]:.1f}"] if several else [])])
+    whole = [index for index, name in enumerate(steps) if name not in sure]
+    best = max(whole, key=lambda index: list(steps.values())[index], default=None)
+    columns = ["Step", "mIoU (%)", *(["several classes (%)"] if several else [])]
+    return Table(title, columns, rows, best)
 
 
 def recipe_table(recipe: Mapping[str, Any], title: str = "Recipe") -> Table:
@@ -449,7 +489,8 @@ def _picture_html(row: GalleryRow, lines: Sequence[GalleryLine], columns: Sequen
     for line_number, line in enumerate(lines):
         for column_number, column in enumerate(columns, start=1):
             place = f'style="--column: {column_number}"'
-            of_class = f" · {line.class_name}" if len(lines) > 1 and column not in (_PHOTO, _TARGET, _MASK) else ""
+            is_whole = column in (_PHOTO, _TARGET, _MASK, *row.steps)
+            of_class = f" · {line.class_name}" if len(lines) > 1 and not is_whole else ""
             caption = f"<figcaption>{escape(column + of_class)}</figcaption>"
             if column in line.cells:
                 alt = escape(f"{column}{of_class} of {row.image_id}")
@@ -469,7 +510,7 @@ def _picture_html(row: GalleryRow, lines: Sequence[GalleryLine], columns: Sequen
 def _legend_html(row: GalleryRow) -> str:
     """Name the colour of every label id that the row shows."""
     labels = {int(class_id) + 1 for seeds in row.maps.values() for class_id in seeds.class_ids}
-    for label_map in (row.target, row.label_map):
+    for label_map in (row.target, row.label_map, *row.steps.values()):
         if label_map is not None:
             labels |= set(np.unique(label_map).tolist())
     colours = palette()
@@ -511,7 +552,8 @@ def _columns(rows: Sequence[GalleryRow]) -> list[str]:
     has_target = any(row.target is not None for row in rows)
     has_mask = any(row.label_map is not None for row in rows)
     titles = [_variant_title(variant) for variant in variants]
-    return [_PHOTO, *([_TARGET] if has_target else []), *titles, *([_MASK] if has_mask else [])]
+    steps = dict.fromkeys(heading for row in rows for heading in row.steps)
+    return [_PHOTO, *([_TARGET] if has_target else []), *titles, *([_MASK] if has_mask else []), *steps]
 
 
 def _ordered_variants(variants: Iterable[str]) -> list[str]:

@@ -5,15 +5,16 @@ python training/make_report.py --config training/recipes/voc_deit_small.yaml
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bitrans_hf.data import class_names, open_image, open_mask
 from bitrans_hf.pseudo_labels import seeds_to_label_map
-from bitrans_hf.report import GalleryRow, Table, charts_from_log, recipe_table, score_table, write_report
+from bitrans_hf.report import GalleryRow, Table, charts_from_log, recipe_table, score_table, step_table, write_report
 from bitrans_hf.seeds import SEED_VARIANTS
 from bitrans_hf.store import SeedStore
+from label_maps import LabelMap, cell_labels, stored_label_maps
 from recipe import ALL_IMAGES, Recipe, RunOptions, load_images, parse_recipe
 from runtime import StageError, make_accelerator, run_script, say
 
@@ -34,15 +35,20 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
         if not (run / name / "done.json").is_file():
             raise StageError(f"{run / name} is not finished; run training/run_all.py with the same recipe.")
     trained, seeds = (json.loads((run / name / "metrics.json").read_text()) for name in ("train", "seeds"))
-    resolved = json.loads((run / "seeds" / "recipe.json").read_text())
-    rows = list(gallery(recipe, run / "seeds" / (recipe.report.split or ALL_IMAGES)))
+    later = {name: finished(run / name) for name in ("affinity", "pseudo_labels")}
+    rows = list(gallery(recipe, run, recipe.report.split or ALL_IMAGES))
     shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
     write_report(
         page,
         title=f"Bi-Trans: {recipe.name}",
         rows=rows,
         curves=charts_from_log(run / "train" / "log.jsonl"),
-        tables=[*score_tables(seeds), *training_table(trained), recipe_table(resolved)],
+        tables=[
+            *score_tables(seeds),
+            *step_tables(later["pseudo_labels"]),
+            *training_table(trained),
+            recipe_table(resolved_recipe(run)),
+        ],
         notes=[
             (
                 f"Label maps are cut from the variant {recipe.seeds.variant!r} at the background score "
@@ -50,7 +56,7 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
                 "variant, found with the ground truth of the same images, as the field reports seeds."
             ),
             (
-                f"Made at commit {seeds['made_with']['commit']} with seed {resolved['seed']} on "
+                f"Made at commit {seeds['made_with']['commit']} with seed {recipe.seed} on "
                 f"{seeds['made_with']['device']}; training took {trained['seconds']:.0f} s."
             ),
         ],
@@ -59,10 +65,26 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
     return page
 
 
-def gallery(recipe: Recipe, folder: Path) -> Iterator[GalleryRow]:
+def finished(stage: Path) -> dict[str, Any]:
+    """Return what a stage measured, or nothing where it is not finished."""
+    if not (stage / "done.json").is_file():
+        return {}
+    return dict(json.loads((stage / "metrics.json").read_text()))
+
+
+def resolved_recipe(run: Path) -> dict[str, Any]:
+    """Return the recipe of a run: the parts that its finished stages depend on."""
+    resolved: dict[str, Any] = {}
+    for stage in ("seeds", "affinity", "pseudo_labels"):
+        if (run / stage / "done.json").is_file():
+            resolved |= json.loads((run / stage / "recipe.json").read_text())
+    return resolved
+
+
+def gallery(recipe: Recipe, run: Path, split: str) -> Iterator[GalleryRow]:
     """Give the pictures of a split: images with several classes first, then spread over the split."""
     images = load_images(recipe.data, recipe.report.split, masks=True)
-    store = SeedStore(folder / "seeds")
+    store = SeedStore(run / "seeds" / split / "seeds")
     stored = set(store.ids())
     found = [index for index, image_id in enumerate(images["image_id"]) if image_id in stored]
     labels = images["labels"]
@@ -79,7 +101,20 @@ def gallery(recipe: Recipe, folder: Path) -> Iterator[GalleryRow]:
             maps=maps,
             label_map=seeds_to_label_map(maps[recipe.seeds.variant], recipe.seeds.threshold),
             class_names=class_names(images),
+            steps=dict(later_label_maps(run, split, row["image_id"])),
         )
+
+
+def later_label_maps(run: Path, split: str, image_id: str) -> Iterator[tuple[str, LabelMap]]:
+    """Give heading and label map of an image after each stage that follows the seeds, as far as it has one."""
+    labels = run / "affinity" / "labels" / split
+    low, high = (stored_label_maps(labels / name)(image_id) for name in ("low", "high"))
+    if low is not None and high is not None:
+        yield "Affinity labels", cell_labels(low, high, 1)
+    for heading, folder in (("After the walk", "walk"), ("Pseudo label", "labels")):
+        label_map = stored_label_maps(run / "pseudo_labels" / split / folder)(image_id)
+        if label_map is not None:
+            yield heading, label_map
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:
@@ -95,6 +130,14 @@ def score_tables(seeds: dict[str, Any]) -> Iterator[Table]:
             made = score_table(table, f"Seeds of {name}: {table.get('scored', table.get('images'))} {scored}")
             if made is not None:
                 yield made
+
+
+def step_tables(pseudo_labels: Mapping[str, Any]) -> Iterator[Table]:
+    """Give the scores after each step from seeds to pseudo labels of every split with ground truth."""
+    for name, scores in pseudo_labels.get("splits", {}).items():
+        made = step_table(scores, f"From seeds to pseudo labels, {name}: {scores.get('scored', 0)} images")
+        if made is not None:
+            yield made
 
 
 def training_table(trained: dict[str, Any]) -> Iterator[Table]:

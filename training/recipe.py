@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 from transformers import set_seed
 
 from bitrans_hf.configuration_bitrans import BiTransConfig
+from bitrans_hf.crf import find_preset
 from bitrans_hf.data import check_folder, load_coco, load_folder, load_voc, make_shapes
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.weights import from_timm, from_timm_state_dict
@@ -208,18 +209,21 @@ class SeedsRecipe:
 class AffinityRecipe:
     """How the affinity network is trained; the defaults are MCTformer's (PSA with a ResNet38, one GPU).
 
+    Null leaves a value to `RELATIONS` of `bitrans_hf.configuration_affinitynet`: what PSA or IRN does.
+
     Attributes:
         split: Split whose seeds become its training labels, one of seeds.splits; null for all images of a folder.
+        num_images: Use this many images, at equal distances in the split; null for all.
         variant: Seed variant; null for seeds.variant.
         refiner: How seeds with a background score become label maps: "crf", "par" (plain torch) or "none".
         crf_preset: Preset of the CRF, a name of `bitrans_hf.crf.CRF_PRESETS`.
         low_alpha: Power of the background score (1 - max)^alpha of the map that foreground is taken from: a low power
-            leaves much background, so that what stays foreground is trusted.
-        high_alpha: Power for the map that background is taken from.
-        foreground_threshold: Constant background score in place of low_alpha (IRN: 0.30); null for the power.
-        background_threshold: Constant background score in place of high_alpha (IRN: 0.05).
+            leaves much background, so that what stays foreground is trusted (psa: 1).
+        high_alpha: Power for the map that background is taken from (psa: 12).
+        foreground_threshold: Constant background score in place of low_alpha (irn: 0.30).
+        background_threshold: Constant background score in place of high_alpha (irn: 0.05).
         relation: "psa" (distance of features) or "irn" (the strongest boundary on the way).
-        radius: Pairs of cells nearer than this are compared, in cells.
+        radius: Pairs of cells nearer than this are trained on (psa: 5, irn: 10).
         backbone: "bitrans" (the run's own encoder), "resnet38" or the name of a timm network.
         weights: What the backbone starts from. "trained": bitrans, the run's own model; "scratch"; "timm": a timm
             network's weights from the Hub; else a file: PSA's or MCTformer's `.pth`, MXNet's `.params`.
@@ -244,15 +248,16 @@ class AffinityRecipe:
     """
 
     split: str | None = "train"
+    num_images: int | None = None
     variant: SeedVariant | None = None
     refiner: Refiner = "crf"
     crf_preset: str = "psa"
-    low_alpha: float = 1.0
-    high_alpha: float = 12.0
+    low_alpha: float | None = None
+    high_alpha: float | None = None
     foreground_threshold: float | None = None
     background_threshold: float | None = None
     relation: Literal["psa", "irn"] = "psa"
-    radius: int = 5
+    radius: int | None = None
     backbone: str = "resnet38"
     weights: str = "trained"
     options: dict[str, Any] = field(default_factory=dict)
@@ -285,8 +290,9 @@ class PseudoLabelsRecipe:
         threshold: Background score of "threshold": a number; "best" for the seeds' best on the first of seeds.splits,
             which needs masks there, as the field does it; null for seeds.threshold.
         alpha: Power of "alpha" (PSA 16, SEAM 6).
-        beta: Element-wise power of the affinities; larger values cut weak links.
-        num_doublings: log2 of the number of steps of the walk (PSA 8, MCTformer and IRN's successors 6).
+        beta: Element-wise power of the affinities; larger values cut weak links. Null for the relation's (psa: 8,
+            irn: 10).
+        num_doublings: log2 of the number of steps of the walk; null for the relation's (psa: MCTformer's 6, irn: 8).
         rescale: Bring each class's walked map back to a maximum of 1, which a long walk lowers, before it meets the
             background score; IRN divides by the maximum over classes in the same place.
         refiner: Refiner of the seeds ("refiner"), or of the walked scores ("random_walk"): "crf", "par" or "none".
@@ -302,8 +308,8 @@ class PseudoLabelsRecipe:
     background: Literal["threshold", "alpha"] = "threshold"
     threshold: float | Literal["best"] | None = None
     alpha: float = 16.0
-    beta: float = 8.0
-    num_doublings: int = 6
+    beta: float | None = None
+    num_doublings: int | None = None
     rescale: bool = False
     refiner: Refiner = "none"
     crf_preset: str = "psa"
@@ -489,11 +495,16 @@ class Recipe:
         if affinity is None:
             return
         self._check_seeds_are_made("affinity.split", affinity.split)
-        for name in ("crop_size", "low_alpha", "high_alpha"):
-            if getattr(affinity, name) <= 0:
-                raise ValueError(f"affinity.{name} must be above 0, got {getattr(affinity, name)}.")
+        find_preset(affinity.crf_preset)
+        for name in ("num_images", "crop_size", "low_alpha", "high_alpha"):
+            value = getattr(affinity, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"affinity.{name} must be above 0, got {value}.")
         for name in ("foreground_threshold", "background_threshold"):
             _check_threshold(f"affinity.{name}", getattr(affinity, name))
+        for alpha, threshold in (("low_alpha", "foreground_threshold"), ("high_alpha", "background_threshold")):
+            if getattr(affinity, alpha) is not None and getattr(affinity, threshold) is not None:
+                raise ValueError(f"affinity.{alpha} and affinity.{threshold} exclude each other; set one to null.")
         if affinity.weights == "trained" and affinity.backbone != "bitrans":
             raise ValueError(
                 'affinity.weights "trained" is for the backbone bitrans, got the backbone '
@@ -504,6 +515,7 @@ class Recipe:
         labels = self.pseudo_labels
         if labels is None:
             return
+        find_preset(labels.crf_preset)
         if not labels.splits:
             raise ValueError("pseudo_labels.splits is empty; name the splits to make pseudo labels for.")
         for split in labels.splits:
@@ -511,9 +523,10 @@ class Recipe:
         if not isinstance(labels.threshold, str):
             _check_threshold("pseudo_labels.threshold", labels.threshold)
         for name in ("alpha", "beta", "batch_size"):
-            if getattr(labels, name) <= 0:
-                raise ValueError(f"pseudo_labels.{name} must be above 0, got {getattr(labels, name)}.")
-        if labels.num_doublings < 0:
+            value = getattr(labels, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"pseudo_labels.{name} must be above 0, got {value}.")
+        if labels.num_doublings is not None and labels.num_doublings < 0:
             raise ValueError(f"pseudo_labels.num_doublings must be 0 or more, got {labels.num_doublings}.")
         if labels.method == "refiner" and labels.refiner == "none":
             raise ValueError('pseudo_labels.method "refiner" needs pseudo_labels.refiner crf or par, got none.')

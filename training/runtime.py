@@ -139,6 +139,14 @@ class Stage:
         write_json(self.folder / "done.json", {"stage": self.name, "finished": time.strftime("%Y-%m-%d %H:%M:%S")})
 
 
+def remove_unfinished(folder: Path, accelerator: Accelerator) -> None:
+    """Delete the files that a killed run was writing: `atomic_write` gives them hidden names until they are whole."""
+    if accelerator.is_main_process:
+        for path in folder.rglob(".*.tmp.*"):
+            path.unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+
+
 def _differences(stored: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(stored, dict) and isinstance(wanted, dict):
         for key in stored.keys() | wanted.keys():
