@@ -173,9 +173,9 @@ def cell_labels(low: LabelMap, high: LabelMap, stride: int) -> LabelMap:
     """Reduce two label maps (S, S) to labels on a grid of cells of `stride` pixels, by PSA's rule.
 
     A cell has the label that most of its pixels have in each map: it is background if it is in the "high" map, else it
-    is what the "low" map says, and unsure (255) where that is background. Pixels beyond the picture (255) have no say, and a cell
-    of nothing else is unsure. PSA averages the scores of a cell before it takes the strongest; here label maps are
-    stored in place of scores, and pixels vote.
+    is what the "low" map says, and unsure (255) where that is background. Pixels beyond the picture (255) have no say,
+    and a cell of nothing else is unsure. PSA averages the scores of a cell before it takes the strongest; here label
+    maps are stored in place of scores, and pixels vote.
 
     Returns:
         (S // stride, S // stride) uint8.
