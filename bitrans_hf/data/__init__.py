@@ -15,6 +15,7 @@ from .common import (
 from .folder import load_folder
 from .folder_report import FolderReport, check_folder
 from .shapes import make_shapes
+from .sharing import write_parquet
 from .voc import load_voc, prepare_voc
 
 __all__ = [
@@ -36,4 +37,5 @@ __all__ = [
     "prepare_voc",
     "require_labels",
     "write_coco_masks",
+    "write_parquet",
 ]
