@@ -14,7 +14,7 @@ import timm
 import torch
 import transformers
 
-from . import bench_metrics, bench_model, bench_seeds, bench_segment
+from . import bench_metrics, bench_model, bench_refine, bench_seeds, bench_segment
 from .harness import Options
 
 BENCHMARKS = {
@@ -24,6 +24,11 @@ BENCHMARKS = {
     "seeds": bench_seeds.seeds_of_a_set,
     "sweep": bench_metrics.sweep_of_thresholds,
     "miou": bench_metrics.mean_iou_of_a_stream,
+    "pairs": bench_refine.pair_affinities,
+    "walk": bench_refine.random_walk,
+    "crf": bench_refine.crf_pool,
+    "crf_disk": bench_refine.crf_labels_on_disk,
+    "par": bench_refine.par_beside_crf,
     "miou-memory": bench_metrics.memory_of_a_stream,
     "segment-training": bench_segment.training_step,
     "segment-test": bench_segment.testing,

@@ -57,12 +57,15 @@ def pixel_adaptive_refinement(
 
 def _neighbour_weights(images: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:
     """(B, 3, H, W) -> (B, P, H, W), sum 1 over the P = 8 * len(dilations) neighbours."""
-    colour: torch.Tensor | float = 0.0
-    for channel in images.split(1, dim=1):  # one at a time, for memory
-        neighbours = torch.cat(list(_neighbours(channel, dilations)), dim=1)
-        deviation = neighbours.std(dim=1, keepdim=True) + 1e-8
-        colour = colour - ((neighbours - channel).abs_() / deviation / _COLOUR_SCALE).square_() / images.shape[1]
-    assert isinstance(colour, torch.Tensor)
+    neighbours = list(_neighbours(images, dilations))  # views of one padded copy
+    mean = torch.zeros_like(images)
+    for neighbour in neighbours:
+        mean += neighbour / len(neighbours)
+    variance = torch.zeros_like(images)
+    for neighbour in neighbours:
+        variance += (neighbour - mean).square_() / (len(neighbours) - 1)
+    scale = 1 / ((variance.sqrt_() + 1e-8) * _COLOUR_SCALE)
+    colour = torch.stack([-((each - images) * scale).square_().mean(dim=1) for each in neighbours], dim=1)
     distances = images.new_tensor([d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in _DIRECTIONS])
     position = -((distances / (distances.std() + 1e-8) / _POSITION_SCALE) ** 2)
     position_weights = _POSITION_WEIGHT * position.softmax(dim=0).reshape(1, -1, 1, 1)

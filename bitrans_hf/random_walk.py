@@ -57,11 +57,12 @@ def propagate(cams: torch.Tensor, affinity: Affinity, *, beta: float = 8.0, num_
         for _ in range(2**num_doublings):
             scores = scores @ transition
     else:
-        # One block-diagonal matrix for all images; rows of T' hold what flows into a cell.
-        inflow = _sparse_inflow(affinities, beta, dtype)
+        weights = _sparse_inflow(affinities, beta, dtype)
+        sums = weights @ torch.ones(weights.shape[0], 1, dtype=dtype, device=weights.device)
+        _check_sums(sums[:, 0], beta)
         columns = images.to(dtype).transpose(1, 2).reshape(-1, num_channels)
         for _ in range(2**num_doublings):
-            columns = inflow @ columns
+            columns = weights @ columns / sums
         scores = columns.reshape(-1, h * w, num_channels).transpose(1, 2)
     return scores.reshape(cams.shape).to(cams.dtype)
 
@@ -87,16 +88,15 @@ def propagate_scores(
     Raises:
         ValueError: see `propagate`.
     """
+    if scores.dim() not in (3, 4):
+        raise ValueError(f"scores must be (L, H, W) or (B, L, H, W), got {tuple(scores.shape)}.")
     height, width = scores.shape[-2:]
-    padded = F.pad(scores, (0, -width % stride, 0, -height % stride))
-    batched = padded if padded.dim() == 4 else padded.unsqueeze(0)
-    cells = F.avg_pool2d(batched.float(), stride).reshape(
-        *scores.shape[:-2], -(-height // stride), -(-width // stride)
-    )
-    walked = propagate(cells, affinity, beta=beta, num_doublings=num_doublings)
-    batched = walked if walked.dim() == 4 else walked.unsqueeze(0)
-    large = F.interpolate(batched, scale_factor=stride, mode="bilinear")[..., :height, :width]
-    return large.reshape(scores.shape).to(scores.dtype)
+    maps = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(0, -3).unsqueeze(1)  # L may be 0
+    cells = F.avg_pool2d(F.pad(maps, (0, -width % stride, 0, -height % stride)), stride)
+    grid = (cells.shape[2], cells.shape[3])
+    walked = propagate(cells.reshape(*scores.shape[:-2], *grid), affinity, beta=beta, num_doublings=num_doublings)
+    large = F.interpolate(walked.reshape(cells.shape), scale_factor=stride, mode="bilinear")
+    return large[:, 0, :height, :width].reshape(scores.shape).to(scores.dtype)
 
 
 def transition_matrix(affinity: torch.Tensor, *, beta: float = 8.0, num_doublings: int = 6) -> torch.Tensor:
@@ -169,28 +169,24 @@ def _dense_transition(affinity: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def _sparse_inflow(affinities: list[torch.Tensor], beta: float, dtype: torch.dtype) -> torch.Tensor:
-    """T' (B*N, B*N) in CSR form, block-diagonal over the images: entry (j, i) is what cell j takes from cell i."""
+    """(W^beta)' of all images as one block-diagonal CSR matrix (B*N, B*N): row j holds what cell j takes in."""
     num_cells = affinities[0].shape[0]
-    rows, columns, values = [], [], []
+    size = len(affinities) * num_cells
+    lengths, columns, values = [], [], []
     for position, matrix in enumerate(affinities):
         entries = matrix.to_sparse_coo().coalesce()
-        into, out_of = entries.indices()[1], entries.indices()[0]
-        order = torch.argsort(into * num_cells + out_of)
-        rows.append(into[order] + position * num_cells)
-        columns.append(out_of[order] + position * num_cells)
+        out_of, into = entries.indices()
+        order = torch.argsort(into, stable=True)  # within a row, columns are in order already
+        lengths.append(torch.bincount(into, minlength=num_cells))
+        columns.append((out_of[order] + position * num_cells).int())  # half the memory of int64
         values.append(entries.values()[order].to(dtype))
-    row, column, value = torch.cat(rows), torch.cat(columns), torch.cat(values)
+    value = torch.cat(values)
     _check_values(value)
-    weights = value**beta
-    size = len(affinities) * num_cells
-    sums = weights.new_zeros(size).index_add_(0, row, weights)
-    _check_sums(sums, beta)
-    starts = torch.zeros(size + 1, dtype=torch.int64, device=row.device)
-    starts[1:] = torch.bincount(row, minlength=size).cumsum(0)
+    starts = F.pad(torch.cat(lengths).cumsum(0), (1, 0)).int()
     with warnings.catch_warnings():
         # CSR products are tens of times faster than COO ones; only their product with a dense matrix is used.
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")
-        return torch.sparse_csr_tensor(starts, column, weights / sums[row], (size, size), check_invariants=False)
+        return torch.sparse_csr_tensor(starts, torch.cat(columns), value**beta, (size, size), check_invariants=False)
 
 
 def _check_values(affinity: torch.Tensor) -> None:

@@ -201,6 +201,13 @@ def test_scores_at_the_images_size_are_pooled_walked_and_resized(size: tuple[int
     torch.testing.assert_close(batched[1], walked, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("num_classes", [0, 1])
+def test_few_classes_or_none_at_the_images_size(num_classes: int):
+    (affinity,) = random_affinities(6, 7, 1)
+    assert propagate_scores(random_cams(num_classes, 41, 50), affinity).shape == (num_classes, 41, 50)
+    assert propagate_scores(random_cams(1, num_classes, 41, 50), [affinity]).shape == (1, num_classes, 41, 50)
+
+
 # ---- Bad input.
 
 GOOD = torch.eye(6)
@@ -252,6 +259,13 @@ def test_bad_options_are_refused_by_message(options: dict[str, float], words: st
         propagate(CAMS, GOOD, **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=words):
         transition_matrix(GOOD, **options)  # type: ignore[arg-type]
+
+
+def test_scores_of_another_grid_than_the_network_saw_are_refused():
+    with pytest.raises(ValueError, match=r"on a 6x7 grid need an affinity \(42, 42\), got \(36, 36\)"):
+        propagate_scores(random_cams(2, 41, 50), torch.eye(36))
+    with pytest.raises(ValueError, match=r"\(L, H, W\) or \(B, L, H, W\), got \(41, 50\)"):
+        propagate_scores(random_cams(41, 50), torch.eye(42))
 
 
 def test_a_matrix_that_is_not_square_has_no_transition():
