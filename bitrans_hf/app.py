@@ -372,7 +372,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
                     )
                 with gr.Row():
                     affinity = gr.Image(
-                        label="Affinity: click a patch", interactive=False, buttons=[], format="jpeg", scale=2,
+                        label="Affinity: click a patch", interactive=False, buttons=[], format="jpeg", scale=1,
                         min_width=240, elem_id="affinity",
                         alt_text="How much the chosen patch attends to the others: blue low, red high",
                     )  # fmt: skip
@@ -380,7 +380,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
                         patch_row = gr.Slider(1, 2, 1, step=1, label="Patch row", elem_id="row")
                         patch_column = gr.Slider(
                             1, 2, 1, step=1, label="Patch column", elem_id="column",
-                            info="or click a patch of the picture beside",
+                            info="the arrow keys do what a click does",
                         )  # fmt: skip
 
         # ---- What happens when.
@@ -437,8 +437,8 @@ def guess(maps: PictureMaps, names: Sequence[str]) -> tuple[list[str], str]:
 
 
 def percent(share: torch.Tensor) -> str:
-    """A probability for a person: "98 %"."""
-    return f"{100 * float(share):.0f} %"
+    """A probability for a person: "98 %", on one line."""
+    return f"{100 * float(share):.0f}\N{NO-BREAK SPACE}%"
 
 
 def without_path(sentence: str, path: str) -> str:
