@@ -488,7 +488,7 @@ def serve(
     model: str | Path,
     *,
     host: str = "127.0.0.1",
-    port: int = 7860,
+    port: int | None = None,
     device: str | None = None,
     browser: bool = False,
     block: bool = True,
@@ -498,7 +498,7 @@ def serve(
     Args:
         model: Folder or repository, see `PseudoMaskPipeline.from_pretrained`.
         host: Address to listen at; "0.0.0.0" lets other machines in.
-        port: To listen at.
+        port: To listen at; None: that of the variable GRADIO_SERVER_PORT, or the first free one from 7860.
         device: Of the model; None: a GPU if there is one.
         browser: Open the page in the browser.
         block: Return only when the server is stopped.

@@ -143,7 +143,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     app.add_argument("--model", required=True, help="folder of a trained model, or repository on the Hub")
     app.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
-    app.add_argument("--port", type=int, default=7860, help="(%(default)s)")
+    app.add_argument("--port", type=int, help="(the first free one from 7860)")
     app.add_argument("--device", help='"cpu", "cuda:0", ... (a GPU if there is one)')
     app.add_argument("--no-browser", action="store_true", help="do not open the browser")
     app.set_defaults(run=run_app)

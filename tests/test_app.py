@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from urllib.request import urlopen
 import numpy as np
 import pytest
 import torch
+from hub_server import HubServer
 from PIL import Image
 from tiny_models import picture, tiny_model
 
@@ -149,6 +152,20 @@ def test_a_space_has_its_program_its_needs_its_card_and_the_package(tmp_path: Pa
     assert not (write_space(folder, "org/bitrans-voc") / "bitrans_hf" / "old.py").exists()
 
 
+@pytest.mark.slow
+def test_a_space_serves_the_published_model_with_the_package_that_it_carries(tmp_path: Path, hub: HubServer):
+    tiny_model().save_pretrained(tmp_path / "model")
+    BiTransImageProcessor().save_pretrained(tmp_path / "model")
+    hub.add_folder("model", "me/tiny", tmp_path / "model")
+    space, port = write_space(tmp_path / "space", "me/tiny"), free_port()
+    environment = {**os.environ, **hub.env, "GRADIO_SERVER_PORT": str(port)}
+    environment.pop("PYTHONPATH", None)
+    with (space / "bitrans_hf" / "__init__.py").open("a") as file:
+        file.write('\nopen("carried", "w").close()\n')
+    with running([sys.executable, "app.py"], port, tmp_path / "log", cwd=space, env=environment):
+        assert (space / "carried").exists()
+
+
 def test_a_space_needs_a_published_model(tmp_path: Path):
     with pytest.raises(ValueError, match=r"a Space needs a model on the Hub .* publish it first"):
         write_space(tmp_path / "space", "runs/shapes/train/model")
@@ -198,29 +215,38 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("app")
     tiny_model().save_pretrained(folder / "model")
     BiTransImageProcessor().save_pretrained(folder / "model")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     (folder / "calls").touch()
     command = ["app", "--model", str(folder / "model"), "--port", str(port), "--device", "cpu", "--no-browser"]
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-c", COUNTED, str(folder / "calls"), *command], cwd=REPOSITORY, stdout=log, stderr=log
-        )
-        deadline = time.monotonic() + 120
-        while not answers(port):
-            if process.poll() is not None or time.monotonic() > deadline:
-                process.kill()
-                pytest.fail(f"the app did not start: {(folder / 'log').read_text()}")
-            time.sleep(0.1)
+    program = [sys.executable, "-c", COUNTED, str(folder / "calls"), *command]
+    with running(program, port, folder / "log", cwd=REPOSITORY):
         yield Served(f"http://127.0.0.1:{port}", folder / "calls")
-        process.send_signal(signal.SIGINT)
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def running(command: list[str], port: int, log: Path, **options: Any) -> Iterator[None]:
+    """Start an app, wait until it serves its page, and stop it as Ctrl-C does."""
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, **options)
         try:
+            deadline = time.monotonic() + 120
+            while not answers(port):
+                assert process.poll() is None, f"the app ended: {log.read_text()}"
+                assert time.monotonic() < deadline, f"the app did not start: {log.read_text()}"
+                time.sleep(0.1)
+            yield
+            process.send_signal(signal.SIGINT)
             process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
+        finally:
             process.kill()
             process.wait()
-    assert "Traceback" not in (folder / "log").read_text()
 
 
 def answers(port: int) -> bool:
