@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from bitrans_hf.crf import CrfJob, CrfNotInstalledError, Outcome, available_cores, check_crf_installed, crf_pool
-from bitrans_hf.data import UnreadableImageError, class_names, open_image, open_mask
+from bitrans_hf.data import UnreadableImageError, class_names, mask_rule, open_image, open_mask
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.metrics import confusion_counts
 from bitrans_hf.modeling_deeplab import DeepLabForSemanticSegmentation
@@ -296,8 +296,9 @@ def score_split(
     """Score the label maps of a split after every step, wherever masks are known.
 
     Returns:
-        "images": how many were predicted; "scored": how many of them have a mask. If there are any, in percent over
-        all classes and background: "steps" (step -> mIoU) and "per_class" (step -> class -> IoU).
+        "images": how many were predicted; "scored": how many of them have a mask. If there are any, "mask_rule" (how
+        the masks were made), and in percent over all classes and background: "steps" (step -> mIoU) and "per_class"
+        (step -> class -> IoU).
     """
     names = ["background", *class_names(images)]
     counts = {step: np.zeros((len(names), len(names)), dtype=np.int64) for step in steps(settings)}
@@ -319,6 +320,7 @@ def score_split(
         scores = {
             step: scores_in_percent(np.sum(gather_object([part]), axis=0), names) for step, part in counts.items()
         }
+        result["mask_rule"] = mask_rule(images)
         result["steps"] = {step: each["miou"] for step, each in scores.items()}
         result["per_class"] = {step: each["per_class"] for step, each in scores.items()}
     return result
