@@ -203,7 +203,7 @@ def crf_pool(options: Options) -> list[Row]:
     """A set of images on two processes against one, by the wall clock whatever clock was asked for."""
     if not crf_is_there():
         return []
-    source, pictures = make_pictures(8)
+    source, pictures = make_pictures(16)  # enough that one last image alone does not matter
     jobs = [(str(n), (image, with_background(maps, alpha=1))) for n, (image, _, maps) in enumerate(pictures)]
     with ImagePool(2) as two, ImagePool(1) as one:
         start = time.perf_counter()

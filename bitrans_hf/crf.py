@@ -328,7 +328,10 @@ class ImagePool:
             return None
 
 
-_DIED = "the process that worked on it died, perhaps for want of memory; try fewer processes or a smaller image."
+_DIED = (
+    "the process that worked on it died, for want of memory (try fewer processes) or because the script does not keep "
+    'its work under `if __name__ == "__main__":`.'
+)
 
 
 def _work(function: Callable[[Job], Result], image_id: str, job: Job) -> Outcome[Result]:
