@@ -515,6 +515,7 @@ def serve(
         css=STYLE,
         footer_links=[],
         run_history=False,
+        max_file_size="100mb",
         ssr_mode=False,
         share=False,
         prevent_thread_lock=not block,

@@ -193,6 +193,16 @@ class PseudoMaskPipeline(Pipeline):
     - `max_side`: instead of the image processor's (640, which lets VOC and COCO pictures pass as they are).
     - `upright` (True): False answers in the orientation of the stored pixels, on which training masks are drawn.
     - `timeout` (None): seconds to wait for a URL.
+
+    Example:
+        >>> from bitrans_hf import BiTransConfig
+        >>> config = BiTransConfig(id2label={0: "cat", 1: "dog"}, image_size=32, patch_size=8, hidden_size=12,
+        ...                        num_hidden_layers=3, num_attention_heads=3)
+        >>> model, processor = BiTransModel(config), BiTransImageProcessor()
+        >>> pipe = PseudoMaskPipeline(model=model, image_processor=processor, device="cpu")
+        >>> answer = pipe(Image.new("RGB", (40, 32)), candidate_labels=["dog"])
+        >>> [(entry["label"], entry["mask"].mode, entry["mask"].size) for entry in answer]
+        [('dog', 'L', (40, 32))]
     """
 
     # transformers types these flags as None.

@@ -20,7 +20,8 @@ from tiny_models import picture, tiny_model
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
-from bitrans_hf import BiTransImageProcessor, PseudoMaskPipeline, extract_seeds
+from bitrans_hf import BiTransImageProcessor, DeepLabForSemanticSegmentation, PseudoMaskPipeline, extract_seeds
+from bitrans_hf.crf import dense_crf
 from bitrans_hf.data import load_voc, make_shapes
 from bitrans_hf.image_processing_bitrans import to_rgb
 from bitrans_hf.par import pixel_adaptive_refinement
@@ -396,6 +397,15 @@ def test_par_gives_what_the_function_of_that_name_gives():
     assert differing.mean() < 0.002  # bytes or fractions of one: rounded differently
 
 
+def test_crf_gives_what_the_function_of_that_name_gives():
+    pytest.importorskip("pydensecrf", reason="the extra crf is not installed")
+    image = picture(40, 48)
+    ours = pipe()(image, candidate_labels=["dog", "horse"], refiner="crf")
+    assert_same(ours, pipe()(image, candidate_labels=["dog", "horse"], refiner=dense_crf))
+    plain = pipe()(image, candidate_labels=["dog", "horse"])
+    assert (label_map(ours, (40, 48)) != label_map(plain, (40, 48))).mean() > 0.01
+
+
 def test_a_refiner_must_keep_the_shape():
     with pytest.raises(ValueError, match=r"the refiner returned scores of shape \(40, 48\), expected \(2, 40, 48\)"):
         pipe()(picture(40, 48), candidate_labels=["dog"], refiner=lambda image, scores: scores[0])
@@ -500,6 +510,21 @@ def test_a_saved_pipeline_brings_its_code_and_says_its_task(tmp_path: Path):
     again = pipeline(model=str(tmp_path), pipeline_class=PseudoMaskPipeline, trust_remote_code=True, device="cpu")
     assert again.task == "pseudo-mask-generation"
     assert_same(again(picture(40, 48)), pipe()(picture(40, 48)))
+
+
+def test_the_stock_segmentation_pipeline_runs_the_segmentation_network(caplog: pytest.LogCaptureFixture):
+    network = DeepLabForSemanticSegmentation.from_bitrans(tiny_model()).eval()
+    processor = BiTransImageProcessor(do_resize=False)
+    segmenter = pipeline("image-segmentation", model=network, image_processor=processor, device="cpu")
+    answer = segmenter(picture(40, 56))
+    with torch.no_grad():
+        logits = network(processor(picture(40, 56), return_tensors="pt").pixel_values).logits
+    larger = torch.nn.functional.interpolate(logits, size=(40, 56), mode="bilinear")[0].argmax(0).numpy()
+    names = ["background", *CLASSES]
+    assert {entry["label"] for entry in answer} == {names[label] for label in np.unique(larger)}
+    for entry in answer:
+        np.testing.assert_array_equal(np.asarray(entry["mask"]) == 255, larger == names.index(entry["label"]))
+    assert len(answer) > 1
 
 
 def test_the_stock_classification_pipeline_tags_pictures_by_sigmoid():
