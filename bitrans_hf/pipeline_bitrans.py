@@ -210,6 +210,7 @@ class PseudoMaskPipeline(Pipeline):
     _load_image_processor = True  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = False  # type: ignore[assignment]
+    _load_video_processor = False  # type: ignore[assignment]  # looking for one would ask for trust
 
     @classmethod
     def from_pretrained(cls, source: str | PathLike[str], device: int | str | torch.device | None = None) -> Self:

@@ -200,16 +200,6 @@ class HubServer:
             raise HubError(404, "Repository not found", "RepoNotFound")
         return self.repositories[kind, repo_id]
 
-    def add_folder(self, kind: str, repo_id: str, folder: Path, tag: str | None = None) -> Repository:
-        """Put the files of a folder into a new repository, as one commit, without a client."""
-        repository = self.repositories[kind, repo_id] = Repository(kind, repo_id)
-        files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-        blobs = {name: Blob(path.read_bytes(), path.suffix in LFS_SUFFIXES) for name, path in files.items()}
-        commit = repository.add_commit("main", "add a folder", repository.files() | blobs)
-        if tag is not None:
-            repository.tags[tag] = commit.oid
-        return repository
-
     def start(self) -> None:
         """Listen, on the same port as before if there was one; what was committed is still there."""
         hub = self

@@ -6,7 +6,10 @@ python open_published.py SOURCES.json OUT.npz
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -31,16 +34,21 @@ def blobs(height: int, width: int) -> Image.Image:
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def run_published(sources: dict[str, dict[str, str]], **options: Any) -> dict[str, np.ndarray]:
+def run_published(
+    sources: dict[str, dict[str, str]], *, trust_remote_code: bool, pipeline_class: Any = None
+) -> dict[str, np.ndarray]:
     """Open every source and return all that it computes, by name.
 
     Args:
         sources: "bitrans", "affinitynet..." and "deeplab..." -> `{"path": folder or repository}`, and "revision" if
             it is not the newest.
-        **options: `trust_remote_code`, and `pipeline_class` for the own pipeline.
+        trust_remote_code: False where the package is imported: then no call needs trust. (None would make the stock
+            pipelines of transformers 5.23 ask: they look for a video processor in the folder.)
+        pipeline_class: Class of the own pipeline, where it is not to be taken from the source.
     """
     found: dict[str, Any] = {}
-    own_pipeline = {"pipeline_class": options.pop("pipeline_class")} if "pipeline_class" in options else {}
+    options = {"trust_remote_code": trust_remote_code}
+    own_task = "pseudo-mask-generation" if pipeline_class else None  # a source names its task itself
     with torch.no_grad():
         for name, source in sources.items():
             path, given = source["path"], {**options, **{key: source[key] for key in ("revision",) if key in source}}
@@ -56,7 +64,7 @@ def run_published(sources: dict[str, dict[str, str]], **options: Any) -> dict[st
                 outputs = model(pixel_values, labels=labels, output_hidden_states=True, output_attentions=True)
                 found |= {f"{name}.{key}": value for key, value in outputs.items()}
                 found[f"{name}.classifier"] = classifier(pixel_values).logits
-                segmenter = pipeline(model=path, device="cpu", **given, **own_pipeline)
+                segmenter = pipeline(own_task, path, device="cpu", pipeline_class=pipeline_class, **given)
                 assert segmenter.task == "pseudo-mask-generation"
                 masks = segmenter(blobs(40, 56), candidate_labels=["cat", "horse"], scales=(1.0, 0.75), refiner="par")
                 for entry in masks:
@@ -79,6 +87,23 @@ def run_published(sources: dict[str, dict[str, str]], **options: Any) -> dict[st
     return dict(flat(found))
 
 
+def open_without_the_package(
+    sources: dict[str, Any], folder: Path, environment: dict[str, str]
+) -> dict[str, np.ndarray]:
+    """Open the sources in a process of its own, which cannot import the package."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sources.json").write_text(json.dumps(sources))
+    own = {"HF_HOME": str(folder), "HF_MODULES_CACHE": str(folder / "modules")}
+    done = subprocess.run(
+        [sys.executable, __file__, str(folder / "sources.json"), str(folder / "out.npz")],
+        env={**os.environ, **own, **environment}, cwd=folder, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "out.npz") as stored:
+        return dict(stored)
+
+
 def flat(found: dict[str, Any]) -> Any:
     """(name, array) of every tensor, also of those in tuples and dictionaries."""
     for name, value in found.items():
@@ -91,5 +116,5 @@ def flat(found: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    with open(sys.argv[1], encoding="utf-8") as file:  # noqa: PTH123 - pathlib would be one more import
-        np.savez(sys.argv[2], **run_published(json.load(file), trust_remote_code=True))
+    wanted = json.loads(Path(sys.argv[1]).read_text())
+    np.savez(sys.argv[2], **run_published(wanted, trust_remote_code=True))

@@ -1,19 +1,14 @@
-"""Saved folders and repositories open where this package is not installed, and compute the same to the last bit."""
+"""Saved folders open where this package is not installed, and compute the same to the last bit."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hub_server import HubServer
-from open_published import blobs, run_published
+from open_published import blobs, open_without_the_package, run_published
 from tiny_models import tiny_model
 from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel, pipeline
 
@@ -27,7 +22,6 @@ from bitrans_hf import (
     PseudoMaskPipeline,
 )
 
-PROGRAM = Path(__file__).with_name("open_published.py")
 SMALL_RESNET38 = {"width_multiplier": 1 / 32}
 
 
@@ -57,24 +51,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def expected(folders: dict[str, Path]) -> dict[str, np.ndarray]:
     """What every folder computes in this process, where the package is installed: no call needs trust."""
     return run_published(
-        {name: {"path": str(path)} for name, path in folders.items()}, pipeline_class=PseudoMaskPipeline
+        {name: {"path": str(path)} for name, path in folders.items()},
+        trust_remote_code=False,
+        pipeline_class=PseudoMaskPipeline,
     )
-
-
-def run_without_the_package(
-    sources: dict[str, Any], folder: Path, environment: dict[str, str]
-) -> dict[str, np.ndarray]:
-    """Open the sources in a process of its own, which cannot import the package."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "sources.json").write_text(json.dumps(sources))
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), str(folder / "sources.json"), str(folder / "out.npz")],
-        env={**os.environ, "HF_HOME": str(folder), "HF_MODULES_CACHE": str(folder / "modules"), **environment},
-        cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    with np.load(folder / "out.npz") as stored:
-        return dict(stored)
 
 
 def assert_equal_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -85,30 +65,9 @@ def assert_equal_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndar
 
 def test_a_folder_opens_without_the_package(folders: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path):
     sources = {name: {"path": str(path)} for name, path in folders.items()}
-    assert_equal_bits(run_without_the_package(sources, tmp_path, {}), expected)
+    assert_equal_bits(open_without_the_package(sources, tmp_path, {}), expected)
     # The comparison would see a change: all these differ between pictures, and none is constant.
     assert sum(value.size > 1 and value.min() < value.max() for value in expected.values()) > 30
-
-
-def test_a_revision_of_a_repository_opens_without_the_package_and_again_without_the_hub(
-    hub: HubServer, folders: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path
-):
-    # These have every file among them; the Hub's clients look into each for imports that are not installed.
-    sources, wanted = {}, ("bitrans", "affinitynet_resnet38", "deeplab_bitrans")
-    for name in wanted:
-        folder = folders[name]
-        repository = hub.add_folder("model", f"me/{name}", folder, tag="v1.0")
-        # What comes later does not change the tagged version, code included.
-        repository.add_commit("main", "broken", {"config.json": next(iter(repository.files().values()))})
-        sources[name] = {"path": f"me/{name}", "revision": "v1.0"}
-    published = {name: value for name, value in expected.items() if name.startswith(wanted)}
-    assert_equal_bits(run_without_the_package(sources, tmp_path / "online", hub.env), published)
-    hub.stop()
-    cached = {"HF_HUB_CACHE": str(hub.home / "hub"), "HF_MODULES_CACHE": str(hub.home / "modules")}
-    sources = {"bitrans": sources["bitrans"]}
-    published = {name: value for name, value in expected.items() if name.startswith("bitrans")}
-    offline = run_without_the_package(sources, tmp_path / "offline", {**cached, "HF_HUB_OFFLINE": "1"})
-    assert_equal_bits(offline, published)
 
 
 def test_the_folder_holds_what_its_code_needs_and_no_more(folders: dict[str, Path]):

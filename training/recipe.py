@@ -432,6 +432,35 @@ class ReportRecipe:
 
 
 @dataclass(frozen=True)
+class PublishRecipe:
+    """What goes to the Hub, and where.
+
+    Attributes:
+        repo: Repository of the Bi-Trans model, owner/name. The affinity network goes to <repo>-affinity, the
+            segmentation network to <repo>-segmentation, pseudo labels to the data set <repo>-pseudo-labels, the metric
+            to the Space <owner>/mean_iou. Null writes the folders and uploads nothing.
+        parts: Of "model", "affinity", "segmentation", "pseudo_labels" and "metric"; null for all that the run has
+            finished, without the metric.
+        version: Tag of the versions.
+        private: Whether new repositories are private.
+        create: Make repositories that are not there.
+        branch: Where to commit.
+        licence: Of the weights, as the Hub spells it.
+        picture: Picture for the model's card; null for the report's gallery where the pictures are drawn by us, and
+            none where they are photographs.
+    """
+
+    repo: str | None = None
+    parts: list[Literal["model", "affinity", "segmentation", "pseudo_labels", "metric"]] | None = None
+    version: str = "v1.0"
+    private: bool = True
+    create: bool = True
+    branch: str = "main"
+    licence: str = "apache-2.0"
+    picture: str | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One run, from images to a page of pictures.
 
@@ -448,6 +477,7 @@ class Recipe:
         segmentation: How the segmentation network is trained; null leaves the stage out.
         prediction: How it is tested; null leaves the stage out.
         report: What the page shows.
+        publish: What goes to the Hub; null leaves the stage out.
     """
 
     name: str = "shapes"
@@ -462,6 +492,7 @@ class Recipe:
     segmentation: SegmentationRecipe | None = None
     prediction: PredictionRecipe | None = None
     report: ReportRecipe = field(default_factory=ReportRecipe)
+    publish: PublishRecipe | None = None
 
     def __post_init__(self) -> None:
         """Check what the types do not say.
@@ -594,12 +625,14 @@ class RunOptions:
         quiet: No progress bars, only the result.
         strict: Stop at the first image that cannot be read.
         workers: Processes that refine label maps, for each process that was launched; null for one for each CPU core.
+        dry_run: publish: list what would be uploaded, and upload nothing.
     """
 
     cpu: bool = False
     quiet: bool = False
     strict: bool = False
     workers: int | None = None
+    dry_run: bool = False
 
 
 def parse_recipe(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Recipe, RunOptions]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from make_pseudo_labels import make_pseudo_labels
 from make_report import make_report
 from make_seeds import make_seeds
+from publish import publish
 from recipe import parse_recipe
 from runtime import run_script
 from train import train
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if recipe.pseudo_labels is not None:
         make_pseudo_labels(recipe, options)
     make_report(recipe, options)
+    if recipe.publish is not None:
+        publish(recipe, options)
 
 
 if __name__ == "__main__":
