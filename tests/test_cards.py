@@ -57,7 +57,7 @@ def template_texts() -> list[str]:
     return [
         *DATA_NAMES.values(),
         *(path.read_text() for path in TEMPLATES.glob("*.jinja")),
-        "1.0",
+        "apache-2.0",
         bitrans_hf.__version__,
     ]
 
