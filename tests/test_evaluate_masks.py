@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY / "training"))
 
 from evaluate_masks import main as evaluate_main  # noqa: E402
-from runtime import StageError  # noqa: E402
+from runtime import StageError, write_json  # noqa: E402
 
 CLASSES = ("cat", "dog", "cow")
 
@@ -221,6 +221,12 @@ def test_the_painting_rule_is_written_beside_a_coco_score_and_changes_it(shared_
     written = evaluate(tmp_path / "predictions", None, *command)
     assert written["rules"] == record["rules"]
     assert written["per_class"] == record["per_class"]
+
+
+def test_a_record_never_holds_nan_which_other_readers_of_json_refuse(tmp_path: Path):
+    write_json(tmp_path / "metrics.json", {"per_class": {"cat": np.float64("nan"), "dog": (1.5, float("nan"))}})
+    text = (tmp_path / "metrics.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"per_class": {"cat": None, "dog": [1.5, None]}}
 
 
 # ---- What is refused.

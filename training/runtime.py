@@ -156,9 +156,17 @@ def _differences(stored: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write a JSON file by atomic rename."""
+    """Write a JSON file by atomic rename; nan, the score of an absent class, becomes null: JSON knows no nan."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n")
+        temporary.write_text(json.dumps(_nan_to_none(content), indent=2) + "\n")
+
+
+def _nan_to_none(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _nan_to_none(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_nan_to_none(value) for value in content]
+    return None if isinstance(content, float) and math.isnan(content) else content
 
 
 def provenance() -> dict[str, str]:
