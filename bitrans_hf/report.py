@@ -212,8 +212,9 @@ def charts_from_log(path: str | Path) -> list[Chart]:
 
     Args:
         path: `log.jsonl`, one JSON object for each line with "step" and any of "loss", "class", "patch", "scc",
-            "pac", "lr" (training) or "map_class", "map_patch", "miou" (validation, in percent). Where a step is there
-            twice, as after a resume, the later line counts. A half-written last line is left out.
+            "pac", "background", "foreground", "negative", "lr" (training) or "map_class", "map_patch", "miou"
+            (validation, in percent). Where a step is there twice, as after a resume, the later line counts. A
+            half-written last line is left out.
 
     Returns:
         The charts for which there are numbers.
@@ -234,9 +235,11 @@ def charts_from_log(path: str | Path) -> list[Chart]:
         return [Curve(title, [s for s, _ in points], [v for _, v in points]) for title, points in found]
 
     branches = {"class": "class tokens", "patch": "patch tokens"}
+    pairs = {"background": "background pairs", "foreground": "object pairs", "negative": "unlike pairs"}
+    terms = {**branches, "scc": "SCC", "pac": "PAC", **pairs}
     charts = [
         Chart("Loss", curves({"loss": "total"}), smooth=True),
-        Chart("Terms of the loss", curves({**branches, "scc": "SCC", "pac": "PAC"}), log_scale=True, smooth=True),
+        Chart("Terms of the loss", curves(terms), log_scale=True, smooth=True),
         Chart("Validation mAP (%)", curves({f"map_{key}": name for key, name in branches.items()})),
         Chart("Validation mIoU (%)", curves({"miou": "one scale"})),
         Chart("Learning rate", curves({"lr": "learning rate"})),

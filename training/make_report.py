@@ -6,12 +6,22 @@ python training/make_report.py --config training/recipes/voc_deit_small.yaml
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bitrans_hf.data import class_names, open_image, open_mask
 from bitrans_hf.pseudo_labels import seeds_to_label_map
-from bitrans_hf.report import GalleryRow, Table, charts_from_log, recipe_table, score_table, step_table, write_report
+from bitrans_hf.report import (
+    Chart,
+    GalleryRow,
+    Table,
+    charts_from_log,
+    recipe_table,
+    score_table,
+    step_table,
+    write_report,
+)
 from bitrans_hf.seeds import SEED_VARIANTS
 from bitrans_hf.store import SeedStore
 from label_maps import LabelMap, cell_labels, stored_label_maps
@@ -42,7 +52,7 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
         page,
         title=f"Bi-Trans: {recipe.name}",
         rows=rows,
-        curves=charts_from_log(run / "train" / "log.jsonl"),
+        curves=list(charts(run)),
         tables=[
             *score_tables(seeds),
             *step_tables(later["pseudo_labels"]),
@@ -63,6 +73,14 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
     )
     say(accelerator, f"report: {page}")
     return page
+
+
+def charts(run: Path) -> Iterator[Chart]:
+    """Give the curves of every stage that trained."""
+    yield from charts_from_log(run / "train" / "log.jsonl")
+    if (run / "affinity" / "done.json").is_file():
+        for chart in charts_from_log(run / "affinity" / "log.jsonl"):
+            yield replace(chart, title=f"Affinity network: {chart.title.lower()}")
 
 
 def finished(stage: Path) -> dict[str, Any]:
