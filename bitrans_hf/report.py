@@ -32,8 +32,12 @@ STEP_TITLES = {
     "confident": "What both agree upon",
     "walk": "After the random walk",
     "refined": "After the refiner",
+    "single_scale": "Segmentation network, the image as it is",
+    "multi_scale": "Several scales or flips",
+    "crf": "After the dense CRF",
+    "par": "After pixel-adaptive refinement",
 }
-"""Names of the steps from seeds to pseudo labels, in a table."""
+"""Names of the steps from seeds to pseudo labels, and of those of the segmentation network's test, in a table."""
 
 _PHOTO, _TARGET, _MASK = "Photo", "Ground truth", "Mask"
 _MAX_EMBEDDED_PNG_BYTES = 40_000
@@ -274,7 +278,7 @@ def score_table(metrics: Mapping[str, Any], title: str = "Scores") -> Table | No
 
 
 def step_table(metrics: Mapping[str, Any], title: str = "Steps") -> Table | None:
-    """Make the table of the steps from seeds to pseudo labels.
+    """Make the table of the steps of a stage: from seeds to pseudo labels, or of the segmentation network's test.
 
     Args:
         metrics: Of one split: "steps" (step -> mIoU in percent), with "several_classes" of the images that hold two

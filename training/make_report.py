@@ -28,6 +28,13 @@ from label_maps import LabelMap, cell_labels, stored_label_maps
 from recipe import ALL_IMAGES, Recipe, RunOptions, load_images, parse_recipe
 from runtime import StageError, make_accelerator, run_script, say
 
+PREDICTION_STEPS = {
+    "multi_scale": "Segmentation network",
+    "crf": "Segmentation network, CRF",
+    "par": "Segmentation network, PAR",
+}
+"""Headings of the pictures of the last stage."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stage from command-line arguments."""
@@ -45,7 +52,7 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
         if not (run / name / "done.json").is_file():
             raise StageError(f"{run / name} is not finished; run training/run_all.py with the same recipe.")
     trained, seeds = (json.loads((run / name / "metrics.json").read_text()) for name in ("train", "seeds"))
-    later = {name: finished(run / name) for name in ("affinity", "pseudo_labels")}
+    later = {name: finished(run / name) for name in ("pseudo_labels", "predictions")}
     rows = list(gallery(recipe, run, recipe.report.split or ALL_IMAGES))
     shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
     write_report(
@@ -55,7 +62,8 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
         curves=list(charts(run)),
         tables=[
             *score_tables(seeds),
-            *step_tables(later["pseudo_labels"]),
+            *step_tables(later["pseudo_labels"], "From seeds to pseudo labels"),
+            *step_tables(later["predictions"], "Segmentation network"),
             *training_table(trained),
             recipe_table(resolved_recipe(run)),
         ],
@@ -78,9 +86,11 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
 def charts(run: Path) -> Iterator[Chart]:
     """Give the curves of every stage that trained."""
     yield from charts_from_log(run / "train" / "log.jsonl")
-    if (run / "affinity" / "done.json").is_file():
-        for chart in charts_from_log(run / "affinity" / "log.jsonl"):
-            yield replace(chart, title=f"Affinity network: {chart.title.lower()}")
+    for stage, network in (("affinity", "Affinity network"), ("segmentation", "Segmentation network")):
+        if (run / stage / "done.json").is_file():
+            for chart in charts_from_log(run / stage / "log.jsonl"):
+                title = chart.title[0].lower() + chart.title[1:]
+                yield replace(chart, title=f"{network}: {title}")
 
 
 def finished(stage: Path) -> dict[str, Any]:
@@ -93,7 +103,7 @@ def finished(stage: Path) -> dict[str, Any]:
 def resolved_recipe(run: Path) -> dict[str, Any]:
     """Return the recipe of a run: the parts that its finished stages depend on."""
     resolved: dict[str, Any] = {}
-    for stage in ("seeds", "affinity", "pseudo_labels"):
+    for stage in ("seeds", "affinity", "pseudo_labels", "segmentation", "predictions"):
         if (run / stage / "done.json").is_file():
             resolved |= json.loads((run / stage / "recipe.json").read_text())
     return resolved
@@ -133,6 +143,11 @@ def later_label_maps(run: Path, split: str, image_id: str) -> Iterator[tuple[str
         label_map = stored_label_maps(run / "pseudo_labels" / split / folder)(image_id)
         if label_map is not None:
             yield heading, label_map
+    predictions = run / "predictions" / split
+    for step, heading in PREDICTION_STEPS.items():
+        label_map = stored_label_maps(predictions / step)(image_id)
+        if label_map is not None:
+            yield heading, label_map
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:
@@ -150,10 +165,10 @@ def score_tables(seeds: dict[str, Any]) -> Iterator[Table]:
                 yield made
 
 
-def step_tables(pseudo_labels: Mapping[str, Any]) -> Iterator[Table]:
-    """Give the scores after each step from seeds to pseudo labels of every split with ground truth."""
-    for name, scores in pseudo_labels.get("splits", {}).items():
-        made = step_table(scores, f"From seeds to pseudo labels, {name}: {scores.get('scored', 0)} images")
+def step_tables(stage: Mapping[str, Any], title: str) -> Iterator[Table]:
+    """Give the scores after each step of a stage, for every split with ground truth."""
+    for name, scores in stage.get("splits", {}).items():
+        made = step_table(scores, f"{title}, {name}: {scores.get('scored', 0)} images")
         if made is not None:
             yield made
 

@@ -23,17 +23,17 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from bitrans_hf.crf import CrfJob, CrfNotInstalledError, Outcome, available_cores, check_crf_installed, crf_pool
-from bitrans_hf.data import UnreadableImageError, class_names, mask_rule, open_image, open_mask
+from bitrans_hf.data import UnreadableImageError, class_names, open_image
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
-from bitrans_hf.metrics import confusion_counts
 from bitrans_hf.modeling_deeplab import DeepLabForSemanticSegmentation
 from bitrans_hf.par import pixel_adaptive_refinement
 from bitrans_hf.pseudo_labels import write_label_png
 from bitrans_hf.segment import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
 from bitrans_hf.store import atomic_write
+from label_maps import label_file, score_steps, stored_label_maps
 from recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, parse_recipe
 from runtime import Stage, StageError, make_accelerator, progress, run_script, say, say_unreadable
-from train_segmentation import check_classes, scores_in_percent
+from train_segmentation import check_classes
 
 DEPENDS_ON = (
     "seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation", "prediction",
@@ -179,7 +179,7 @@ def predict_split(
     """
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
     ids, final = images["image_id"], folder / last_step(settings)
-    todo = [index for index in own if not (final / f"{ids[index]}.png").is_file()]
+    todo = [index for index in own if not label_file(final, ids[index]).is_file()]
     waiting: dict[str, Prediction] = {}
     unusable: set[str] = set()
 
@@ -209,7 +209,7 @@ def predict_split(
             say(accelerator, f"{outcome.image_id}: {outcome.error}")
             unusable.add(outcome.image_id)
         else:
-            write_label_png(final / f"{outcome.image_id}.png", made.label_map(outcome.result))
+            write_label_png(label_file(final, outcome.image_id), made.label_map(outcome.result))
     accelerator.wait_for_everyone()
     return set(gather_object(sorted(unusable)))
 
@@ -241,7 +241,7 @@ def predict_image(
     winners = winner.unique()
     for step, label_map in ((SINGLE_SCALE, single.argmax(dim=0)), (MULTI_SCALE, winner)):
         if step != last_step(settings):
-            path = folder / step / f"{row['image_id']}.png"
+            path = label_file(folder / step, row["image_id"])
             write_label_png(path, label_map.to(torch.uint8).cpu().numpy())
 
     labels = torch.arange(1, len(fused)) if settings.crf_classes == "all" else winners[winners > 0].cpu()
@@ -296,34 +296,13 @@ def score_split(
     """Score the label maps of a split after every step, wherever masks are known.
 
     Returns:
-        "images": how many were predicted; "scored": how many of them have a mask. If there are any, "mask_rule" (how
-        the masks were made), and in percent over all classes and background: "steps" (step -> mIoU) and "per_class"
-        (step -> class -> IoU).
+        "images": how many were predicted, and what `score_steps` returns.
     """
-    names = ["background", *class_names(images)]
-    counts = {step: np.zeros((len(names), len(names)), dtype=np.int64) for step in steps(settings)}
-    images_and_scored = np.zeros(2, dtype=np.int64)
-    own = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for index in progress(own, accelerator, options, desc="score", unit="image"):
-        row = images[index]
-        files = {step: folder / step / f"{row['image_id']}.png" for step in counts}
-        predicted = all(path.is_file() for path in files.values())
-        images_and_scored += (predicted, predicted and row["mask"] is not None)
-        if not predicted or row["mask"] is None:
-            continue
-        target = open_mask(row["mask"], num_classes=len(names) - 1)
-        for step, path in files.items():
-            counts[step] += confusion_counts(open_mask(path), target, len(names))
-    total, scored = (int(number) for number in np.sum(gather_object([images_and_scored]), axis=0))
-    result: dict[str, Any] = {"images": total, "scored": scored}
-    if scored:
-        scores = {
-            step: scores_in_percent(np.sum(gather_object([part]), axis=0), names) for step, part in counts.items()
-        }
-        result["mask_rule"] = mask_rule(images)
-        result["steps"] = {step: each["miou"] for step, each in scores.items()}
-        result["per_class"] = {step: each["per_class"] for step, each in scores.items()}
-    return result
+    scores = score_steps(
+        accelerator, options, images, {step: stored_label_maps(folder / step) for step in steps(settings)}
+    )
+    final = folder / last_step(settings)
+    return {"images": sum(label_file(final, image_id).is_file() for image_id in images["image_id"]), **scores}
 
 
 # ---- The VOC server.
@@ -337,7 +316,7 @@ def pack_for_voc_server(image_ids: Sequence[str], folder: Path, settings: Predic
     Raises:
         StageError: a prediction is missing.
     """
-    files = {image_id: folder / last_step(settings) / f"{image_id}.png" for image_id in image_ids}
+    files = {image_id: label_file(folder / last_step(settings), image_id) for image_id in image_ids}
     missing = [image_id for image_id, path in files.items() if not path.is_file()]
     if missing:
         raise StageError(

@@ -327,6 +327,7 @@ class SegmentationRecipe:
             "ground_truth": the data's own masks, which weak supervision does not have: for the ceiling only. Else a
             folder of index images called <image_id>.png.
         split: Split to train on.
+        num_images: Use this many images, at equal distances in the split; null for all.
         val_split: Split with masks for the mIoU while training, at one scale; null to leave it out. Nothing is chosen
             by it: the last weights are kept.
         val_every: Epochs between these scores; the last epoch is always scored.
@@ -360,6 +361,7 @@ class SegmentationRecipe:
 
     labels: str = "pseudo_labels"
     split: str | None = "train"
+    num_images: int | None = None
     val_split: str | None = None
     val_every: int = 1
     preset: Literal["mctformer", "deeplab-v1"] = "mctformer"
@@ -571,8 +573,10 @@ class Recipe:
         segmentation = self.segmentation
         if segmentation is None:
             return
-        if segmentation.val_every < 1:
-            raise ValueError(f"segmentation.val_every must be at least 1, got {segmentation.val_every}.")
+        for name in ("val_every", "num_images"):
+            value = getattr(segmentation, name)
+            if value is not None and value < 1:
+                raise ValueError(f"segmentation.{name} must be at least 1, got {value}.")
         if segmentation.labels == "pseudo_labels":
             made = self.pseudo_labels.splits if self.pseudo_labels else None
             if made is not None and segmentation.split not in made:
@@ -594,6 +598,8 @@ class Recipe:
             return
         if not prediction.splits:
             raise ValueError("prediction.splits is empty; name the splits to predict.")
+        if prediction.crf_preset is not None:
+            find_preset(prediction.crf_preset)
         if prediction.scales is not None and not (prediction.scales and min(prediction.scales) > 0):
             raise ValueError(f"prediction.scales must be factors above 0, got {prediction.scales}.")
         if self.segmentation is None and prediction.network is None:

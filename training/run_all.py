@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from make_pseudo_labels import make_pseudo_labels
 from make_report import make_report
 from make_seeds import make_seeds
+from predict_masks import predict_masks
 from publish import publish
 from recipe import parse_recipe
 from runtime import run_script
 from train import train
 from train_affinity import train_affinity
+from train_segmentation import train_segmentation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -24,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train_affinity(recipe, options)
     if recipe.pseudo_labels is not None:
         make_pseudo_labels(recipe, options)
+    if recipe.segmentation is not None:
+        train_segmentation(recipe, options)
+    if recipe.prediction is not None:
+        predict_masks(recipe, options)
     make_report(recipe, options)
     if recipe.publish is not None:
         publish(recipe, options)

@@ -117,7 +117,7 @@ def labelled_images(recipe: Recipe, settings: SegmentationRecipe) -> Dataset:
         StageError: label maps are missing, or are the ground truth without the recipe saying so.
     """
     if settings.labels == "ground_truth":
-        images = load_images(recipe.data, settings.split, masks=True)
+        images = chosen_images(settings, load_images(recipe.data, settings.split, masks=True))
         cells = list(images.cast_column("mask", Image(decode=False))["mask"])
         missing = [name for name, cell in zip(images["image_id"], cells, strict=True) if cell is None]
         refuse_missing(missing, len(images), "ground-truth mask", "choose a split whose masks are known")
@@ -126,14 +126,21 @@ def labelled_images(recipe: Recipe, settings: SegmentationRecipe) -> Dataset:
     folder = label_folder(recipe, settings)
     if not folder.is_dir():
         raise StageError(f"there are no label maps at {folder}; {how_to_make(settings.labels)}.")
-    images = load_images(recipe.data, settings.split, masks=False)
+    images = chosen_images(settings, load_images(recipe.data, settings.split, masks=False))
     files = [folder / f"{image_id}.png" for image_id in images["image_id"]]
     present = {str(path.relative_to(folder)) for path in folder.rglob("*.png")}  # one look, not 80,000
     missing = [name for name in images["image_id"] if f"{name}.png" not in present]
     refuse_missing(missing, len(images), f"label map in {folder}", how_to_make(settings.labels))
     pairs = with_label_maps(images, files)
-    refuse_ground_truth(folder, pairs, load_images(recipe.data, settings.split, masks=True))
+    refuse_ground_truth(folder, pairs, chosen_images(settings, load_images(recipe.data, settings.split, masks=True)))
     return pairs
+
+
+def chosen_images(settings: SegmentationRecipe, images: Dataset) -> Dataset:
+    """Return the images that the recipe trains on: all, or some at equal distances."""
+    if settings.num_images is None or settings.num_images >= len(images):
+        return images
+    return images.select([number * len(images) // settings.num_images for number in range(settings.num_images)])
 
 
 def label_folder(recipe: Recipe, settings: SegmentationRecipe) -> Path:
