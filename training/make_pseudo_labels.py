@@ -246,6 +246,7 @@ class SplitLabels:
         self.store = seeds_of_split(recipe, split)
         self.variant = self.settings.variant or recipe.seeds.variant
         self.folder, self.background, self.walk = folder, background, walk
+        self.left_out: set[str] = set()
         self.affinity_labels: Path | None = None
         affinity = recipe.affinity
         if walk is not None and affinity is not None and affinity.split == split and affinity.num_images is None:
@@ -269,7 +270,6 @@ class SplitLabels:
 
         Left out are images that cannot be read and those without seeds, which were left out when the seeds were made.
         """
-        self.left_out: set[str] = set()
         seeded_ids = set(self.store.ids())
         own = []
         for index in range(self.accelerator.process_index, len(self.images), self.accelerator.num_processes):
