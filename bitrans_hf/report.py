@@ -26,7 +26,7 @@ VARIANT_TITLES = {"sc_cam": "SC-CAM", "coarse_cam": "Coarse-CAM", "fused": "Prod
 """Heading of each seed variant, in the order of the columns."""
 
 STEP_TITLES = {
-    "seed": "Seed, cut at the background score",
+    "seed": "Seed, cut at its background score",
     "low": "Refined seed, much background",
     "high": "Refined seed, little background",
     "confident": "What both agree upon",

@@ -210,9 +210,26 @@ def test_the_background_can_be_a_power_or_the_best_threshold_of_the_seeds(networ
     make_pseudo_labels_main(arguments(network_trained, *STAGES, "--pseudo_labels.threshold", "best"))
     best = json.loads((network_trained / "tiny" / "seeds" / "metrics.json").read_text())["threshold"]["refined"]
     assert metrics(network_trained, "pseudo_labels")["threshold"] == best
+    seeds = json.loads((network_trained / "tiny" / "seeds" / "metrics.json").read_text())["splits"]["train"]
+    steps = metrics(network_trained, "pseudo_labels")["splits"]["train"]["steps"]
+    assert steps["seed"] == pytest.approx(seeds["miou"]["refined"], abs=0.02)
     shutil.rmtree(network_trained / "tiny" / "pseudo_labels")
     make_pseudo_labels_main(arguments(network_trained, *STAGES, "--pseudo_labels.background", "alpha"))
     assert metrics(network_trained, "pseudo_labels")["threshold"] is None
+
+
+def test_the_network_can_be_used_on_a_finer_grid_than_it_was_trained_on(network_trained: Path):
+    run = network_trained / "tiny"
+    make_pseudo_labels_main(arguments(network_trained, *STAGES, "--pseudo_labels.rescale", "true"))
+    coarse = files_below(split_folder(network_trained) / "labels")
+    shutil.rmtree(run / "pseudo_labels")
+    make_pseudo_labels_main(arguments(network_trained, *STAGES, "--pseudo_labels.output_stride", "2"))
+    fine = files_below(split_folder(network_trained) / "labels")
+    assert fine.keys() == coarse.keys()
+    assert fine != coarse
+    shutil.rmtree(run / "pseudo_labels")
+    with pytest.raises(ValueError, match="output_stride of backbone 'bitrans' must divide its patch size 16, got 3"):
+        make_pseudo_labels_main(arguments(network_trained, *STAGES, "--pseudo_labels.output_stride", "3"))
 
 
 # ---- Killed and resumed.

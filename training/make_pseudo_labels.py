@@ -24,7 +24,7 @@ from bitrans_hf.configuration_affinitynet import RELATIONS
 from bitrans_hf.data import UnreadableImageError, class_names, image_size, open_image
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.modeling_affinitynet import AffinityNetModel
-from bitrans_hf.pseudo_labels import scores_to_label_map, write_label_png
+from bitrans_hf.pseudo_labels import scores_to_label_map, seeds_to_label_map, write_label_png
 from bitrans_hf.random_walk import propagate_scores
 from bitrans_hf.store import LabelScoreStore
 from label_maps import (
@@ -161,6 +161,7 @@ class RandomWalk:
 
         Raises:
             StageError: there is none, or the folder holds another network.
+            ValueError: the network cannot have this output stride.
         """
         folder = Path(recipe.output_dir) / recipe.name / "affinity" / "model"
         if settings.network is not None:
@@ -176,7 +177,9 @@ class RandomWalk:
                 f"{folder} holds a network of the type {kind!r}, expected 'affinitynet'; name the folder model/ of "
                 "an affinity stage in pseudo_labels.network."
             )
-        model = AffinityNetModel.from_pretrained(folder).to(accelerator.device).eval()
+        stride = settings.output_stride
+        finer = {} if stride is None else {"output_stride": stride, "stride": None}
+        model = AffinityNetModel.from_pretrained(folder, **finer).to(accelerator.device).eval()
         return cls(model, BiTransImageProcessor.from_pretrained(folder), settings, accelerator)
 
     @torch.no_grad()
@@ -246,6 +249,8 @@ class SplitLabels:
         self.store = seeds_of_split(recipe, split)
         self.variant = self.settings.variant or recipe.seeds.variant
         self.folder, self.background, self.walk = folder, background, walk
+        best = background.threshold if self.settings.threshold == "best" else None
+        self.seed_threshold = recipe.seeds.threshold if best is None else best
         self.left_out: set[str] = set()
         self.affinity_labels: Path | None = None
         affinity = recipe.affinity
@@ -289,15 +294,16 @@ class SplitLabels:
 
         Returns:
             "images": how many have pseudo labels; "without_classes": how many of these hold no class; with masks, what
-            `score_steps` returns for the steps "seed" (cut at the same background score), "low" and "high" (the
-            affinity network's labels, where it was trained on this split), "walk" and "refined".
+            `score_steps` returns for the steps "seed" (cut at their own background score: seeds.threshold, or their
+            best one where the recipe asks for it), "low" and "high" (the affinity network's labels, where it was
+            trained on all of this split), "walk" and "refined".
         """
 
         def seed(image_id: str) -> LabelMap | None:
             if image_id not in self.store:
                 return None
             seeds = self.store.read(image_id, self.variant)
-            return scores_to_label_map(seeds.class_ids, self.background.scores(seeds.maps))
+            return seeds_to_label_map(seeds, self.seed_threshold)
 
         steps: dict[str, Callable[[str], LabelMap | None]] = {"seed": seed}
         if self.affinity_labels is not None:

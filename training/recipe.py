@@ -290,6 +290,8 @@ class PseudoLabelsRecipe:
         threshold: Background score of "threshold": a number; "best" for the seeds' best on the first of seeds.splits,
             which needs masks there, as the field does it; null for seeds.threshold.
         alpha: Power of "alpha" (PSA 16, SEAM 6).
+        output_stride: Pixels of a cell when the network is used; null as it was trained. A transformer's patches
+            overlap on a finer grid, which costs time and brings the walk nearer to the edges.
         beta: Element-wise power of the affinities; larger values cut weak links. Null for the relation's (psa: 8,
             irn: 10).
         num_doublings: log2 of the number of steps of the walk; null for the relation's (psa: MCTformer's 6, irn: 8).
@@ -308,6 +310,7 @@ class PseudoLabelsRecipe:
     background: Literal["threshold", "alpha"] = "threshold"
     threshold: float | Literal["best"] | None = None
     alpha: float = 16.0
+    output_stride: int | None = None
     beta: float | None = None
     num_doublings: int | None = None
     rescale: bool = False
@@ -555,7 +558,7 @@ class Recipe:
             self._check_seeds_are_made("pseudo_labels.splits", split)
         if not isinstance(labels.threshold, str):
             _check_threshold("pseudo_labels.threshold", labels.threshold)
-        for name in ("alpha", "beta", "batch_size"):
+        for name in ("alpha", "output_stride", "beta", "batch_size"):
             value = getattr(labels, name)
             if value is not None and value <= 0:
                 raise ValueError(f"pseudo_labels.{name} must be above 0, got {value}.")
