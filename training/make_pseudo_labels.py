@@ -178,7 +178,7 @@ class RandomWalk:
                 "an affinity stage in pseudo_labels.network."
             )
         stride = settings.output_stride
-        finer = {} if stride is None else {"output_stride": stride, "stride": None}
+        finer: dict[str, Any] = {} if stride is None else {"output_stride": stride, "stride": None}
         model = AffinityNetModel.from_pretrained(folder, **finer).to(accelerator.device).eval()
         return cls(model, BiTransImageProcessor.from_pretrained(folder), settings, accelerator)
 
