@@ -112,7 +112,7 @@ class BiTransBackbone(Backbone):
         tokens = torch.cat([class_tokens, patches.flatten(2).transpose(1, 2)], dim=1) + position
         maps = []
         for index, layer in enumerate(encoder.layers):
-            tokens, _ = layer(tokens)
+            tokens, _ = layer(tokens, with_map=False)
             if index in self.out_indices:
                 maps.append(token_map(tokens[:, class_tokens.shape[1] :], (h, w)))
         return maps

@@ -134,7 +134,7 @@ class RecomputedAttention(torch.autograd.Function):
 
 
 class BiTransAttention(nn.Module):
-    """Multi-head self-attention that also returns its map, averaged over heads."""
+    """Multi-head self-attention that also returns its map, averaged over heads, unless nobody wants it."""
 
     def __init__(self, config: BiTransConfig):
         super().__init__()
@@ -143,12 +143,15 @@ class BiTransAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map (B, T, D) to (B, T, D) and the head-averaged attention (B, T, T)."""
+    def forward(self, tokens: torch.Tensor, with_map: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map (B, T, D) to (B, T, D) and the head-averaged attention (B, T, T); None without `with_map`."""
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, d)
-        if self.recompute and torch.is_grad_enabled():
+        attention_map: torch.Tensor | None = None
+        if not with_map:
+            mixed = F.scaled_dot_product_attention(query, key, value)
+        elif self.recompute and torch.is_grad_enabled():
             mixed, attention_map = RecomputedAttention.apply(query, key, value)
         else:
             mixed, attention_map = attention_with_map(query, key, value)
@@ -189,9 +192,9 @@ class BiTransLayer(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = BiTransMLP(config)
 
-    def forward(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Map tokens (B, T, D) to (B, T, D) and the head-averaged attention (B, T, T)."""
-        mixed, attention_map = self.attention(self.norm1(tokens))
+    def forward(self, tokens: torch.Tensor, with_map: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map tokens (B, T, D) to (B, T, D) and the head-averaged attention (B, T, T); None without `with_map`."""
+        mixed, attention_map = self.attention(self.norm1(tokens), with_map)
         tokens = tokens + self.drop_path(mixed)
         return tokens + self.drop_path(self.mlp(self.norm2(tokens))), attention_map
 
