@@ -155,10 +155,10 @@ class TimmFeatures(Backbone):
         maps = []
         for given, channels in zip(self.network(pixel_values).feature_maps, self.channels, strict=True):
             # Swin and its like keep channels last.
-            feature_map = given if given.shape[1] == channels else given.permute(0, 3, 1, 2)
+            feature_map = given if given.shape[1] == channels else given.permute(0, 3, 1, 2).contiguous()
             if self.is_plain:
                 feature_map = token_map(feature_map.flatten(2).transpose(1, 2), feature_map.shape[2:])
-            maps.append(feature_map.contiguous())
+            maps.append(feature_map)
         return maps
 
     def stage_of_parameters(self) -> dict[str, int]:

@@ -64,8 +64,9 @@ class HubModelContract:
                 assert loaded[name].std().item() == pytest.approx(value.std().item(), rel=0.15), name
             elif value.ndim == 1 and not name.endswith("bias"):  # scales and statistics
                 assert torch.equal(loaded[name], value), name
-            else:
-                assert loaded[name].abs().max() <= 2 * value.abs().max(), name
+            else:  # few numbers, drawn within one of zero
+                assert loaded[name].isfinite().all(), name
+                assert loaded[name].abs().max() < 2, name
 
     @pytest.mark.parametrize("size", SIZES)
     def test_a_row_of_a_batch_is_what_the_image_alone_gives(self, variant: dict[str, Any], size: tuple[int, int]):
@@ -111,3 +112,12 @@ class HubModelContract:
             plain = model.eval()(images, return_dict=False)
             assert isinstance(plain, tuple)
             assert torch.equal(plain[0], model(images)[0])
+
+    @pytest.mark.slow
+    def test_it_compiles_to_one_graph_with_its_loss(self, variant: dict[str, Any]):
+        model, images = self.make(**variant), pixels(1, 3, 64, 64)
+        labels = self.labels(model, images)[:1]
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(images, labels=labels).loss, model(images, labels=labels).loss)

@@ -89,7 +89,18 @@ def test_every_map_has_the_channels_and_the_stride_that_are_told(
         (2, channels, side // stride, 2 * side // stride)
         for channels, stride in zip(backbone.channels, strides, strict=True)
     ]
-    assert all(feature_map.is_contiguous() for feature_map in maps)
+
+
+def test_channels_last_stay_last_in_convolutional_networks():
+    for name, options in (("resnet38", {"width_multiplier": 1 / 16}), ("test_resnet", {})):
+        backbone = build_backbone(name, options, out_indices=2, output_stride=None).eval()
+        images = pixels(2, 3, 64, 64)
+        with torch.no_grad():
+            plain = backbone(images)
+            last = backbone.to(memory_format=torch.channels_last)(images.to(memory_format=torch.channels_last))
+        for ours, theirs in zip(last, plain, strict=True):
+            assert ours.is_contiguous(memory_format=torch.channels_last)
+            torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])

@@ -326,6 +326,7 @@ print(*(result["label"] for result in segment(Image.new("RGB", (50, 40)))))
 """
 
 
+@pytest.mark.slow  # test_remote_code.py has a quicker one, with timm
 def test_both_networks_work_by_remote_code_where_neither_this_package_nor_timm_is(tmp_path: Path):
     networks = {
         "deeplab": make(**NARROW),
