@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .configuration_bitrans import BiTransConfig
+from .hub_errors import hub_error_sentence
 from .image_processing_bitrans import BiTransImageProcessor
 from .modeling_bitrans import BiTransModel
 from .seeds import refine_with_affinity
@@ -292,14 +293,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("model", help="folder or Hub repository of a BiTransModel, such as runs/shapes/train/model")
     parser.add_argument("out", type=Path, help="folder for model.onnx, model.pt2 and export.json")
+    parser.add_argument("--revision", help="branch, tag or commit of the repository")
     parser.add_argument("--no-flip", action="store_true", help="half the work: seeds of the image without its flip")
     options = parser.parse_args(arguments)
     try:
-        model = BiTransModel.from_pretrained(options.model)
-        processor = BiTransImageProcessor.from_pretrained(options.model)
+        model = BiTransModel.from_pretrained(options.model, revision=options.revision)
+        processor = BiTransImageProcessor.from_pretrained(options.model, revision=options.revision)
         description = export_model(model, processor, options.out, flip=not options.no_flip)
     except (ExportError, ImportError, OSError) as error:
-        raise SystemExit(f"error: {error}") from error
+        sentence = hub_error_sentence(error, options.model, options.revision)
+        raise SystemExit(f"error: {error if sentence is None else sentence}") from error
     for name, found in description["difference_from_torch"].items():
         shown = ", ".join(f"{difference:.0e} at {size}" for size, difference in found.items())
         print(f"{options.out / name}: differs from torch by {shown}")

@@ -20,11 +20,12 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.hf_api import RepoFile
 from transformers import ImageSegmentationPipeline, PreTrainedModel
 
+from .data import write_parquet
 from .hub_errors import hub_error_sentence
 from .image_processing_bitrans import BiTransImageProcessor
 from .modeling_bitrans import BiTransModel
@@ -103,20 +104,9 @@ def write_pseudo_label_folder(folder: str | Path, splits: Mapping[str, Dataset],
         card: Text of README.md.
     """
     with replaced_folder(Path(folder)) as temporary:
-        (temporary / "data").mkdir()
         for split, dataset in splits.items():
-            # Parquet would hold paths; the Hub needs the pictures themselves.
-            undecoded = dataset.cast_column("pseudo_label", Image(decode=False))
-            embedded = undecoded.map(_with_bytes, features=undecoded.features, desc=f"embed {split}")
-            embedded = embedded.cast_column("pseudo_label", Image())
-            embedded.to_parquet(temporary / "data" / f"{split}-00000-of-00001.parquet")
+            write_parquet(dataset, temporary, split=split)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-
-
-def _with_bytes(row: dict[str, Any]) -> dict[str, Any]:
-    picture = row["pseudo_label"]
-    content = picture["bytes"] if picture["bytes"] is not None else Path(picture["path"]).read_bytes()
-    return {"pseudo_label": {"bytes": content, "path": f"{row['image_id']}.png"}}
 
 
 def write_metric_folder(folder: str | Path) -> None:

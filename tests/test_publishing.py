@@ -180,6 +180,8 @@ def test_without_a_repository_the_folder_is_written_and_nothing_uploaded(
 REFUSALS = """
 import os
 from pathlib import Path
+from bitrans_hf import BiTransModel
+from bitrans_hf.hub_errors import hub_error_sentence
 from bitrans_hf.publishing import PublishError, upload
 folder, result = Path(sys.argv[1]), {}
 
@@ -189,6 +191,13 @@ def attempt(name, *given, token=None, **options):
         result[name] = upload(folder, *given, **{"version": "v1.0", **options}).commit
     except PublishError as error:
         result[name] = str(error)
+
+def pull(name, repo_id, revision=None, token=None):
+    os.environ["HF_TOKEN"] = token if token is not None else sys.argv[2]
+    try:
+        BiTransModel.from_pretrained(repo_id, revision=revision)
+    except OSError as error:  # of transformers, several lines long
+        result[name] = hub_error_sentence(error, repo_id, revision)
 
 attempt("done", "me/there", "model")
 attempt("repeated", "me/there", "model")
@@ -201,6 +210,9 @@ attempt("no name", "me/there/x", "model")
 (folder / "README.md").write_text("changed")
 attempt("same version", "me/there", "model")
 attempt("next version", "me/there", "model", version="v1.1")
+pull("pull: no repository", "me/absent")
+pull("pull: no revision", "me/there", "v9")
+pull("pull: wrong token", "me/there", token="hf_wrong")
 """
 
 
@@ -221,6 +233,9 @@ def test_every_refusal_of_the_hub_is_one_sentence_and_changes_nothing(hub: HubSe
         "no repository": "there is no repository me/absent at",
         "no branch": "me/there has no branch, tag or commit 'dev' at",
         "no name": "'me/there/x' is no name of a repository; use owner/name",
+        "pull: no repository": "there is no repository me/absent at",
+        "pull: no revision": "me/there has no branch, tag or commit 'v9' at",
+        "pull: wrong token": "does not accept the token",
         "same version": f"me/there has a version v1.0 already, with other content (commit {first[:12]}); nothing was",
     }
     assert result.pop("done") == result.pop("repeated") == first
