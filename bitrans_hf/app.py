@@ -89,6 +89,7 @@ class PictureMaps:
                 f"which needs {smallest} on each side once the longer one is reduced to {MAX_SIDE}."
             )
         self._scales: dict[float, ScaleMaps] = {}
+        self._seeds: tuple[Any, dict[str, torch.Tensor]] = (None, {})
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -119,7 +120,7 @@ class PictureMaps:
         return self._scales[scale]
 
     def seeds(self, class_ids: Sequence[int], num_scales: int, num_layers: int) -> dict[str, torch.Tensor]:
-        """Combine the kept maps.
+        """Combine the kept maps; the last answer is kept too, for the threshold to cut again.
 
         Args:
             class_ids: The K classes that the picture shows.
@@ -129,11 +130,14 @@ class PictureMaps:
         Returns:
             Each of `SEED_VARIANTS` -> (K, H', W') in [0, 1] at the size of `image`.
         """
+        question, ids = (tuple(class_ids), num_scales, num_layers), list(class_ids)
+        asked_before, answer = self._seeds
+        if asked_before == question:
+            return answer
         size = (self.image.height, self.image.width)
         totals: dict[str, torch.Tensor] = {}
         for scale in SCALES[:num_scales]:
             kept = self.at_scale(scale)
-            ids = list(class_ids)
             sc_cam = kept.class_attention[:, -num_layers:, ids].mean(dim=1)
             coarse_cam = kept.coarse_cam[:, ids]
             output = BiTransOutput(
@@ -142,7 +146,9 @@ class PictureMaps:
             for name, (mode, refine) in SEED_VARIANTS.items():
                 maps = resized(fused_maps(output, mode, refine=refine, flip=True)[0], size)
                 totals[name] = totals[name] + maps if name in totals else maps
-        return {name: min_max_normalized(maps) for name, maps in totals.items()}
+        answer = {name: min_max_normalized(maps) for name, maps in totals.items()}
+        self._seeds = (question, answer)
+        return answer
 
     def label_map(
         self, class_ids: Sequence[int], seeds: torch.Tensor, threshold: float, size: tuple[int, int]
@@ -178,6 +184,7 @@ STYLE = """
 #panels button, #affinity button, #panels .image-frame, #affinity .image-frame { width: 100%; height: auto; }
 #panels img, #affinity img { width: 100%; height: auto; object-fit: contain; }
 #panels label, #affinity label { position: static; border: 0; width: 100%; border-radius: 0; }
+#panels .empty, #affinity .empty { min-height: 6em; height: 6em; }
 #affinity img { cursor: crosshair; }
 #status { min-height: 1.6em; }
 #status .bad { color: #b3261e; font-weight: 600; }
@@ -406,7 +413,9 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
                 write_mask, mask_inputs, download, **quiet
             )
         for control in (scales, layers, shown_class):
-            control.input(draw_panels, panel_inputs, panel_outputs, trigger_mode="always_last", **quiet).then(
+            # A new scale takes the network's time, the others none: a clock runs where one waits.
+            shown = {**quiet, "show_progress": "minimal" if control is scales else "hidden"}
+            control.input(draw_panels, panel_inputs, panel_outputs, trigger_mode="always_last", **shown).then(
                 write_mask, mask_inputs, download, **quiet
             )
         threshold.input(draw_mask, mask_inputs, [mask, legend, download], trigger_mode="always_last", **quiet).then(
@@ -443,7 +452,8 @@ def percent(share: torch.Tensor) -> str:
 
 def without_path(sentence: str, path: str) -> str:
     """A message with the picture's name in place of where the server keeps it."""
-    return sentence.replace(path, Path(path).name)
+    sentence = sentence.replace(path, Path(path).name)
+    return sentence[:1].upper() + sentence[1:]
 
 
 def say(sentence: str, *, bad: bool = False) -> str:

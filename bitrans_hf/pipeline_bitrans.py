@@ -17,7 +17,7 @@ from typing import Any, Self, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
@@ -86,6 +86,10 @@ def open_picture(source: Any, *, upright: bool = True, timeout: float | None = N
             return _as_rgb(image, upright)
     except FileNotFoundError as error:
         raise ValueError(f"picture {name} is not there; was it moved or deleted?") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(
+            f"picture {name} cannot be read: it is no image file, or a damaged one; give a PNG, JPEG or the like."
+        ) from error
     except (*DECODING_ERRORS, urllib.error.URLError, binascii.Error) as error:
         raise ValueError(f"picture {name} cannot be read ({type(error).__name__}: {error}).") from error
 

@@ -405,7 +405,7 @@ def test_a_bad_file_is_explained_and_a_good_one_then_works(served: Served, brows
     (tmp_path / "letter.jpg").write_text("Dear reader")
     seen.upload(tmp_path / "letter.jpg")
     seen.page.wait_for_selector("#status .bad", timeout=20_000)
-    assert seen.text("#status").startswith("picture letter.jpg cannot be read (UnidentifiedImageError")
+    assert seen.text("#status").startswith("Picture letter.jpg cannot be read: it is no image file")
     assert str(tmp_path) not in seen.text("#status")
     assert seen.page.locator("#panels img").count() == 0
     assert seen.page.locator("#download").is_disabled()

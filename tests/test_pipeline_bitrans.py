@@ -433,7 +433,11 @@ def test_the_crf_without_the_package_says_what_to_install(monkeypatch: pytest.Mo
         ({"inputs": Image.new("F", (20, 20))}, ValueError, "held in memory cannot be read.*mode F"),
         ({"inputs": "nowhere.jpg"}, ValueError, "picture nowhere.jpg is not there"),
         ({"inputs": "/"}, ValueError, "it is a folder; give its pictures one by one or use `bitrans masks`"),
-        ({"inputs": b"no picture"}, ValueError, "cannot be read .UnidentifiedImageError"),
+        (
+            {"inputs": b"no picture"},
+            ValueError,
+            "held in memory cannot be read: it is no image file, or a damaged one",
+        ),
         ({"inputs": np.zeros((8, 8, 3))}, TypeError, "got ndarray as a picture.*Image.fromarray"),
         ({"candidate_labels": ["dgo"]}, ValueError, "unknown class name 'dgo'; the model knows cat, dog, horse"),
         ({"candidate_labels": [["dog"], ["cat"]]}, ValueError, "labels of one picture|class names of one picture"),
