@@ -289,9 +289,8 @@ class AffinityNetModel(PreTrainedModel):
             bitrans: Left as it is.
             **config: Fields of `AffinityNetConfig`; the class names are the encoder's unless given.
         """
-        names = {"id2label": bitrans.config.id2label, "label2id": bitrans.config.label2id}
-        options = bitrans_options(bitrans)
-        model = cls(AffinityNetConfig(backbone="bitrans", backbone_config=options, **{**names, **config}))
+        fields = {"id2label": bitrans.config.id2label, **config}
+        model = cls(AffinityNetConfig(backbone="bitrans", backbone_config=bitrans_options(bitrans), **fields))
         copy_encoder(bitrans, model)
         return model
 

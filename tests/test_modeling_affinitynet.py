@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from hub_contract import HubModelContract
 from tiny_models import pixels, tiny_model
 from transformers import AutoConfig, AutoModel
 
-from bitrans_hf import AffinityNetConfig, AffinityNetModel
+from bitrans_hf import AffinityNetConfig, AffinityNetModel, BiTransModel
 from bitrans_hf.affinity_pairs import affinity_labels, half_disc_offsets
 from bitrans_hf.backbones import bitrans_options
 from bitrans_hf.configuration_affinitynet import RELATIONS
@@ -347,8 +348,9 @@ def test_new_layers_start_as_psas():
     assert head.f9.weight.abs().max().item() == pytest.approx(4 * (6 / 896) ** 0.5, rel=0.01)
 
 
-def test_an_encoder_is_copied_from_a_bitrans_model():
-    bitrans = tiny_model()
+def test_an_encoder_is_copied_from_a_bitrans_model(tmp_path: Path):
+    tiny_model().save_pretrained(tmp_path)
+    bitrans = BiTransModel.from_pretrained(tmp_path)
     model = AffinityNetModel.from_bitrans(bitrans, radius=3).eval()
     assert model.config.id2label == {0: "cat", 1: "dog", 2: "horse"}
     assert (model.config.backbone, model.config.radius, model.config.stride) == ("bitrans", 3, 8)
@@ -361,6 +363,11 @@ def test_an_encoder_is_copied_from_a_bitrans_model():
     assert not torch.equal(model.backbone.encoder.class_tokens, bitrans.class_tokens)
 
 
+def test_the_class_names_of_an_encoder_may_be_replaced():
+    config = AffinityNetModel.from_bitrans(tiny_model(), id2label={0: "moth"}).config
+    assert (config.id2label, config.label2id) == ({0: "moth"}, {"moth": 0})
+
+
 def test_relations_bring_their_published_settings():
     psa, irn = AffinityNetConfig(), AffinityNetConfig(relation="irn", backbone="resnet50")
     assert (psa.radius, psa.walk_radius, psa.num_frozen_stages) == (5, 5, 2)
@@ -371,7 +378,7 @@ def test_relations_bring_their_published_settings():
     assert (RELATIONS["irn"].beta, RELATIONS["irn"].num_doublings) == (10.0, 8)
 
 
-def test_the_config_is_known_to_the_auto_classes(tmp_path: Any):
+def test_the_config_is_known_to_the_auto_classes(tmp_path: Path):
     AffinityNetConfig(relation="irn", radius=6, id2label={0: "cat"}).save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     assert type(config) is AffinityNetConfig
