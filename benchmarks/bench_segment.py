@@ -30,9 +30,11 @@ def make_network(options: Options, width_multiplier: float) -> DeepLabForSemanti
 
 
 def training_step(options: Options) -> list[Row]:
-    """One optimiser step on crops of 321 pixels, on the CPU of 161 with a quarter of the channels."""
-    on_cpu = options.device == "cpu"
-    crop, batch, width = (161, 2, 1 / 4) if on_cpu else (321, 4, 1.0)
+    """One optimiser step on crops of 321 pixels, on the CPU of 129 with a quarter of the channels.
+
+    Not fewer: below 16 channels oneDNN overwrites memory in strided 1x1 convolutions, channels last.
+    """
+    crop, batch, width = (129, 2, 1 / 4) if options.device == "cpu" else (321, 4, 1.0)
     generator = torch.Generator().manual_seed(0)
     pixel_values = torch.randn(batch, 3, crop, crop, generator=generator).to(options.device)
     labels = torch.randint(NUM_LABELS, (batch, crop, crop), generator=generator).to(options.device)
@@ -78,7 +80,7 @@ def testing(options: Options) -> list[Row]:
         print(f"segmentation testing: left out, {error}", flush=True)
         return []
     model = make_network(options, 1 / 16 if options.device == "cpu" else 1.0).eval()
-    images = [smooth_picture(seed) for seed in range(4)]
+    images = [smooth_picture(seed) for seed in range(2 if options.device == "cpu" else 16)]
     processor = BiTransImageProcessor()
 
     def jobs() -> Iterator[tuple[str, CrfJob]]:

@@ -34,6 +34,7 @@ sys.path.insert(0, str(TRAINING))
 from predict_masks import VOC_SERVER_FOLDER, pack_for_voc_server, predict_image  # noqa: E402
 from predict_masks import main as predict_main  # noqa: E402
 from recipe import PredictionRecipe, SegmentationRecipe, parse_recipe  # noqa: E402
+from run_all import main as run_all_main  # noqa: E402
 from runtime import StageError  # noqa: E402
 from train_segmentation import build_network, make_optimizer  # noqa: E402
 from train_segmentation import main as train_main  # noqa: E402
@@ -132,6 +133,25 @@ def test_a_network_is_trained_tested_and_scored(tmp_path: Path, capsys: pytest.C
     said = capsys.readouterr().out
     assert "segmentation: already done" in said
     assert "predictions: already done" in said
+
+
+def test_run_all_goes_on_to_the_segmentation_network_and_shows_it(tmp_path: Path):
+    small = (
+        "--model.image_size", "64", "--model.patch_size", "16", "--model.hidden_size", "24",
+        "--model.num_hidden_layers", "2", "--model.num_attention_heads", "2", "--model.num_seed_layers", "1",
+        "--train.epochs", "1", "--train.batch_size", "4", "--train.augmentation", "flip", "--train.num_workers", "0",
+        "--train.learning_rate", "0.05", "--report.num_images", "2",
+        "--segmentation.labels", "seeds", "--segmentation.num_images", "12", "--segmentation.backbone", "bitrans",
+        "--segmentation.weights", "trained", "--segmentation.options", "{output_stride: 8, head_dilation: 1}",
+    )  # fmt: skip
+    run_all_main(arguments(tmp_path, *small))
+    assert metrics(tmp_path, "segmentation")["images"] == 12
+    page = (stage(tmp_path, "report") / "index.html").read_text()
+    for words in ("Segmentation network, val: 6 images", "Several scales or flips", "Segmentation network: loss",
+                  "Segmentation network: validation mIoU (%)", "segmentation.num_images"):  # fmt: skip
+        assert words in page
+    pictures = list((stage(tmp_path, "report") / "index_pictures").glob("chart_segmentation_network*.png"))
+    assert len(pictures) == 3
 
 
 def _picture(row: dict[str, Any]) -> Image.Image:
@@ -413,6 +433,8 @@ def test_what_is_missing_says_what_to_run(tmp_path: Path):
     [
         (["--segmentation.epochs", "0"], "segmentation.epochs must be at least 1, got 0"),
         (["--segmentation.val_every", "0"], "segmentation.val_every must be at least 1, got 0"),
+        (["--segmentation.num_images", "0"], "segmentation.num_images must be at least 1, got 0"),
+        (["--prediction.network", "n", "--prediction.crf_preset", "x"], "unknown CRF preset 'x'"),
         (["--segmentation.preset", "deeplab-v9"], "key='preset', val='deeplab-v9'"),
         (["--segmentation.weights", "trained"], "is for the backbone bitrans, got the backbone 'resnet38'"),
         (["--segmentation.labels", "seeds", "--segmentation.split", "test"], "names 'test', which has no seeds"),
