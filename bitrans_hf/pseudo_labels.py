@@ -1,9 +1,7 @@
 """Scores to label maps: the background score, refiners by name, ignore bands, palette PNGs and a published set."""
 
 import json
-import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import datasets
 import numpy as np
 import torch
 from datasets import Dataset
-from datasets.table import embed_table_storage
 from PIL import Image
 
 from .crf import dense_crf
@@ -263,54 +260,6 @@ def pseudo_label_card(
         recipe=json.dumps(recipe, indent=2),
         provenance=f"\nMade with\n{provenance}\n" if provenance else "",
     )
-
-
-def export_pseudo_labels(dataset: Dataset, card: str, folder: str | Path, *, shard_bytes: int = 500_000_000) -> None:
-    """Write the data set as the Hub stores it: Parquet with the PNGs inside, and the card as README.md.
-
-    `datasets.load_dataset(folder)` reads it, and `HfApi.upload_folder` publishes it as it is.
-
-    Args:
-        dataset: Of `pseudo_label_dataset`.
-        card: Of `pseudo_label_card`.
-        folder: A new or empty folder.
-        shard_bytes: Size of a Parquet file at most, about.
-
-    Raises:
-        FileExistsError: the folder holds something.
-        DiskFullError: there is no room.
-    """
-    folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty; choose a new folder for the exported data set.")
-    size = sum(Path(row["path"]).stat().st_size for row in _undecoded(dataset)["pseudo_label"])
-    num_shards = max(1, -(-size // shard_bytes))
-    with _no_bars_without_a_terminal():
-        for number in range(num_shards):
-            shard = dataset.shard(num_shards, number, contiguous=True).with_format("arrow")
-            # Parquet would hold paths of this machine otherwise.
-            shard = shard.map(embed_table_storage, batched=True, batch_size=1000, keep_in_memory=True)
-            path = folder / "data" / f"train-{number:05d}-of-{num_shards:05d}.parquet"
-            with atomic_write(path) as temporary:
-                shard.with_format(None).to_parquet(temporary)
-    with atomic_write(folder / "README.md") as temporary:
-        temporary.write_text(card, encoding="utf-8")
-
-
-@contextmanager
-def _no_bars_without_a_terminal() -> Iterator[None]:
-    change = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    if change:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if change:
-            datasets.enable_progress_bars()
-
-
-def _undecoded(dataset: Dataset) -> Dataset:
-    return dataset.cast_column("pseudo_label", datasets.Image(decode=False))
 
 
 def _size_category(count: int) -> str:

@@ -17,7 +17,6 @@ from bitrans_hf.par import pixel_adaptive_refinement
 from bitrans_hf.pseudo_labels import (
     REFINERS,
     confident_label_map,
-    export_pseudo_labels,
     label_map_with_ignore_band,
     pseudo_label_card,
     pseudo_label_dataset,
@@ -317,28 +316,3 @@ def test_the_card_states_recipe_score_and_ids_and_can_be_read_back(tmp_path: Pat
     ):
         assert words in text
     assert "They were not scored" in pseudo_label_card(dataset, ["cat"], recipe, {})
-
-
-@pytest.mark.parametrize("shard_bytes", [500_000_000, 1500])
-def test_an_exported_set_stands_alone_with_its_card(
-    tmp_path: Path, shard_bytes: int, capfd: pytest.CaptureFixture[str]
-):
-    maps = write_labels(tmp_path / "labels", ["a", "b", "sub/c", "d"])
-    dataset = pseudo_label_dataset(tmp_path / "labels")
-    card = pseudo_label_card(dataset, ["cat"], {"refiner": "par"}, {"miou": 50.0})
-    out = tmp_path / "export"
-    export_pseudo_labels(dataset, card, out, shard_bytes=shard_bytes)
-    assert capfd.readouterr() == ("", "")  # no bars where nobody watches
-    assert not datasets.are_progress_bars_disabled()
-    for path in (tmp_path / "labels").rglob("*.png"):
-        path.unlink()
-    assert len(list((out / "data").glob("*.parquet"))) == (1 if shard_bytes > 1500 else 3)
-    assert (out / "README.md").read_text(encoding="utf-8") == card
-    assert str(tmp_path).encode() not in b"".join(path.read_bytes() for path in (out / "data").iterdir())
-    loaded = datasets.load_dataset(str(out), split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded["image_id"] == sorted(maps)
-    for row in loaded:
-        assert row["pseudo_label"].getpalette() == palette()
-        np.testing.assert_array_equal(np.asarray(row["pseudo_label"]), maps[row["image_id"]])
-    with pytest.raises(FileExistsError, match="is not empty; choose a new folder"):
-        export_pseudo_labels(dataset, card, out)
