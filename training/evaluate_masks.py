@@ -1,6 +1,6 @@
 """Score a folder of label maps or seeds against ground truth: a table, JSON, a confusion picture, worst images first.
 
-accelerate launch training/evaluate_masks.py --predictions runs/voc/predictions/val/labels \
+accelerate launch training/evaluate_masks.py --predictions runs/voc_deit_small/predictions/val/crf \
     --config training/recipes/voc_deit_small.yaml --data.root VOCdevkit/VOC2012 --split val
 accelerate launch training/evaluate_masks.py --predictions my_masks --targets their_masks --classes cat,dog
 
@@ -98,8 +98,8 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
     metric, images = score(accelerator, truth, predictions, known, evaluation, options)
     if all(image.identical for image in images) and isinstance(predictions, MaskPredictions):
         raise StageError(
-            f"all {len(images)} label maps in {folder} are equal to the ground truth, pixel by pixel: this is the "
-            "ground truth itself. Give the folder that the network wrote."
+            f"all {len(images)} label maps in {folder} equal the ground truth in every counted pixel: this is a copy "
+            "of it. Give the folder that the network wrote."
         )
 
     output = Path(evaluation.output or f"{folder}_scores")
@@ -354,7 +354,7 @@ def mask_path(cell: Any) -> Path | None:
 class ScoredImage:
     """One image's score: `miou` and `accuracy` in percent, nan where all is ignored; pixels with a prediction of 255.
 
-    `identical` says that the prediction equals the ground truth in every pixel, ignored ones too.
+    `identical` says that the prediction equals the ground truth in every pixel that is not ignored.
     """
 
     image_id: str
@@ -418,7 +418,7 @@ def score(
         except (ValueError, OSError) as error:
             problems.append(f"{image_id}: {error}")
             continue
-        identical = np.array_equal(prediction, target)
+        identical = bool(((prediction == target) | (target == IGNORE_INDEX)).all())
         unsure = prediction == IGNORE_INDEX
         if evaluation.unsure == "background":
             prediction = np.where(unsure, np.uint8(BACKGROUND), prediction)
