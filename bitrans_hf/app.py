@@ -213,6 +213,9 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
     def maps_of(path: str) -> PictureMaps:
         return PictureMaps(pipe, path)
 
+    def ids_of(chosen: list[str]) -> list[int]:
+        return sorted(names.index(name) for name in chosen)
+
     masks_folder = tempfile.TemporaryDirectory(prefix="bitrans_app_")
 
     # ---- What the controls do.
@@ -282,7 +285,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
                 download: gr.DownloadButton(interactive=False),
             }
         maps = maps_of(path)
-        class_ids = sorted(names.index(name) for name in chosen)
+        class_ids = ids_of(chosen)
         seeds = maps.seeds(class_ids, num_scales, layers)
         position = class_ids.index(names.index(shown)) if shown in chosen else 0
         drawn = {
@@ -295,7 +298,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
         if path is None or not chosen:
             return {mask: None, legend: "", download: gr.DownloadButton(interactive=False)}
         maps = maps_of(path)
-        class_ids = sorted(names.index(name) for name in chosen)
+        class_ids = ids_of(chosen)
         return cut_mask(maps, class_ids, maps.seeds(class_ids, num_scales, layers)["refined"], cut)
 
     def cut_mask(maps: PictureMaps, class_ids: list[int], seeds: torch.Tensor, cut: float) -> dict[Any, Any]:
@@ -313,7 +316,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
         if path is None or not chosen:
             return gr.DownloadButton(interactive=False)
         maps = maps_of(path)
-        class_ids = sorted(names.index(name) for name in chosen)
+        class_ids = ids_of(chosen)
         seeds = maps.seeds(class_ids, num_scales, layers)["refined"]
         file = Path(masks_folder.name) / str(request.session_hash) / f"{Path(path).stem}_mask.png"
         write_label_png(file, maps.label_map(class_ids, seeds, cut, maps.size))
