@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import httpx2
@@ -26,6 +27,7 @@ from bitrans_hf.publishing import PublishError, check_in_clean_process, files_of
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 sys.path.insert(0, str(TRAINING))
 
+import run_all  # noqa: E402
 from publish import main as publish_main  # noqa: E402
 from runtime import StageError  # noqa: E402
 
@@ -256,6 +258,18 @@ def test_a_connection_that_broke_is_found_under_what_was_raised_from_it():
     error.__cause__ = httpx2.ConnectError("refused")
     assert "broke or could not be made (ConnectError)" in str(hub_error_sentence(error, "me/x"))
     assert hub_error_sentence(RuntimeError("something else"), "me/x") is None
+
+
+def test_the_demo_ends_by_publishing(monkeypatch: pytest.MonkeyPatch):
+    called: list[str] = []
+    stages = [name for name, value in vars(run_all).items() if isinstance(value, FunctionType)]
+    for stage in set(stages) - {"main", "parse_recipe", "run_script"}:
+        monkeypatch.setattr(run_all, stage, lambda *_, stage=stage: called.append(stage))
+    run_all.main(["--config", str(TRAINING / "recipes" / "shapes.yaml")])
+    assert (called[0], called[-1]) == ("train", "publish")
+    called.clear()
+    run_all.main([])
+    assert "publish" not in called, "the stage is for recipes with its section"
 
 
 def test_a_stage_that_is_not_finished_is_named(tmp_path: Path):

@@ -92,6 +92,14 @@ def test_saving_again_keeps_both_auto_classes(folders: dict[str, Path], tmp_path
     assert isinstance(AutoModel.from_pretrained(tmp_path), BiTransModel)
 
 
+def test_with_the_package_the_own_pipeline_opens_a_folder_without_asking(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked for trust"))
+    pipe = pipeline(model=str(folders["bitrans"]), pipeline_class=PseudoMaskPipeline, device="cpu")
+    assert (pipe.task, type(pipe.model)) == ("pseudo-mask-generation", BiTransModel)
+
+
 def test_the_stock_classifier_gives_each_class_its_own_probability(expected: dict[str, np.ndarray]):
     tags = np.array([expected[f"bitrans.tag.{name}"] for name in ("cat", "dog", "horse")])
     assert abs(tags.sum() - 1) > 0.05, "a softmax would sum to 1"
