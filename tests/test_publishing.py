@@ -185,6 +185,7 @@ from pathlib import Path
 from bitrans_hf import BiTransModel
 from bitrans_hf.hub_errors import hub_error_sentence
 from bitrans_hf.publishing import PublishError, upload
+from huggingface_hub import HfApi
 folder, result = Path(sys.argv[1]), {}
 
 def attempt(name, *given, token=None, **options):
@@ -203,6 +204,8 @@ def pull(name, repo_id, revision=None, token=None):
 
 attempt("done", "me/there", "model")
 attempt("repeated", "me/there", "model")
+HfApi().delete_tag("me/there", tag="v1.0")  # as if the Hub had died between the commit and the tag
+attempt("tag was missing", "me/there", "model")
 attempt("wrong token", "me/there", "model", token="hf_wrong")
 attempt("no token", "me/new", "model", token="")
 attempt("elsewhere", "others/new", "model")
@@ -240,7 +243,7 @@ def test_every_refusal_of_the_hub_is_one_sentence_and_changes_nothing(hub: HubSe
         "pull: wrong token": "does not accept the token",
         "same version": f"me/there has a version v1.0 already, with other content (commit {first[:12]}); nothing was",
     }
-    assert result.pop("done") == result.pop("repeated") == first
+    assert result.pop("done") == result.pop("repeated") == result.pop("tag was missing") == first
     assert result.pop("next version") == second
     assert set(result) == set(expected)
     for name, words in expected.items():
