@@ -103,7 +103,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     masks.add_argument("--no-flip", action="store_true", help="do not average over the flipped picture: twice as fast")
     masks.add_argument("--no-refine", action="store_true", help="do not spread the maps along the affinity of patches")
-    masks.add_argument("--refiner", choices=sorted(REFINERS), help="sharpen outlines on the picture's colours")
+    masks.add_argument(
+        "--refiner",
+        choices=sorted(REFINERS),
+        help="sharpen outlines on the picture's colours: crf takes seconds for each picture, par less",
+    )
     masks.add_argument(
         "--max-side", type=int, metavar="PX", help="work on larger pictures reduced to this side (the model's, 640)"
     )

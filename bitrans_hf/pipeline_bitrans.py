@@ -259,7 +259,13 @@ class PseudoMaskPipeline(Pipeline):
             inputs = list(inputs)
         if isinstance(inputs, list) and not inputs:
             return []
-        if hasattr(inputs, "features"):
+        # By name: this file also runs from the Hub, where datasets need not be installed.
+        if type(inputs).__module__.partition(".")[0] == "datasets":
+            if isinstance(inputs, Mapping):
+                first = next(iter(inputs))
+                raise ValueError(
+                    f"got the splits {', '.join(inputs)} of a data set, expected one of them, such as data[{first!r}]."
+                )
             # transformers would take a datasets.Dataset for one picture, and hand on its rows as they are if streamed.
             inputs = DatasetRows(inputs) if hasattr(inputs, "__len__") else _items_of_rows(inputs)
         elif isinstance(inputs, Iterator):

@@ -495,6 +495,11 @@ def test_a_data_set_whose_columns_say_too_little_is_refused(features: dict[str, 
         pipe()(rows)
 
 
+def test_a_data_set_of_several_splits_asks_for_one():
+    with pytest.raises(ValueError, match=r"got the splits train, val of a data set, expected one .*data\['train'\]"):
+        pipe()(datasets.DatasetDict({"train": dataset_of(CLASSES), "val": dataset_of(CLASSES)}))
+
+
 # ---- Saved and published.
 
 
