@@ -14,7 +14,7 @@ import timm
 import torch
 import transformers
 
-from . import bench_metrics, bench_model, bench_refine, bench_seeds, bench_segment
+from . import bench_data, bench_metrics, bench_model, bench_refine, bench_seeds, bench_segment
 from .harness import Options
 
 BENCHMARKS = {
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "step": bench_model.bi_branch_step,
     "memory": bench_model.memory,
     "seeds": bench_seeds.seeds_of_a_set,
+    "data": bench_data.data_of_cocos_size,
     "sweep": bench_metrics.sweep_of_thresholds,
     "miou": bench_metrics.mean_iou_of_a_stream,
     "pairs": bench_refine.pair_affinities,

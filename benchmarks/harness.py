@@ -131,9 +131,9 @@ def extra_peak_memory(step: Callable[[], object], options: Options) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    before = _resident_memory("VmRSS")
+    before = resident_memory("VmRSS")
     step()
-    return _resident_memory("VmHWM") - before
+    return resident_memory("VmHWM") - before
 
 
 def can_measure_memory(options: Options) -> bool:
@@ -141,7 +141,8 @@ def can_measure_memory(options: Options) -> bool:
     return options.device == "cuda" or sys.platform == "linux"
 
 
-def _resident_memory(field: str) -> int:
+def resident_memory(field: str = "VmRSS") -> int:
+    """Return this process' resident memory in bytes; "VmHWM" for its high-water mark. Linux only."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
