@@ -207,6 +207,12 @@ def test_numbers_survive_every_protocol_and_type(tmp_path: Path, protocol: int, 
     assert read_label_file(tmp_path / "labels.npy", 3) == {"b": [1, 2], "a": [], "list": [0]}
 
 
+def test_a_dict_that_was_pickled_without_numpy_is_read_too(tmp_path: Path) -> None:
+    rows = {"a": np.array([0, 1, 1], dtype=np.float32), "b": [1, 0, 0]}
+    (tmp_path / "labels.pkl").write_bytes(pickle.dumps(rows))
+    assert read_label_file(tmp_path / "labels.pkl", 3) == {"a": [1, 2], "b": [0]}
+
+
 def test_fortran_order_is_undone(tmp_path: Path) -> None:
     rows = {"a": np.asfortranarray([[0, 1], [1, 1]])}
     np.save(tmp_path / "labels.npy", rows)
@@ -214,6 +220,7 @@ def test_fortran_order_is_undone(tmp_path: Path) -> None:
         read_label_file(tmp_path / "labels.npy", 3)
 
 
+@pytest.mark.parametrize("name", ["labels.npy", "labels.pkl"])
 @pytest.mark.parametrize(
     "hostile",
     [
@@ -227,11 +234,12 @@ def test_fortran_order_is_undone(tmp_path: Path) -> None:
     ],
     ids=["call", "eval", "in a dict", "getattr", "in an array", "dtype of no number", "class"],
 )
-def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, hostile: Callable[[str], object]) -> None:
+def test_a_hostile_pickle_is_refused_and_not_run(tmp_path: Path, name: str, hostile: Callable[[str], object]) -> None:
     mark = tmp_path / "it ran"
-    (tmp_path / "labels.npy").write_bytes(as_npy(pickle.dumps(hostile(str(mark)))))
-    with pytest.raises(DataError, match=r"labels\.npy was refused"):
-        read_label_file(tmp_path / "labels.npy", 20)
+    content = pickle.dumps(hostile(str(mark)))
+    (tmp_path / name).write_bytes(as_npy(content) if name.endswith(".npy") else content)
+    with pytest.raises(DataError, match=rf"{name} was refused"):
+        read_label_file(tmp_path / name, 20)
     assert not mark.exists()
 
 
@@ -268,7 +276,7 @@ def test_plain_arrays_and_other_files_are_no_label_files(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"float64 of shape \(2, 20\), expected one dict"):
         read_label_file(tmp_path / "labels.npy", 20)
     (tmp_path / "labels.txt").touch()
-    with pytest.raises(DataError, match=r"ends in '\.txt', expected \.npy or \.npz"):
+    with pytest.raises(DataError, match=r"ends in '\.txt', expected \.npy, \.pkl or \.npz"):
         read_label_file(tmp_path / "labels.txt", 20)
 
 

@@ -321,12 +321,11 @@ def _read_instances(path: Path, *, shapes: bool = True) -> _Instances:
         del text
         instances = _Instances(path, *_classes(path, content["categories"]))
         instances.images, numbers = _checked_images(path, content["images"])
+        annotations = content["annotations"]
+        named = set().union(*category_ids.values())
         if shapes:
-            _sort_annotations(instances, numbers, content["annotations"])
-        elif (
-            category_ids.keys() <= numbers
-            and set().union(*category_ids.values()) <= instances.class_of_category.keys()
-        ):
+            _sort_annotations(instances, numbers, annotations)
+        elif category_ids.keys() <= numbers and named <= instances.class_of_category.keys():
             for number, ids in category_ids.items():
                 instances.labels[number] = {instances.class_of_category[category] for category in ids}
         else:
@@ -364,9 +363,7 @@ def _checked_images(path: Path, images: Sequence[_Image]) -> tuple[list[_Image],
     for image in images:
         inside = replace(image, file_name=inner_path(image.file_name, f"{path}, image {image.number},"))
         if inside.number in numbers or inside.image_id in ids:
-            raise DataError(
-                f"{path} holds the image {image.number} ({image.file_name}) twice; expected each image once."
-            )
+            raise DataError(f"{path} holds the image {image.number} ({image.file_name}) twice, expected each once.")
         numbers.add(inside.number)
         ids.add(inside.image_id)
         checked.append(inside)
@@ -377,14 +374,15 @@ def _sort_annotations(instances: _Instances, numbers: set[int], annotations: Seq
     """Give each annotation to its image."""
     for annotation in annotations:
         number, category = annotation["image_id"], annotation["category_id"]
-        where = f"{instances.path}, annotation {annotation['id']},"
         if category not in instances.class_of_category:
             raise DataError(
-                f"{where} has the category {category!r}, which is not in its categories; is the file cut together from "
-                "others?"
+                f"{instances.path}, annotation {annotation['id']}, has the category {category!r}, which is not in its "
+                "categories; is the file cut together from others?"
             )
         if number not in numbers:
-            raise DataError(f"{where} is of image {number!r}, which is not there.")
+            raise DataError(
+                f"{instances.path}, annotation {annotation['id']}, is of image {number!r}, which is not there."
+            )
         instances.labels[number].add(instances.class_of_category[category])
         instances.annotations[number].append(annotation)
 

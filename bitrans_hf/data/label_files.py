@@ -17,11 +17,12 @@ _NUMBER_CODES = frozenset(f"{kind}{size}" for kind in "iuf" for size in (1, 2, 4
 
 
 def read_label_file(path: str | Path, num_classes: int) -> dict[str, list[int]]:
-    """Read the object classes of each image from a `cls_labels.npy` or a `.npz`.
+    """Read the object classes of each image from a `cls_labels.npy`, a pickled dict or a `.npz`.
 
     Args:
         path: A `.npy` with a pickled dict from image id to a 0/1 array (num_classes,), as PSA, SEAM and MCTformer ship
-            it; it is read by an unpickler that knows arrays of numbers and nothing else. Or a `.npz` with `ids` (n,)
+            it, or the same dict in a `.pkl`; both are read by an unpickler that knows arrays of numbers, numbers and
+            text, and nothing else. Or a `.npz` with `ids` (n,)
             and `labels`, 0/1 of shape (n, num_classes) or such rows after `np.packbits`.
         num_classes: Number of object classes that each row must have.
 
@@ -34,12 +35,12 @@ def read_label_file(path: str | Path, num_classes: int) -> dict[str, list[int]]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"label file {path} is not there; give the path of a cls_labels.npy or .npz.")
-    if path.suffix == ".npy":
-        rows = _read_npy_dict(path)
+    if path.suffix in (".npy", ".pkl", ".pickle"):
+        rows = _read_pickled_dict(path)
     elif path.suffix == ".npz":
         rows = _read_npz(path, num_classes)
     else:
-        raise DataError(f"label file {path} ends in {path.suffix!r}, expected .npy or .npz; convert it.")
+        raise DataError(f"label file {path} ends in {path.suffix!r}, expected .npy, .pkl or .npz; convert it.")
     labels = {}
     for image_id, row in rows.items():
         values = np.asarray(row)
@@ -68,18 +69,12 @@ def _read_npz(path: Path, num_classes: int) -> dict[str, NDArray[Any]]:
 # ---- A pickle that may come from anywhere.
 
 
-def _read_npy_dict(path: Path) -> Mapping[str, Any]:
-    """Read the dict in a 0-dimensional object array that `np.save` has pickled."""
+def _read_pickled_dict(path: Path) -> Mapping[str, Any]:
+    """Read a pickled dict, in a `.npy` behind the header of the 0-dimensional array that `np.save` makes of it."""
     try:
         with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
-            shape, _, dtype = read_header(file)
-            if dtype.kind != "O" or shape != ():
-                raise DataError(
-                    f"{path} holds {dtype} of shape {shape}, expected one dict from image id to labels, as "
-                    "np.save(path, {...}) writes it."
-                )
+            if path.suffix == ".npy":
+                _skip_npy_header(file, path)
             content = _array(_NumbersOnlyUnpickler(file).load())
     # Damaged pickles fail in many ways; the unpickler itself can only reach the stand-ins below.
     except (
@@ -97,6 +92,17 @@ def _read_npy_dict(path: Path) -> Mapping[str, Any]:
         return {image_id: _array(row) for image_id, row in content.items()}
     except ValueError as error:
         raise DataError(f"{path} was refused ({error}); expected arrays of numbers.") from error
+
+
+def _skip_npy_header(file: BinaryIO, path: Path) -> None:
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else _read_header_2_0
+    shape, _, dtype = read_header(file)
+    if dtype.kind != "O" or shape != ():
+        raise DataError(
+            f"{path} holds {dtype} of shape {shape}, expected one dict from image id to labels, as "
+            "np.save(path, {...}) writes it."
+        )
 
 
 def _read_header_2_0(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -60,7 +60,7 @@ def load_voc(
             SBD val) - VOC val, is in no archive: `prepare_voc` writes it, or `sbd` says where the parts are.
         classes: Part of the 20 VOC names, in the order that their ids shall have; labels of other classes are dropped
             and become background in the masks. Default: all in VOC's order.
-        label_file: A `cls_labels.npy` or `.npz` for all 20 classes, see `read_label_file`.
+        label_file: A `cls_labels.npy`, `.pkl` or `.npz` for all 20 classes, see `read_label_file`.
         sbd: SBD's folder `benchmark_RELEASE`, for `train_aug` without a list.
         masks: Give masks where a file is known, `SegmentationClass` before `SegmentationClassAug`. False: the column
             is None throughout and no mask file is touched, so that training cannot see a pixel label.
