@@ -21,7 +21,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import torch
 from datasets import Dataset
-from huggingface_hub import HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.hf_api import RepoFile
 from transformers import ImageSegmentationPipeline, PreTrainedModel
 
@@ -33,8 +33,6 @@ from .modeling_deeplab import DeepLabForSemanticSegmentation
 from .pipeline_bitrans import TASK, PseudoMaskPipeline
 
 Kind = Literal["model", "dataset", "space"]
-
-NOT_UPLOADED = ("__pycache__/*", "*.pyc", ".*")
 
 
 class PublishError(RuntimeError):
@@ -304,10 +302,10 @@ def upload(
         head = api.repo_info(repo_id, repo_type=kind, revision=branch).sha
         tags = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=kind).tags}
         if version not in tags:
-            done = api.upload_folder(
-                repo_id=repo_id, repo_type=kind, folder_path=folder, revision=branch, parent_commit=head,
-                commit_message=message or f"Version {version}",
-                ignore_patterns=list(NOT_UPLOADED), delete_patterns=["*"],
+            # Not `upload_folder`: where Xet is installed, it may split a folder into several commits.
+            done = api.create_commit(
+                repo_id, operations=operations_for(api, folder, repo_id, kind, branch), repo_type=kind,
+                revision=branch, parent_commit=head, commit_message=message or f"Version {version}",
             )  # fmt: skip
             tags[version] = done.oid
             api.create_tag(repo_id, repo_type=kind, tag=version, revision=done.oid)
@@ -329,17 +327,33 @@ def upload(
     return Upload(f"{api.endpoint}/{prefix}{repo_id}", tags[version], version)
 
 
+def operations_for(
+    api: HfApi, folder: str | Path, repo_id: str, kind: Kind, revision: str
+) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """Return what makes a branch hold the files of a folder and no others."""
+    here = files_of(folder)
+    return [
+        *(CommitOperationAdd(name, Path(folder) / name) for name in here),
+        *(CommitOperationDelete(name) for name in files_there(api, repo_id, kind, revision) if name not in here),
+    ]
+
+
 def is_published(api: HfApi, folder: str | Path, repo_id: str, kind: Kind, revision: str) -> bool:
     """Whether a revision of a repository holds the files of a folder, with the same bytes, and no others."""
-    there = {
-        entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
-        for entry in api.list_repo_tree(repo_id, repo_type=kind, revision=revision, recursive=True)
-        if isinstance(entry, RepoFile) and entry.path != ".gitattributes"
-    }
+    there = files_there(api, repo_id, kind, revision)
     here = {name: (Path(folder) / name).read_bytes() for name in files_of(folder)}
     return set(there) == set(here) and all(
         there[name] in (hashlib.sha256(content).hexdigest(), git_blob_id(content)) for name, content in here.items()
     )
+
+
+def files_there(api: HfApi, repo_id: str, kind: Kind, revision: str) -> dict[str, str]:
+    """Return a repository's files with their SHA-256, or git's name of their content where git holds it."""
+    return {
+        entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
+        for entry in api.list_repo_tree(repo_id, repo_type=kind, revision=revision, recursive=True)
+        if isinstance(entry, RepoFile) and entry.path != ".gitattributes"
+    }
 
 
 def git_blob_id(content: bytes) -> str:

@@ -367,7 +367,7 @@ class Handler(BaseHTTPRequestHandler):
                     "path": file["path"],
                     "uploadMode": "regular" if text else "lfs",
                     "shouldIgnore": False,
-                    "oid": known.git_oid if known else None,
+                    "oid": (known.sha256 if known.lfs else known.git_oid) if known else None,
                 }
             )
         self._json({"files": answer})

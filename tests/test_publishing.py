@@ -214,6 +214,7 @@ attempt("no branch", "me/there", "model", branch="dev", version="v2.0")
 attempt("no name", "me/there/x", "model")
 (folder / "README.md").write_text("changed")
 attempt("same version", "me/there", "model")
+(folder / "weights.bin").unlink()
 attempt("next version", "me/there", "model", version="v1.1")
 pull("pull: no repository", "me/absent")
 pull("pull: no revision", "me/there", "v9")
@@ -252,7 +253,8 @@ def test_every_refusal_of_the_hub_is_one_sentence_and_changes_nothing(hub: HubSe
         assert hub.token not in result[name]
         assert "hf_wrong" not in result[name]
     assert [commit.title for commit in repository.history()] == ["Version v1.1", "Version v1.0", "initial commit"]
-    assert set(repository.files()) == {".gitattributes", "README.md", "weights.bin"}
+    assert set(repository.files("v1.0")) == {".gitattributes", "README.md", "weights.bin"}
+    assert set(repository.files("v1.1")) == {".gitattributes", "README.md"}
     assert set(hub.repositories) == {("model", "me/there")}
 
 
