@@ -142,13 +142,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="try a model on single pictures, in the browser",
         description="Open a page in the browser: drop a picture, choose its labels, see maps and mask at once.",
         epilog="examples:\n  bitrans app --model runs/photos/train/model\n"
-        "  bitrans app --model org/bitrans-voc --port 8000 --host 0.0.0.0      reachable from other machines\n",
+        "  bitrans app --model org/bitrans-voc --port 8000 --host 0.0.0.0      reachable from other machines\n"
+        "  bitrans app --model org/bitrans-voc --space space                   a folder to upload as a Space\n",
         formatter_class=form,
     )
     app.add_argument("--model", required=True, help="folder of a trained model, or repository on the Hub")
     app.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
     app.add_argument("--port", type=int, help="(the first free one from 7860)")
     app.add_argument("--device", help='"cpu", "cuda:0", ... (a GPU if there is one)')
+    app.add_argument(
+        "--space", type=Path, metavar="FOLDER", help="write the folder of a Space that serves the model, and end"
+    )
     app.add_argument("--no-browser", action="store_true", help="do not open the browser")
     app.set_defaults(run=run_app)
     return parser
@@ -349,14 +353,19 @@ def run_check(options: argparse.Namespace) -> None:
 
 
 def run_app(options: argparse.Namespace) -> None:
-    """Serve the app until it is stopped."""
+    """Serve the app until it is stopped, or write the folder of a Space."""
     try:
-        from .app import serve  # here, because gradio is an extra and takes seconds to import
+        from .app import serve, write_space  # here, because gradio is an extra and takes seconds to import
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise ImportError('the app needs gradio; install it with pip install "bitrans-hf[app]".') from error
 
+    if options.space is not None:
+        folder = write_space(options.space, options.model)
+        upload = f"hf upload spaces/YOUR_NAME/{folder.name} {folder} ."
+        say(f"space: -> {folder}; make a Gradio Space on the Hub, then: {upload}")
+        return
     serve(options.model, host=options.host, port=options.port, device=options.device, browser=not options.no_browser)
 
 

@@ -171,6 +171,12 @@ def test_a_space_needs_a_published_model(tmp_path: Path):
         write_space(tmp_path / "space", "runs/shapes/train/model")
 
 
+def test_the_command_writes_a_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    main(["app", "--model", "org/bitrans-voc", "--space", str(tmp_path / "masks")])
+    assert (tmp_path / "masks" / "app.py").is_file()
+    assert f"hf upload spaces/YOUR_NAME/masks {tmp_path / 'masks'} ." in capsys.readouterr().out
+
+
 def test_without_gradio_the_command_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "bitrans_hf.app")
     monkeypatch.setitem(sys.modules, "gradio", None)
