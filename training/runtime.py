@@ -34,7 +34,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Run a stage's `main`; an error that a person can mend ends the process with one sentence, not a traceback."""
     try:
         main()
-    except (StageError, ValueError, OSError) as error:
+    except (StageError, ValueError, OSError, ImportError) as error:  # ImportError: an extra is not installed
         raise SystemExit(f"error: {error}") from error
 
 
