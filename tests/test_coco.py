@@ -240,16 +240,29 @@ def test_the_script_writes_masks_that_recipes_use(
 ) -> None:
     root = make_coco()
     prepare_coco_main(
-        ["--coco", str(root), "--split", "val2014", "--masks", str(root / "m"), "--overlap", "smaller", "--quiet"]
+        [
+            "--coco",
+            str(root),
+            "--split",
+            "val2014",
+            "--masks",
+            str(root / "m/val2014"),
+            "--overlap",
+            "smaller",
+            "--quiet",
+        ]
     )
+    make_coco(split="train2014")
     assert "smaller objects over larger ones; crowd regions are background" in capsys.readouterr().out
     recipe = DataRecipe(source="coco", root=str(root), mask_folder=str(root / "m"), drop_empty=True)
     images = load_images(recipe, "val2014", masks=True)
     assert len(images) == 2
     assert "smaller" in str(mask_rule(images))
+    assert images.features["mask"].decode
     assert load_images(recipe, "val2014", masks=False)["mask"][:] == [None, None]
+    assert not load_images(recipe, "train2014", masks=True).features["mask"].decode  # not written: painted
     painted = DataRecipe(source="coco", root=str(root), mask_crowd="ignore")
-    assert "crowd regions are 255" in str(mask_rule(load_images(painted, "val", masks=True)))
+    assert "crowd regions are 255" in str(mask_rule(load_images(painted, "val2014", masks=True)))
     with pytest.raises(ValueError, match="COCO has no images without a split"):
         load_images(recipe, None, masks=False)
 

@@ -7,6 +7,7 @@ wrong type are errors. The resolved recipe is written beside every result.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
 from datasets import Dataset
@@ -69,7 +70,8 @@ class DataRecipe:
         image_size: shapes: side of a scene in pixels.
         seed: shapes: seed of the scenes; every split draws from its own stream.
         sbd_root: voc: SBD's folder, for train_aug where `prepare_voc.py` has not written its list.
-        mask_folder: coco: folder of masks that were written once; null paints them when they are needed.
+        mask_folder: coco: folder with a folder of masks for each split, `val2014` and so on, which `prepare_coco.py`
+            wrote once; splits without one, and all with null, have theirs painted when they are needed.
         mask_overlap: coco: who gets pixels of several objects, "later" (null), "smaller" or "ignore".
         mask_crowd: coco: what crowd regions become in masks, "background" (null), "ignore" or "object".
         drop_empty: voc, coco: leave out images that show none of the classes; null keeps them.
@@ -711,11 +713,12 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
         assert data.root is not None
         if split is None:
             raise ValueError("COCO has no images without a split; name one such as train2014 or val2014.")
+        written = None if data.mask_folder is None else Path(data.mask_folder) / split
         return load_coco(
             data.root,
             split,
             classes=data.classes,
-            masks=(data.mask_folder or True) if masks else False,
+            masks=masks and (written if written is not None and written.is_dir() else True),
             overlap=data.mask_overlap,
             crowd=data.mask_crowd,
             drop_empty=bool(data.drop_empty),
