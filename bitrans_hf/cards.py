@@ -290,6 +290,17 @@ def stage_table(run: Run) -> str:
     return table(["stage", "split", "mIoU (%)"], rows)
 
 
+def step_table(stage: Mapping[str, Any]) -> str:
+    """Return a line for each split of a stage that refines label maps in steps: its images, the score of each step."""
+    splits = stage.get("splits", {})
+    steps = list(dict.fromkeys(step for scores in splits.values() for step in scores.get("steps", {})))
+    rows = [
+        [name, str(scores.get("images", NOT_MEASURED)), *(number(scores.get("steps", {}).get(step)) for step in steps)]
+        for name, scores in splits.items()
+    ]
+    return table(["split", "images", *(f"{step}, mIoU (%)" for step in steps)], rows)
+
+
 def tag_table(trained: Mapping[str, Any]) -> str:
     """Return the image-level scores on the validation split."""
     titles = {"map_class": "mAP of the class tokens", "map_patch": "mAP of the patch branch"}

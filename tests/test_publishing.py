@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import httpx2
 import numpy as np
 import pytest
+from datasets import load_dataset
 from hub_server import HubServer
 from open_published import open_without_the_package, run_published
 from PIL import Image
@@ -143,6 +145,25 @@ result = {"ids": list(labels["image_id"]), "modes": [row["pseudo_label"].mode fo
 def assert_equal_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     assert set(actual) == set(expected)
     assert [name for name, value in expected.items() if not np.array_equal(actual[name], value)] == []
+
+
+def test_pseudo_labels_of_several_splits_say_whose_score_is_whose(tmp_path: Path):
+    run = write_run(tmp_path / "runs" / "animals", ("train", "seeds", "pseudo_labels"))
+    stage = run / "pseudo_labels"
+    shutil.copytree(stage / "train", stage / "val")
+    (stage / "val" / "labels" / "2007_000032.png").unlink()
+    metrics = json.loads((stage / "metrics.json").read_text())
+    # The stage made val first, which its one score is of.
+    val = {"images": 1, "scored": 1, "steps": {"seed": 61.5, "walk": 63.0, "refined": 65.25}}
+    metrics |= {"miou": 65.25, "splits": {"val": val, **metrics["splits"]}}
+    (stage / "metrics.json").write_text(json.dumps(metrics))
+    publish_main([*arguments(tmp_path / "runs"), "--publish.parts", "[pseudo_labels]"])
+    folder = run / "publish" / "pseudo_labels"
+    card = (folder / "README.md").read_text()
+    assert "3 segmentation masks" in card
+    assert "**65.25 %** over 1 images" in card
+    assert "| val | 1 | 61.5 | 63.0 | 65.2 |\n| train | 2 | 71.4 | 74.2 | 77.8 |" in card
+    assert {name: split.num_rows for name, split in load_dataset(str(folder)).items()} == {"train": 2, "val": 1}
 
 
 def test_a_dry_run_lists_what_would_go_up_and_asks_nobody(

@@ -16,12 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from datasets import concatenate_datasets
 from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import PreTrainedModel
 
 import bitrans_hf
 from bitrans_hf import AffinityNetModel, BiTransImageProcessor, BiTransModel, DeepLabForSemanticSegmentation
-from bitrans_hf.cards import Network, Run, render_card
+from bitrans_hf.cards import Network, Run, render_card, step_table
 from bitrans_hf.pseudo_labels import pseudo_label_card, pseudo_label_dataset
 from bitrans_hf.publishing import (
     Kind,
@@ -182,10 +183,17 @@ def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part
     run = Run.from_folder(folder)
     if part.name == "pseudo_labels":
         stage = folder / "pseudo_labels"
-        names = [path.name for path in sorted(stage.iterdir()) if (path / "labels").is_dir()]
-        splits = {name: pseudo_label_dataset(stage / name / "labels") for name in names}
         content = run.stages["pseudo_labels"]
-        card = pseudo_label_card(splits[names[0]], list(run.classes), content["recipe"], content["metrics"])
+        scores = content["metrics"].get("splits", {})
+        found = [path.name for path in sorted(stage.iterdir()) if (path / "labels").is_dir()]
+        names = sorted(found, key=lambda name: list(scores).index(name) if name in scores else len(scores))
+        splits = {name: pseudo_label_dataset(stage / name / "labels") for name in names}
+        # The stage's one score is of its first split.
+        measured = {**scores.get(names[0], {}), **content["metrics"]}
+        card = pseudo_label_card(
+            concatenate_datasets([*splits.values()]), list(run.classes), content["recipe"], measured
+        )
+        card += f"\n## Splits\n\n{step_table(content['metrics'])}\n"
         write_pseudo_label_folder(out, splits, card)
         return
     network, model_class = NETWORKS[part.name]
