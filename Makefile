@@ -41,7 +41,7 @@ format: $(INSTALLED_DEV)
 	@$(BIN)/ruff check --fix
 	@$(BIN)/ruff format
 
-bench: $(INSTALLED)
+bench: $(INSTALLED_DEV)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 ablation: $(INSTALLED)

@@ -35,6 +35,8 @@ HERE = Path(__file__).resolve().parent
 Changes: TypeAlias = dict[str, str | bool | int | float | list[Any] | dict[str, Any] | None]
 FIXED_FOR_ALL = ("data.source", "data.root", "data.classes", "seeds.splits", "seed", "name", "output_dir")
 """Keys that no variant may change: the rows of a table are scored on the same images."""
+LATER_STAGES = ("affinity", "pseudo_labels", "segmentation", "prediction", "publish")
+"""Recipe sections that a table of seeds leaves out."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ class Ablation:
     def arguments(self, variant: str, seed: int) -> list[str]:
         """Return the command-line arguments of one run's stages."""
         arguments = ["--config", self.recipe]
+        for section in LATER_STAGES:
+            arguments += [f"--{section}", "null"]
         for key, value in {**self.changes, **self.variants[variant]}.items():
             arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         arguments += ["--output_dir", str(self.folder / variant), "--name", f"seed{seed}", "--seed", str(seed)]
