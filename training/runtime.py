@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import datasets
 import torch
 import transformers
 from accelerate import Accelerator
@@ -52,6 +53,7 @@ def make_accelerator(
     settings = settings or recipe.train
     if options.quiet or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     if is_initialized() and AcceleratorState().mixed_precision != settings.precision:
         # Stages follow each other in one process, and Accelerate has no public way to change the precision of one; the
         # process group, which is kept apart, stays.
