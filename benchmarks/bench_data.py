@@ -87,6 +87,7 @@ def until_first_batch(name: str, root: Path, options: Options) -> tuple[float, f
     elapsed = 1e3 * (clock() - start)
     if len(images) != NUM_IMAGES or batch["pixel_values"].shape != (BATCH_SIZE, 3, 224, 224):
         raise RuntimeError(f"expected a batch of {NUM_IMAGES} images, got {len(images)}.")
+    del batch  # 18 MiB that are the same for ten images
     gc.collect()
     return elapsed, (resident_memory() - before) / 2**20
 

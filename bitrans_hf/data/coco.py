@@ -308,11 +308,13 @@ def _read_instances(path: Path, *, shapes: bool = True) -> _Instances:
 
     def take(part: dict[str, Any]) -> Any:
         """Turn parts of the file into what is kept of them while it is parsed."""
-        if "file_name" in part:
-            return _Image(part["id"], part["file_name"], part["height"], part["width"])
-        if "category_id" in part and not shapes:
+        if "category_id" in part:  # first: there are seven of these for each image
+            if shapes:
+                return part
             category_ids[part["image_id"]].add(part["category_id"])
             return None
+        if "file_name" in part:
+            return _Image(part["id"], part["file_name"], part["height"], part["width"])
         return part
 
     try:
@@ -361,12 +363,15 @@ def _checked_images(path: Path, images: Sequence[_Image]) -> tuple[list[_Image],
     numbers: set[int] = set()
     checked = []
     for image in images:
-        inside = replace(image, file_name=inner_path(image.file_name, f"{path}, image {image.number},"))
-        if inside.number in numbers or inside.image_id in ids:
+        file_name = inner_path(image.file_name, f"{path}, image {image.number},")
+        if file_name != image.file_name:
+            image = replace(image, file_name=file_name)
+        image_id = image.image_id
+        if image.number in numbers or image_id in ids:
             raise DataError(f"{path} holds the image {image.number} ({image.file_name}) twice, expected each once.")
-        numbers.add(inside.number)
-        ids.add(inside.image_id)
-        checked.append(inside)
+        numbers.add(image.number)
+        ids.add(image_id)
+        checked.append(image)
     return checked, numbers
 
 

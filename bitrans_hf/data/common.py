@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import gc
 import io
+import os
 import re
 import struct
 import zlib
@@ -134,6 +135,8 @@ def build_dataset(
     }
     # Not `Dataset.from_dict`, which looks at every cell in Python: 5 s for COCO's 122,218 rows, this takes 0.3 s.
     table = pa.table(columns, schema=features.arrow_schema)
+    del columns, in_memory, paths
+    pa.default_memory_pool().release_unused()  # what Arrow keeps of it for later is more than the table
     info = DatasetInfo(description="" if mask_rule is None else f"{_MASK_RULE}{mask_rule}", features=features)
     return Dataset(InMemoryTable(table), info=info)
 
@@ -439,7 +442,7 @@ def without_suffix(file_name: str) -> str:
 
 def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
     """Return those of `names` that are no files in `folder`; one listing in place of a question for each file."""
-    present = {file.name for file in folder.iterdir()}
+    present = set(os.listdir(folder))  # noqa: PTH208 - 122,218 paths would take half a second to make
     return [name for name in names if name not in present and not (folder / name).is_file()]
 
 
