@@ -1,5 +1,7 @@
 """Pictures in, normalised tensors out; scores of a network in, label maps at the picture's size out."""
 
+import struct
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
@@ -20,6 +22,12 @@ from transformers.image_utils import (
     SizeDict,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
+
+# What PIL raises on damaged files, depending on the format and on where the damage is.
+DECODING_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, OverflowError,
+    struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -5,10 +5,8 @@ import binascii
 import difflib
 import importlib
 import io
-import struct
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
@@ -23,6 +21,7 @@ from transformers import Pipeline, PreTrainedConfig
 
 from .image_processing_bitrans import (
     CAM_FUSIONS,
+    DECODING_ERRORS,
     BiTransImageProcessor,
     min_max_normalized,
     resized,
@@ -37,12 +36,6 @@ TASK = "pseudo-mask-generation"
 
 Refiner = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """(image (H, W, 3) uint8, scores (1 + K, H, W) in [0, 1], background first) -> scores of the same shape."""
-
-# What PIL raises on damaged files, depending on the format and on where the damage is.
-DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, OverflowError,
-    struct.error, zlib.error, Image.DecompressionBombError,
-)  # fmt: skip
 
 
 # ---- Pictures from anywhere.

@@ -7,8 +7,6 @@ import gc
 import io
 import os
 import re
-import struct
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,17 +20,11 @@ from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from ..image_processing_bitrans import to_rgb
+from ..image_processing_bitrans import DECODING_ERRORS, to_rgb
 from ..labels import BACKGROUND, IGNORE_INDEX, palette
 
 ImageCell: TypeAlias = Mapping[str, Any] | PILImage.Image | str | Path
 """A picture as a row may hold it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
-
-# What PIL raises on damaged files, depending on the format and on where the damage is.
-_DECODING_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, OverflowError,
-    struct.error, zlib.error, PILImage.DecompressionBombError,
-)  # fmt: skip
 
 _PALETTE = palette()
 
@@ -318,7 +310,7 @@ def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened],
             return read(image)
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{kind} {name} is not there; was it moved or deleted?") from error
-    except _DECODING_ERRORS as error:
+    except DECODING_ERRORS as error:
         raise UnreadableImageError(
             f"{kind} {name} cannot be read ({type(error).__name__}: {error}); replace the file or leave it out."
         ) from error
