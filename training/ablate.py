@@ -1,9 +1,10 @@
 """Run a table of recipe variants with several seeds, and write one report.
 
-python training/ablate.py --config training/recipes/ablations/table1_shapes.yaml
+python training/ablate.py --config training/recipes/ablations/paper_tables_shapes.yaml
 
 Every cell of the table is an ordinary run, `<output_dir>/<name>/<variant>/seed<number>/`, trained by `train.py` and
-scored by `make_seeds.py`. Finished runs are kept and a killed one goes on where it was when the same command is given
+scored by `make_seeds.py`. Rows that differ only in how seeds are made share one training: the later row's `train` is a
+link to the first one's. Finished runs are kept and a killed one goes on where it was when the same command is given
 again. The page, `<output_dir>/<name>/report/index.html`, and `metrics.json` are written anew each time.
 """
 
@@ -13,11 +14,12 @@ import shutil
 import statistics
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
 from tqdm.auto import tqdm
@@ -27,16 +29,39 @@ from bitrans_hf.report import VARIANT_TITLES, GalleryRow, Table, recipe_table, w
 from bitrans_hf.seeds import SEED_VARIANTS
 from bitrans_hf.store import SeedStore
 from make_report import spread
+from make_seeds import DEPENDS_ON as SEEDS_DEPEND_ON
 from recipe import ALL_IMAGES, Recipe, load_images, parse_recipe
-from runtime import StageError, provenance, run_script, write_json
+from runtime import StageError, holds, provenance, recipe_parts, run_script, write_json
+from train import DEPENDS_ON as TRAINING_DEPENDS_ON
 
 HERE = Path(__file__).resolve().parent
+PRESETS = HERE / "recipes" / "presets"
 # `str` first: the parser takes the first type that fits, and would read the text "no" as false otherwise.
 Changes: TypeAlias = dict[str, str | bool | int | float | list[Any] | dict[str, Any] | None]
-FIXED_FOR_ALL = ("data.source", "data.root", "data.classes", "seeds.splits", "seed", "name", "output_dir")
-"""Keys that no variant may change: the rows of a table are scored on the same images."""
+SET_BY_THE_ABLATION = ("seed", "name", "output_dir")
+"""Keys that no variant may change: they say which run it is."""
+FIXED_FOR_ALL = (
+    *(f"data.{key}" for key in ("source", "root", "classes", "sbd_root", "mask_folder", "mask_overlap", "mask_crowd")),
+    *(f"data.{key}" for key in ("drop_empty", "num_val", "image_size", "seed")),
+    "seeds.splits",
+)
+"""Keys whose values must be those of the baseline, so that all rows are scored on the same images and masks."""
 LATER_STAGES = ("affinity", "pseudo_labels", "segmentation", "prediction", "publish")
 """Recipe sections that a table of seeds leaves out."""
+MOST_GALLERY_ROWS = 8
+"""Rows that the page shows pictures of when `gallery_rows` names none: more would be too small to look at."""
+CHOSEN = "chosen"
+"""Name, beside those of the seed variants, of the variant that a row's own recipe names."""
+
+
+class Cell(NamedTuple):
+    """One run of the table."""
+
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.variant}/seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -46,13 +71,17 @@ class Ablation:
     Attributes:
         name: Runs and report go to <output_dir>/<name>/.
         recipe: The recipe file that every row starts from.
-        variants: Name of a row -> recipe keys that it changes, such as {"model.scc_weight": 0.0}.
+        variants: Name of a row -> recipe keys that it changes, such as {"model.scc_weight": 0.0}. The key `preset`
+            names a file of `recipes/presets`, or a list of them, laid over the recipe before the other keys.
         baseline: The row that the others are compared with, seed by seed.
         seeds: Recipe seeds; equal seeds see the same images in the same order, which makes the differences paired.
-        changes: Recipe keys that are changed in every row.
+        changes: Recipe keys that are changed in every row; a row's own value of a key, `preset` too, comes before.
+        tables: Title -> its rows, a list, or a mapping from the name that is shown to the row, for tables that share
+            rows; null for one table of all.
         output_dir: Folder of all runs.
         parallel: Runs at the same time, on one GPU or on the CPU's cores.
         num_images: Images that the page shows under every variant.
+        gallery_rows: Rows that the page shows pictures of; null for all, but at most the first eight.
         cpu: Run on the CPU even where there is a GPU.
         quiet: No progress bar.
     """
@@ -63,9 +92,11 @@ class Ablation:
     baseline: str
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     changes: Changes = field(default_factory=dict)
+    tables: dict[str, list[str] | dict[str, str]] | None = None
     output_dir: str = "runs"
     parallel: int = 1
     num_images: int = 8
+    gallery_rows: list[str] | None = None
     cpu: bool = False
     quiet: bool = False
 
@@ -73,7 +104,7 @@ class Ablation:
         """Check what the types do not say.
 
         Raises:
-            ValueError: the baseline is no row, there is no seed, one comes twice, or a row changes the scored images.
+            ValueError: a name is of no row or no preset, a row is in no table, or seeds are missing or repeated.
         """
         if self.baseline not in self.variants:
             raise ValueError(f"baseline {self.baseline!r} is no variant; there are {', '.join(self.variants)}.")
@@ -84,27 +115,87 @@ class Ablation:
         for row, changed in self.variants.items():
             if Path(row).name != row or row == "report":
                 raise ValueError(f"variant {row!r} cannot be the name of a folder beside report/; rename it.")
-            for key in changed:
-                if key in FIXED_FOR_ALL:
-                    raise ValueError(
-                        f"variant {row!r} changes {key}, which must be the same in every row; put it under changes "
-                        "or set it for the whole ablation."
-                    )
+            for key in SET_BY_THE_ABLATION:
+                if key in changed:
+                    raise ValueError(f"variant {row!r} changes {key}, which must be set for the whole ablation.")
+            self.preset_files(row)
+        tables = {title: set(rows.values()) for title, rows in self.shown_tables().items()}
+        for title, rows in {**tables, "gallery_rows": set(self.gallery_rows or ())}.items():
+            unknown = sorted(rows - self.variants.keys())
+            if unknown:
+                raise ValueError(f"{title} names the row {unknown[0]!r}; there are {', '.join(self.variants)}.")
+        left_out = [row for row in self.variants if not any(row in rows for rows in tables.values())]
+        if left_out:
+            raise ValueError(f"no table shows the row {left_out[0]!r}; name it under tables or drop it from variants.")
 
     @property
     def folder(self) -> Path:
         """Folder of the runs and of the report."""
         return Path(self.output_dir) / self.name
 
+    def shown_tables(self) -> dict[str, dict[str, str]]:
+        """Return title -> name that is shown -> row; one table without a title where `tables` is null."""
+        tables = {"": list(self.variants)} if self.tables is None else self.tables
+        return {
+            title: rows if isinstance(rows, dict) else {row: row for row in rows} for title, rows in tables.items()
+        }
+
+    def row_changes(self, variant: str) -> Changes:
+        """Return the keys that a row changes, with those that are changed in every row."""
+        return {**self.changes, **self.variants[variant]}
+
+    def preset_files(self, variant: str) -> list[Path]:
+        """Return the preset files of a row.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        names = self.row_changes(variant).get("preset") or []
+        files = [PRESETS / f"{name}.yaml" for name in (names if isinstance(names, list) else [names])]
+        for file in files:
+            if file.parent != PRESETS or not file.is_file():
+                known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))) or "none"
+                raise ValueError(f"variant {variant!r} names the preset {file.stem!r}; there are: {known}.")
+        return files
+
     def arguments(self, variant: str, seed: int) -> list[str]:
         """Return the command-line arguments of one run's stages."""
-        arguments = ["--config", self.recipe]
+        arguments = [word for file in (self.recipe, *self.preset_files(variant)) for word in ("--config", str(file))]
         for section in LATER_STAGES:
             arguments += [f"--{section}", "null"]
-        for key, value in {**self.changes, **self.variants[variant]}.items():
-            arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        for key, value in self.row_changes(variant).items():
+            if key != "preset":
+                arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         arguments += ["--output_dir", str(self.folder / variant), "--name", f"seed{seed}", "--seed", str(seed)]
         return [*arguments, "--cpu", json.dumps(self.cpu), "--quiet", "true"]
+
+    def recipes(self) -> dict[Cell, Recipe]:
+        """Return the resolved recipe of every run, in the order of the variants.
+
+        Raises:
+            SystemExit: a key or value is wrong.
+            ValueError: a row would be scored on other images than the baseline.
+        """
+        recipes = {
+            Cell(variant, seed): parse_recipe(None, self.arguments(variant, seed))[0]
+            for variant in self.variants
+            for seed in self.seeds
+        }
+        baseline = fixed_values(recipes[Cell(self.baseline, self.seeds[0])])
+        for cell, recipe in recipes.items():
+            for key, value in fixed_values(recipe).items():
+                if value != baseline[key]:
+                    raise ValueError(
+                        f"variant {cell.variant!r} changes {key} to {value!r}, which must be the same in every row; "
+                        "put it under changes, or set it there if a preset sets it."
+                    )
+        return recipes
+
+
+def fixed_values(recipe: Recipe) -> dict[str, Any]:
+    """Return the values of the keys that must be the same in every row."""
+    sections = {section: asdict(getattr(recipe, section)) for section in ("data", "seeds")}
+    return {key: sections[key.split(".")[0]][key.split(".")[1]] for key in FIXED_FOR_ALL}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -129,85 +220,198 @@ def ablate(ablation: Ablation) -> Path:
     """
     made_with = provenance()
     # Every row is parsed before the first one runs: a mistyped key must not show up after hours.
-    recipes = {
-        (variant, seed): parse_recipe(None, ablation.arguments(variant, seed))[0]
-        for variant in ablation.variants
-        for seed in ablation.seeds
-    }
-    failed = run_all(ablation)
+    recipes = ablation.recipes()
+    failed = run_all(ablation, recipes)
     if failed:
         reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
         raise StageError(
             f"{len(failed)} of {len(recipes)} runs failed ({reasons}); mend it and run the command again."
         )
-    runs = {
-        f"{variant}/seed{seed}": json.loads(
-            (ablation.folder / variant / f"seed{seed}" / "seeds" / "metrics.json").read_text()
-        )
-        for variant, seed in recipes
-    }
-    first = recipes[ablation.baseline, ablation.seeds[0]]
+    runs = {str(cell): read_run(ablation.folder / str(cell)) for cell in recipes}
+    chosen = {variant: recipes[Cell(variant, ablation.seeds[0])].seeds.variant for variant in ablation.variants}
+    first = recipes[Cell(ablation.baseline, ablation.seeds[0])]
     splits = [split or ALL_IMAGES for split in first.seeds.splits]
-    summary = {split: summarize(ablation, runs, split) for split in splits if has_scores(runs, split)}
+    summary = {split: summarize(ablation, runs, chosen, split) for split in splits if has_scores(runs, split)}
     if not summary:
         raise StageError(f"no split of {', '.join(splits)} has masks; without ground truth there is no table to make.")
-    write_json(
-        ablation.folder / "metrics.json",
-        {
-            "baseline": ablation.baseline,
-            "seeds": ablation.seeds,
-            "variants": ablation.variants,
-            "summary": summary,
-            "runs": {
-                run: {"splits": scores["splits"], "made_with": scores["made_with"]} for run, scores in runs.items()
-            },
-            "made_with": made_with,
-        },
-    )
-    page = write_page(ablation, first, summary)
-    for split in summary:
-        print(as_text(split_table(split, summary[split], ablation)), flush=True)
-    print(f"ablation: {page}", flush=True)
+    result = {
+        "baseline": ablation.baseline,
+        "seeds": ablation.seeds,
+        "variants": ablation.variants,
+        "chosen": chosen,
+        "summary": summary,
+        "seconds": total_seconds(runs),
+        "devices": sorted({device for run in runs.values() for device in run["device"].values()}),
+        "runs": runs,
+        "made_with": made_with,
+    }
+    write_json(ablation.folder / "metrics.json", result)
+    tables = list(make_tables(ablation, summary, chosen))
+    page = write_page(ablation, recipes, tables, spent(result))
+    for table in tables:
+        print(as_text(table), end="\n\n", flush=True)
+    print(f"{spent(result)}\nablation: {page}", flush=True)
     return page
 
 
 # ---- Runs.
 
 
-def run_all(ablation: Ablation) -> dict[str, str]:
-    """Run every cell of the table, `ablation.parallel` at a time; return the failed ones with the reason."""
+def run_all(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> dict[str, str]:
+    """Run what is missing, `ablation.parallel` at a time; return the failed runs with the reason.
+
+    A row that shares the training of another is not begun before that is finished, and holds no place until then.
+    """
     environment = dict(os.environ)
     if ablation.parallel > 1:
         # Left alone, every run would take all cores and all of them would wait for each other.
         threads = max(1, (os.cpu_count() or 1) // ablation.parallel)
         environment.setdefault("OMP_NUM_THREADS", str(threads))
-    cells = [(variant, seed) for seed in ablation.seeds for variant in ablation.variants]
+    in_turn = sorted(recipes, key=lambda cell: ablation.seeds.index(cell.seed))  # whole tables of one seed first
+    trainings = plan_trainings({cell: recipes[cell] for cell in in_turn})
+    missing = {cell for sharing in trainings.values() for cell in sharing}
     failed: dict[str, str] = {}
     hidden = ablation.quiet or not sys.stderr.isatty()
-    with ThreadPoolExecutor(ablation.parallel) as pool:
-        waiting = {
-            pool.submit(run_one, ablation.arguments(*cell), environment): f"{cell[0]}/seed{cell[1]}" for cell in cells
-        }
-        bar = tqdm(as_completed(waiting), total=len(cells), desc="ablation", unit="run", disable=hidden)
-        for finished in bar:
-            run, reason = waiting[finished], finished.result()
+
+    def run(stage: str, cell: Cell, trained_by: Cell) -> str | None:
+        train = stage_folder(recipes[cell], "train")
+        if stage == "train":
+            if finished(recipes[cell], "train"):
+                return None
+            if train.is_symlink() and not train.exists():
+                train.unlink()  # it led to the training of a row whose folder was deleted
+        elif cell != trained_by:
+            share_training(recipes[trained_by], recipes[cell])
+        script = {"train": "train.py", "seeds": "make_seeds.py"}[stage]
+        return run_stage(script, ablation.arguments(*cell), environment)
+
+    with (
+        ThreadPoolExecutor(ablation.parallel) as pool,
+        tqdm(total=len(recipes), desc="ablation", unit="run", disable=hidden) as bar,
+    ):
+
+        def ended(cell: Cell, reason: str | None) -> None:
             if reason:
-                failed[run] = reason
+                failed[str(cell)] = reason
+            bar.update()
             if hidden:
-                print(f"{run}: {'failed' if reason else 'done'}", flush=True)
+                print(f"{cell}: {'failed' if reason else 'done'}", flush=True)
+
+        for cell in in_turn:
+            if cell not in missing:
+                ended(cell, None)
+        ready = deque(("train", cell, cell) for cell in trainings)
+        running: dict[Future[str | None], tuple[str, Cell, Cell]] = {}
+        while ready or running:
+            while ready and len(running) < ablation.parallel:
+                job = ready.popleft()
+                running[pool.submit(run, *job)] = job
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                stage, cell, _ = running.pop(future)
+                reason = future.result()
+                if stage == "seeds":
+                    ended(cell, reason)
+                elif reason is None:  # seeds come before other trainings: a row is whole as soon as it can be
+                    ready.extendleft(("seeds", other, cell) for other in reversed(trainings[cell]))
+                else:
+                    for other in trainings[cell]:
+                        ended(other, reason if other == cell else f"it shares the training of {cell}, where {reason}")
     return dict(sorted(failed.items()))
 
 
-def run_one(arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """Train and score one cell in processes of its own; return the last line of the error, or None."""
-    for script in ("train.py", "make_seeds.py"):
-        result = subprocess.run(
-            [sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True
-        )
-        if result.returncode:
-            said = result.stderr.strip().splitlines()
-            return f"{script} ended with {result.returncode}" + (f", {said[-1]}" if said else "")
-    return None
+def plan_trainings(recipes: Mapping[Cell, Recipe]) -> dict[Cell, list[Cell]]:
+    """Choose one run to train for all that train alike, of those without finished seeds.
+
+    That run is the one whose training is finished, else one that has begun, else the first.
+
+    Returns:
+        Run that trains -> the runs, itself among them, that still need its training.
+    """
+    alike: dict[str, list[Cell]] = {}
+    for cell, recipe in recipes.items():
+        key = json.dumps(recipe_parts(recipe, TRAINING_DEPENDS_ON), sort_keys=True)
+        if holds(recipe, "train", TRAINING_DEPENDS_ON) is False:
+            key = str(cell)  # a training of another recipe lies there: train.py refuses it, and others need not wait
+        alike.setdefault(key, []).append(cell)
+    trainings = {}
+    for cells in alike.values():
+        missing = [cell for cell in cells if not finished(recipes[cell], "seeds")]
+        if missing:
+            trained = [cell for cell in cells if finished(recipes[cell], "train")]
+            begun = [cell for cell in missing if holds(recipes[cell], "train", TRAINING_DEPENDS_ON)]
+            trainings[(trained or begun or missing)[0]] = missing
+    return trainings
+
+
+def share_training(source: Recipe, recipe: Recipe) -> None:
+    """Make `train` of a run a relative link to the finished one of `source`, unless it has a finished one itself.
+
+    A training that was begun there is deleted: it would end as the finished one did.
+    """
+    if finished(recipe, "train"):
+        return
+    train = stage_folder(recipe, "train")
+    if train.is_symlink():
+        train.unlink()
+    elif train.is_dir():
+        shutil.rmtree(train)
+    train.parent.mkdir(parents=True, exist_ok=True)
+    target = stage_folder(source, "train").resolve()
+    train.symlink_to(os.path.relpath(target, train.parent.resolve()), target_is_directory=True)
+
+
+def stage_folder(recipe: Recipe, stage: str) -> Path:
+    """Return the folder of a run's stage."""
+    return Path(recipe.output_dir) / recipe.name / stage
+
+
+def finished(recipe: Recipe, stage: str) -> bool:
+    """Say whether a run's "train" or "seeds" is finished, by this recipe."""
+    depends_on = {"train": TRAINING_DEPENDS_ON, "seeds": SEEDS_DEPEND_ON}[stage]
+    return (stage_folder(recipe, stage) / "done.json").is_file() and bool(holds(recipe, stage, depends_on))
+
+
+def run_stage(script: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
+    """Run a stage in a process of its own; return the last line of the error, or None."""
+    result = subprocess.run(
+        [sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True
+    )
+    if not result.returncode:
+        return None
+    said = result.stderr.strip().splitlines()
+    return f"{script} ended with {result.returncode}" + (f", {said[-1]}" if said else "")
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what a run measured: its scores, the wall time and device of its stages, and whose training it used."""
+    stages = {
+        stage: json.loads(path.read_text())
+        for stage in ("train", "seeds")
+        if (path := folder / stage / "metrics.json").is_file()  # a training may have been deleted after its seeds
+    }
+    return {
+        "splits": stages["seeds"]["splits"],
+        "made_with": stages["seeds"]["made_with"],
+        "trained_in": os.path.relpath((folder / "train").resolve().parent, folder.parents[1].resolve()),
+        "seconds": {stage: metrics.get("seconds") for stage, metrics in stages.items()},
+        "device": {stage: metrics["made_with"].get("device", "unknown") for stage, metrics in stages.items()},
+    }
+
+
+def total_seconds(runs: Mapping[str, Any]) -> dict[str, float]:
+    """Add up the wall seconds of the stages of all runs; a training that rows share counts once."""
+    trainings = {run["trained_in"]: run["seconds"].get("train") or 0.0 for run in runs.values()}
+    seeds = sum(run["seconds"]["seeds"] or 0.0 for run in runs.values())
+    return {"train": round(sum(trainings.values()), 1), "seeds": round(seeds, 1)}
+
+
+def spent(result: Mapping[str, Any]) -> str:
+    """Say how long the runs took, and where."""
+    hours = {stage: seconds / 3600 for stage, seconds in result["seconds"].items()}
+    return (
+        f"Wall time of all runs, one after another: training {hours['train']:.2f} h, seeds {hours['seeds']:.2f} h, on "
+        f"{', '.join(result['devices'])}."
+    )
 
 
 # ---- Scores.
@@ -218,30 +422,39 @@ def has_scores(runs: Mapping[str, Any], split: str) -> bool:
     return all("miou" in scores["splits"][split] for scores in runs.values())
 
 
-def summarize(ablation: Ablation, runs: Mapping[str, Any], split: str) -> dict[str, Any]:
+def summarize(ablation: Ablation, runs: Mapping[str, Any], chosen: Mapping[str, str], split: str) -> dict[str, Any]:
     """Give mean, standard deviation and paired difference to the baseline of every row.
+
+    Args:
+        ablation: The table.
+        runs: Run -> its scores.
+        chosen: Row -> the seed variant that its recipe names.
+        split: Which scores.
 
     Returns:
         Row -> kind of score ("best threshold", and for every split but the first "first split's threshold") -> seed
-        variant -> {"mean", "std", "values", "difference_mean", "difference_std"}, mIoU in percent. A standard
-        deviation (of the sample, n - 1) needs two seeds; it is null for one.
+        variant, and "chosen" -> {"mean", "std", "values", "difference_mean", "difference_std"}, mIoU in percent. A
+        standard deviation (of the sample, n - 1) needs two seeds; it is null for one. Variants that a row does not
+        have are left out; differences to a baseline that has them not are null.
     """
     kinds = {"best threshold": "miou", "first split's threshold": "miou_at_given_threshold"}
-    found: dict[str, dict[str, dict[str, list[float]]]] = {
-        row: {
-            kind: {
-                variant: [float(runs[f"{row}/seed{seed}"]["splits"][split][key][variant]) for seed in ablation.seeds]
+    first = runs[f"{ablation.baseline}/seed{ablation.seeds[0]}"]["splits"][split]
+    found: dict[str, dict[str, dict[str, list[float]]]] = {}
+    for kind, key in kinds.items():
+        if key not in first:
+            continue
+        for row in ablation.variants:
+            scores = [runs[f"{row}/seed{seed}"]["splits"][split][key] for seed in ablation.seeds]
+            values = {
+                variant: [float(score[variant]) for score in scores]
                 for variant in SEED_VARIANTS
+                if all(score.get(variant) is not None for score in scores)
             }
-            for kind, key in kinds.items()
-            if key in runs[f"{row}/seed{ablation.seeds[0]}"]["splits"][split]
-        }
-        for row in ablation.variants
-    }
+            found.setdefault(row, {})[kind] = values | {CHOSEN: values[chosen[row]]}
     return {
         row: {
             kind: {
-                variant: described(values, found[ablation.baseline][kind][variant])
+                variant: described(values, found[ablation.baseline][kind].get(variant))
                 for variant, values in by_variant.items()
             }
             for kind, by_variant in by_kind.items()
@@ -250,27 +463,27 @@ def summarize(ablation: Ablation, runs: Mapping[str, Any], split: str) -> dict[s
     }
 
 
-def described(values: Sequence[float], baseline: Sequence[float]) -> dict[str, Any]:
+def described(values: Sequence[float], baseline: Sequence[float] | None) -> dict[str, Any]:
     """Describe the scores of one row, in the order of the seeds, beside the baseline's of the same seeds."""
-    differences = [value - other for value, other in zip(values, baseline, strict=True)]
+    differences = [value - other for value, other in zip(values, baseline or [], strict=baseline is not None)]
     return {
         "mean": round(statistics.fmean(values), 3),
         "std": deviation(values),
         "values": list(values),
-        "difference_mean": round(statistics.fmean(differences), 3),
+        "difference_mean": round(statistics.fmean(differences), 3) if differences else None,
         "difference_std": deviation(differences),
     }
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """Return the sample's standard deviation, None for a single value."""
+    """Return the sample's standard deviation, None for fewer than two values."""
     return round(statistics.stdev(values), 3) if len(values) > 1 else None
 
 
 # ---- The page.
 
 
-def write_page(ablation: Ablation, recipe: Recipe, summary: Mapping[str, Any]) -> Path:
+def write_page(ablation: Ablation, recipes: Mapping[Cell, Recipe], tables: Sequence[Table], wall_time: str) -> Path:
     """Write the tables, and the same images under every variant."""
     page = ablation.folder / "report" / "index.html"
     shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
@@ -279,44 +492,60 @@ def write_page(ablation: Ablation, recipe: Recipe, summary: Mapping[str, Any]) -
     write_report(
         page,
         title=f"Ablation: {ablation.name}",
-        rows=list(gallery(ablation, recipe)),
-        tables=[split_table(split, rows, ablation) for split, rows in summary.items()] + [recipe_table(settings)],
+        rows=list(gallery(ablation, recipes)),
+        tables=[*tables, recipe_table(settings)],
         notes=[
             (
                 f"mIoU (%), mean and standard deviation of {count}. The last columns are differences to the baseline "
-                f"{ablation.baseline!r} of the same seed. Maps below are the {recipe.seeds.variant!r} seeds of "
-                f"seed {ablation.seeds[0]}."
+                f"{ablation.baseline!r} of the same seed. The chosen variant of the seeds is the one that the "
+                f"row's own recipe names; the maps below are of it, of seed {ablation.seeds[0]}."
             ),
             (
                 "Scores at a split's own best threshold use its ground truth to choose that one number; those at the "
                 "first split's threshold do not."
             ),
+            wall_time,
         ],
     )
     return page
 
 
-def split_table(split: str, rows: Mapping[str, Any], ablation: Ablation) -> Table:
-    """Make the table of one split, a line for each variant and way of choosing the threshold."""
-    kinds = list(next(iter(rows.values())))
-    lines = []
-    for kind in kinds:
-        for row, by_kind in rows.items():
-            scores = by_kind[kind]
-            cells = [plus_minus(scores[variant]["mean"], scores[variant]["std"]) for variant in SEED_VARIANTS]
-            differences = [
-                "-" if row == ablation.baseline else plus_minus(part["difference_mean"], part["difference_std"], "+")
-                for part in (scores["fused"], scores["refined"])
-            ]
-            lines.append([row + (f", {kind}" if len(kinds) > 1 else ""), *cells, *differences])
-    titles = [VARIANT_TITLES[variant] for variant in SEED_VARIANTS]
-    differences = [f"{VARIANT_TITLES[variant]}, difference" for variant in ("fused", "refined")]
-    return Table(f"Seeds of {split}", ["", *titles, *differences], lines)
+def make_tables(ablation: Ablation, summary: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[Table]:
+    """Give the tables of the ablation for each split, a line for each row and each way of choosing the threshold."""
+    compared = ("fused", "refined", CHOSEN)
+    titles = {**VARIANT_TITLES, CHOSEN: "Chosen variant"}
+    columns = ["", *(VARIANT_TITLES[variant] for variant in SEED_VARIANTS), "Chosen variant", "which"]
+    columns += [f"{titles[variant]}, difference" for variant in compared]
+    for title, shown in ablation.shown_tables().items():
+        for split, rows in summary.items():
+            kinds = list(rows[ablation.baseline])
+            lines = []
+            for kind in kinds:
+                for name, row in shown.items():
+                    scores = rows[row][kind]
+                    cells = [plus_minus(scores.get(variant), "mean", "std") for variant in (*SEED_VARIANTS, CHOSEN)]
+                    differences = [
+                        "-"
+                        if row == ablation.baseline
+                        else plus_minus(scores.get(variant), "difference_mean", "difference_std", "+")
+                        for variant in compared
+                    ]
+                    heading = row_heading(ablation, name, row) + (f", {kind}" if len(kinds) > 1 else "")
+                    lines.append([heading, *cells, VARIANT_TITLES[chosen[row]], *differences])
+            yield Table(f"{title}{': seeds' if title else 'Seeds'} of {split}", columns, lines)
 
 
-def plus_minus(mean: float, std: float | None, sign: str = "") -> str:
+def row_heading(ablation: Ablation, name: str, row: str) -> str:
+    """Return the name that a table shows for a row; the row's own name and what it is for stand in brackets."""
+    remarks = [f"row {row!r}"] * (name != row) + ["baseline"] * (row == ablation.baseline)
+    return name + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def plus_minus(scores: Mapping[str, Any] | None, mean: str, std: str, sign: str = "") -> str:
     """Write a mean with its standard deviation, where there is one."""
-    return f"{mean:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
+    if scores is None or scores[mean] is None:
+        return "-"
+    return f"{scores[mean]:{sign}.1f}" + ("" if scores[std] is None else f" ± {scores[std]:.1f}")
 
 
 def as_text(table: Table) -> str:
@@ -329,13 +558,15 @@ def as_text(table: Table) -> str:
     )
 
 
-def gallery(ablation: Ablation, recipe: Recipe) -> Iterator[GalleryRow]:
-    """Give the same images with the seeds of every variant, as the paper's Figure 3; several classes come first."""
-    split = recipe.report.split
-    images = load_images(recipe.data, split, masks=True)
+def gallery(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> Iterator[GalleryRow]:
+    """Give the same images with the seeds of the rows, as the paper's Figure 3; several classes come first."""
+    shown = {row: recipes[Cell(row, ablation.seeds[0])] for row in shown_rows(ablation)}
+    baseline = recipes[Cell(ablation.baseline, ablation.seeds[0])]
+    split = baseline.report.split
+    images = load_images(baseline.data, split, masks=True)
     stores = {
-        row: SeedStore(ablation.folder / row / f"seed{ablation.seeds[0]}" / "seeds" / (split or ALL_IMAGES) / "seeds")
-        for row in ablation.variants
+        row: SeedStore(stage_folder(recipe, "seeds") / (split or ALL_IMAGES) / "seeds")
+        for row, recipe in shown.items()
     }
     stored = set.intersection(*(set(store.ids()) for store in stores.values()))
     labels = images["labels"]
@@ -349,10 +580,15 @@ def gallery(ablation: Ablation, recipe: Recipe) -> Iterator[GalleryRow]:
             image_id=row["image_id"],
             image=open_image(row["image"]),
             target=None if row["mask"] is None else open_mask(row["mask"]),
-            maps={name: store.read(row["image_id"], recipe.seeds.variant) for name, store in stores.items()},
+            maps={name: store.read(row["image_id"], shown[name].seeds.variant) for name, store in stores.items()},
             label_map=None,
             class_names=class_names(images),
         )
+
+
+def shown_rows(ablation: Ablation) -> list[str]:
+    """Return the rows that the page shows pictures of."""
+    return list(ablation.variants)[:MOST_GALLERY_ROWS] if ablation.gallery_rows is None else ablation.gallery_rows
 
 
 if __name__ == "__main__":

@@ -86,14 +86,13 @@ class Stage:
     def __init__(self, recipe: Recipe, name: str, depends_on: Sequence[str], is_main: bool):
         self.name, self.is_main = name, is_main
         self.folder = Path(recipe.output_dir) / recipe.name / name
-        resolved = dataclasses.asdict(recipe)
-        self.recipe = {key: resolved[key] for key in depends_on}
+        self.recipe = recipe_parts(recipe, depends_on)
         self._started = time.perf_counter()
         self._made_with = provenance()  # now: the checkout may be edited while a long stage runs
         path = self.folder / "recipe.json"
         if path.is_file():
             stored = json.loads(path.read_text())
-            different = sorted(_differences(stored, self.recipe))
+            different = sorted(recipe_differences(stored, self.recipe))
             if different:
                 raise StageError(
                     f"{self.folder} was made with another recipe (it differs in {', '.join(different)}); "
@@ -149,10 +148,25 @@ def remove_unfinished(folder: Path, accelerator: Accelerator) -> None:
     accelerator.wait_for_everyone()
 
 
-def _differences(stored: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
+def holds(recipe: Recipe, stage: str, depends_on: Sequence[str]) -> bool | None:
+    """Say whether a stage's folder is of this recipe; None where it holds no recipe, as before the first start."""
+    path = Path(recipe.output_dir) / recipe.name / stage / "recipe.json"
+    if not path.is_file():
+        return None
+    return not any(recipe_differences(json.loads(path.read_text()), recipe_parts(recipe, depends_on)))
+
+
+def recipe_parts(recipe: Recipe, depends_on: Sequence[str]) -> dict[str, Any]:
+    """Return the named fields of a recipe as plain values."""
+    resolved = dataclasses.asdict(recipe)
+    return {key: resolved[key] for key in depends_on}
+
+
+def recipe_differences(stored: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
+    """Give the dotted names of the keys that differ; a key that is not there equals null."""
     if isinstance(stored, dict) and isinstance(wanted, dict):
         for key in stored.keys() | wanted.keys():
-            yield from _differences(stored.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
+            yield from recipe_differences(stored.get(key), wanted.get(key), f"{prefix}.{key}" if prefix else key)
     elif stored != wanted:
         yield prefix
 
