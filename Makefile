@@ -45,9 +45,7 @@ bench: $(INSTALLED_DEV)
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 ablation: $(INSTALLED)
-	@for table in table1_shapes table2_shapes; do \
-		$(BIN)/python training/ablate.py --config training/recipes/ablations/$$table.yaml --parallel 2 $(ARGS) || exit 1; \
-	done
+	@$(BIN)/python training/ablate.py --config training/recipes/ablations/paper_tables_shapes.yaml --parallel 2 $(ARGS)
 
 clean:
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache

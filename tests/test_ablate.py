@@ -460,6 +460,20 @@ def test_every_table_of_the_repository_parses(file: Path, monkeypatch: pytest.Mo
         assert (recipe.seed, recipe.name) == (cell.seed, f"seed{cell.seed}")
 
 
+def test_the_small_table_on_voc_animals_trains_as_the_papers(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(TRAINING.parent)
+    recipes = {}
+    for data in ("voc", "voc_animals"):
+        file = TRAINING / "recipes" / "ablations" / f"paper_tables_{data}.yaml"
+        recipes[data] = Ablation(**yaml.safe_load(file.read_text())).recipes()
+    for cell, small in recipes["voc_animals"].items():
+        paper = recipes["voc"][cell]
+        assert small.train == paper.train
+        same = {"weights": "", "image_size": None}  # 224 is also what the paper's weights are for
+        assert dataclasses.replace(small.model, **same) == dataclasses.replace(paper.model, **same)
+        assert small.seeds == paper.seeds
+
+
 @pytest.mark.slow
 def test_cells_run_in_processes_of_their_own(tmp_path: Path):
     ablate_main(

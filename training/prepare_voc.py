@@ -4,6 +4,11 @@ python training/prepare_voc.py --voc VOCdevkit/VOC2012 --sbd benchmark_RELEASE
 
 Needed: VOCtrainval_11-May-2012.tar, VOC2012test.tar for the test split, and SBD's benchmark.tgz, all unpacked. It
 writes `SegmentationClassAug/*.png` and `ImageSets/Segmentation/train_aug.txt`. Killed, it goes on where it was.
+
+python training/prepare_voc.py --voc VOCdevkit/VOC2012 --reduced VOC2012_256 --max_side 256
+
+writes a copy with smaller images and masks, of as much as the folder holds: for trainings on a CPU, or on a machine
+that little can be sent to.
 """
 
 import argparse
@@ -12,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 from tqdm.auto import tqdm
 
-from bitrans_hf.data import prepare_voc
+from bitrans_hf.data import prepare_voc, write_reduced_voc
 from runtime import run_script
 
 
@@ -22,13 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--voc", required=True, metavar="FOLDER", help="the devkit, with JPEGImages and ImageSets")
     parser.add_argument("--sbd", metavar="FOLDER", help="benchmark_RELEASE; not needed where all masks are there")
     parser.add_argument("--partial", action="store_true", help="accept a part of the data, and say what is missing")
+    parser.add_argument(
+        "--reduced", metavar="FOLDER", help="write a smaller copy here; without --sbd nothing else is done"
+    )
+    parser.add_argument("--max_side", type=int, default=256, metavar="PIXELS", help="longest side there (256)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
     options = parser.parse_args(arguments)
 
     def progress(image_ids: Sequence[str], what: str) -> Iterable[str]:
         return tqdm(image_ids, desc=what, unit="image", disable=options.quiet or not sys.stderr.isatty())
 
-    print(prepare_voc(options.voc, options.sbd, partial=options.partial, progress=progress))
+    if options.reduced is None or options.sbd is not None:
+        print(prepare_voc(options.voc, options.sbd, partial=options.partial, progress=progress))
+    if options.reduced is not None:
+        print(write_reduced_voc(options.voc, options.reduced, options.max_side, progress=progress))
 
 
 if __name__ == "__main__":

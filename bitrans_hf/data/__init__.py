@@ -16,7 +16,7 @@ from .folder import load_folder
 from .folder_report import FolderReport, check_folder
 from .shapes import make_shapes
 from .sharing import write_parquet
-from .voc import load_voc, prepare_voc
+from .voc import load_voc, prepare_voc, write_reduced_voc
 
 __all__ = [
     "CocoMaskRule",
@@ -38,4 +38,5 @@ __all__ = [
     "require_labels",
     "write_coco_masks",
     "write_parquet",
+    "write_reduced_voc",
 ]

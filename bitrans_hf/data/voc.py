@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 from datasets import Dataset
+from PIL import Image as PILImage
 
 from ..labels import BACKGROUND, IGNORE_INDEX, VOC_CLASSES
 from ..store import atomic_write
@@ -20,6 +21,7 @@ from .common import (
     image_size,
     index_png,
     masks_in_order,
+    open_image,
     open_mask,
     read_id_list,
     suggest,
@@ -287,7 +289,120 @@ def _check_or_write_mask(root: Path, image_id: str, sbd: str | Path | None, repo
     report.masks_written += 1
 
 
+# ---- The devkit made smaller.
+
+
+@dataclass
+class ReducedVoc:
+    """What `write_reduced_voc` wrote; `str()` says it.
+
+    Attributes:
+        root: The folder of the copy.
+        max_side: Longest side of its images in pixels.
+        written: Images and masks that were written now.
+        there: Images and masks that were there already.
+    """
+
+    root: Path
+    max_side: int
+    written: int = 0
+    there: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.root}: images and masks of at most {self.max_side} pixels a side, {self.written:,} written, "
+            f"{self.there:,} there already"
+        )
+
+
+def write_reduced_voc(
+    root: str | Path,
+    target: str | Path,
+    max_side: int = 256,
+    *,
+    progress: Callable[[Sequence[str], str], Iterable[str]] = lambda image_ids, _: image_ids,
+) -> ReducedVoc:
+    """Write a copy of a devkit with smaller images and masks, for a CPU or a machine that little can be sent to.
+
+    Images (bicubic, JPEG of quality 95) and masks (nearest pixel, PNG with its palette) become round(w * s) x
+    round(h * s) pixels, s = max_side / max(w, h); smaller ones are copied. So are `ImageSets` and `Annotations`, whose
+    boxes stay those of the large images. Scores on the copy are not those on VOC. Files appear by atomic rename and
+    those that are there stay, so that a run that was killed goes on.
+
+    Args:
+        root: The devkit folder or one above it.
+        target: Folder of the copy.
+        max_side: Longest side in pixels.
+        progress: Wraps the image ids, given the name of what is done.
+
+    Raises:
+        DataError: images or masks are damaged, or a file of another size is there; all others are written before.
+        ValueError: `max_side` is below 1, or the copy would lie over the original.
+    """
+    root, copy = _devkit_folder(Path(root)), ReducedVoc(Path(target), max_side)
+    if max_side < 1:
+        raise ValueError(f"max_side must be at least 1 pixel, got {max_side}.")
+    if copy.root.resolve() == root.resolve():
+        raise ValueError(f"the copy would lie over the original, {root}; name another folder.")
+    for folder in ("ImageSets", "Annotations"):
+        for path in sorted((root / folder).rglob("*")):
+            if path.is_file():
+                _copy_file(path, copy.root / path.relative_to(root))
+    images = sorted(path for path in (root / "JPEGImages").iterdir() if path.suffix == ".jpg")
+    problems = []
+    for image_id in progress([path.stem for path in images], "smaller images"):
+        try:
+            _reduce_image(root, image_id, copy)
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        more = f" ({len(problems)} such problems in {len(images)} images)" if len(problems) > 1 else ""
+        raise DataError(f"{problems[0]}{more}")
+    return copy
+
+
+def _reduce_image(root: Path, image_id: str, copy: ReducedVoc) -> None:
+    """Write one image and its masks."""
+    source = root / "JPEGImages" / f"{image_id}.jpg"
+    height, width = image_size(source)
+    scale = min(1.0, copy.max_side / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    masks = [root / folder / f"{image_id}.png" for folder in ("SegmentationClass", "SegmentationClassAug")]
+    for path in (source, *(mask for mask in masks if mask.is_file())):
+        made = copy.root / path.relative_to(root)
+        if made.is_file():
+            found = image_size(made)[::-1]
+            if found != size:
+                raise DataError(
+                    f"{made} has {found[0]} x {found[1]} pixels, expected {size[0]} x {size[1]} for a longest side of "
+                    f"{copy.max_side}; it was made with another one: delete {copy.root} or name another folder."
+                )
+            copy.there += 1
+            continue
+        if path == source:
+            image = open_image(path)
+        else:
+            open_mask(path, image_size=(height, width), num_classes=len(VOC_CLASSES))
+            with PILImage.open(path) as mask:
+                image = mask.copy()  # with the palette that it was drawn with
+        if scale == 1:
+            _copy_file(path, made)
+        else:
+            with atomic_write(made) as temporary:
+                if path == source:
+                    image.resize(size, PILImage.Resampling.BICUBIC).save(temporary, format="JPEG", quality=95)
+                else:
+                    image.resize(size, PILImage.Resampling.NEAREST).save(temporary, format="PNG")
+        copy.written += 1
+
+
 # ---- Files.
+
+
+def _copy_file(path: Path, target: Path) -> None:
+    if not target.is_file():
+        with atomic_write(target) as temporary:
+            temporary.write_bytes(path.read_bytes())
 
 
 def _devkit_folder(root: Path) -> Path:
