@@ -7,6 +7,8 @@ from transformers.configuration_utils import PreTrainedConfig, strict
 from .views import VIEWS
 
 SCC_CLASSES = ("all", "present")
+SCC_MAPS = ("attention", "max_normalized")
+PATCH_POOLINGS = ("mean", "ranked")
 ATTENTION_MAP_MODES = ("recompute", "eager")
 
 
@@ -30,12 +32,23 @@ class BiTransConfig(PreTrainedConfig):
         drop_path_rate (`float`, defaults to 0.1): Stochastic depth of the last layer while training, rising
             linearly from 0 at the first.
         initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
+        final_layer_norm (`bool`, defaults to `False`): Normalise the encoder's output tokens as DeiT does before both
+            branches read them; MCTformer loads that layer and never applies it.
+        share_drop_path (`bool`, defaults to `False`): Drop the same branches in both views of an image, so that the
+            consistency losses do not compare two different sub-networks.
+        patch_pooling (`str`, defaults to `"mean"`): How the patch branch's map becomes one logit for each class:
+            "mean" over patches (Eq. 7), or "ranked", MCTformer+'s mean weighted by 0.996^rank, highest score first.
         num_seed_layers (`int`, defaults to 3): K, how many of the last layers give the SC-CAM (Eq. 2).
         view (`str`, defaults to `"hflip"`): Second view f (Eq. 1): "hflip", "vflip", "rot90", "rot180", or "none"
             for a single-view baseline.
         scc_weight (`float`, defaults to 1.0): Weight of the class-specific consistency loss (Eq. 3).
         pac_weight (`float`, defaults to 1.0): Weight alpha of the pair-wise affinity consistency loss (Eq. 11).
         scc_classes (`str`, defaults to `"all"`): Classes that the SCC loss averages over, "all" or "present".
+        scc_maps (`str`, defaults to `"attention"`): What the SCC loss compares: "attention", the SC-CAM itself, or
+            "max_normalized", each class map over its own maximum and a mean over patches, as SEAM compares CAMs.
+        patch_weight (`float`, defaults to 1.0): Weight of the patch branch's classification loss. 0 is MCTformer V1,
+            which has no patch branch: its map means nothing then, and `logits` are the class tokens' alone.
+        class_contrast_weight (`float`, defaults to 0.0): Weight of MCTformer+'s contrastive class-token loss.
         detach_second_view (`bool`, defaults to `False`): Let no gradient of the consistency losses reach the network
             through the second view.
         attention_map_mode (`str`, defaults to `"recompute"`): How training keeps what the attention maps need for the
@@ -70,11 +83,17 @@ class BiTransConfig(PreTrainedConfig):
     layer_norm_eps: float | int = 1e-6
     drop_path_rate: float | int = 0.1
     initializer_range: float | int = 0.02
+    final_layer_norm: bool = False
+    share_drop_path: bool = False
+    patch_pooling: str = "mean"
     num_seed_layers: int = 3
     view: str = "hflip"
     scc_weight: float | int = 1.0
     pac_weight: float | int = 1.0
     scc_classes: str = "all"
+    scc_maps: str = "attention"
+    patch_weight: float | int = 1.0
+    class_contrast_weight: float | int = 0.0
     detach_second_view: bool = False
     attention_map_mode: str = "recompute"
 
@@ -121,11 +140,13 @@ class BiTransConfig(PreTrainedConfig):
         """Check the view and the loss options."""
         if self.view not in VIEWS:
             raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {self.view!r}.")
-        for name in ("scc_weight", "pac_weight"):
+        for name in ("scc_weight", "pac_weight", "patch_weight", "class_contrast_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
-        if self.scc_classes not in SCC_CLASSES:
-            raise ValueError(f"scc_classes must be one of {', '.join(SCC_CLASSES)}, got {self.scc_classes!r}.")
+        choices = {"scc_classes": SCC_CLASSES, "scc_maps": SCC_MAPS, "patch_pooling": PATCH_POOLINGS}
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         if self.attention_map_mode not in ATTENTION_MAP_MODES:
             raise ValueError(
                 f"attention_map_mode must be one of {', '.join(ATTENTION_MAP_MODES)}, got {self.attention_map_mode!r}."

@@ -253,7 +253,7 @@ class BiTransImageProcessor(TorchvisionBackend):
             labels: Multi-hot image-level labels (B, C), 0 or 1.
             target_sizes: (H, W) of each picture; None leaves the masks on the token grid.
             threshold: Background score in [0, 1].
-            mode: "fused" (SC-CAM x ReLU(Coarse-CAM)), "sc_cam" or "coarse_cam".
+            mode: "fused" (SC-CAM x ReLU(Coarse-CAM)), its root "fused_sqrt", "sc_cam" or "coarse_cam".
             refine: Spread the maps along the patch affinity once.
 
         Returns:
@@ -287,20 +287,31 @@ class BiTransImageProcessor(TorchvisionBackend):
 
 CAM_FUSIONS: Mapping[str, Any] = {
     "fused": lambda output: output.pseudo_mask,
+    "fused_sqrt": lambda output: output.pseudo_mask.sqrt(),  # MCTformer+: less peaked
     "sc_cam": lambda output: output.sc_cam,
     "coarse_cam": lambda output: output.coarse_cam.relu(),
 }
 """Names of `mode`: how the two branches' maps in a `BiTransOutput` become one (B, C, h, w)."""
 
 
-def refine_with_affinity(maps: torch.Tensor, affinity: torch.Tensor) -> torch.Tensor:
-    """Spread class maps along patch affinities once: out_i = sum_j A_ij m_j for each class (Eq. 10).
+def refine_with_affinity(
+    maps: torch.Tensor, affinity: torch.Tensor, *, steps: int = 1, normalize_rows: bool = False
+) -> torch.Tensor:
+    """Spread class maps along patch affinities: out_i = sum_j A_ij m_j for each class (Eq. 10).
 
     Args:
         maps: (B, C, h, w).
-        affinity: (B, N, N) with N = h*w, [query, key]; rows are used as they are, not normalised again.
+        affinity: (B, N, N) with N = h*w, [query, key].
+        steps: How often to spread; the paper does it once.
+        normalize_rows: Divide each row of the affinity by its sum. False, the paper and MCTformer, leaves less to
+            patches that give much of their attention to the class tokens.
     """
-    return (maps.flatten(2) @ affinity.transpose(1, 2)).reshape(maps.shape)
+    if normalize_rows:
+        affinity = affinity / affinity.sum(dim=2, keepdim=True)
+    flat = maps.flatten(2)
+    for _ in range(steps):
+        flat = flat @ affinity.transpose(1, 2)
+    return flat.reshape(maps.shape)
 
 
 def min_max_normalized(maps: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
 """The terms of the paper's total loss (Eq. 12), one pure function each. Every term is a scalar in float32."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -18,7 +20,11 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
 
 
 def class_consistency_loss(
-    sc_cam: torch.Tensor, sc_cam_second: torch.Tensor, labels: torch.Tensor | None = None
+    sc_cam: torch.Tensor,
+    sc_cam_second: torch.Tensor,
+    labels: torch.Tensor | None = None,
+    *,
+    max_normalized: bool = False,
 ) -> torch.Tensor:
     """Class-specific consistency, SCC (Eq. 3): L1 distance of the two views' SC-CAMs.
 
@@ -26,19 +32,24 @@ def class_consistency_loss(
     the number of patches.
 
     Args:
-        sc_cam: M (B, C, h, w), first view.
+        sc_cam: M (B, C, h, w), first view, at least 0.
         sc_cam_second: f^-1(M') (B, C, h, w), second view put back into the first one's order.
         labels: None to average over all C classes (the paper); (B, C) multi-hot to average over the classes that are
             present in each image.
+        max_normalized: Compare each map over its own maximum, and take the mean over patches, not the sum (SEAM, Wang
+            et al., CVPR 2020): the shape of a map counts then, not how much attention it gets. Terms lie in [0, 1].
 
     Returns:
         Sum over patches, mean over classes, mean over the batch. An image without any present class adds 0.
     """
-    per_class = (sc_cam.float() - sc_cam_second.float()).abs().sum(dim=(2, 3))
+    first, second = sc_cam.float(), sc_cam_second.float()
+    if max_normalized:
+        first, second = (maps / maps.amax(dim=(2, 3), keepdim=True).clamp(min=1e-8) for maps in (first, second))
+    distance = (first - second).abs()
+    per_class = distance.mean(dim=(2, 3)) if max_normalized else distance.sum(dim=(2, 3))
     if labels is None:
         return per_class.mean()
-    present = labels.float()
-    return ((per_class * present).sum(1) / present.sum(1).clamp(min=1)).mean()
+    return _mean_over_present(per_class, labels)
 
 
 def affinity_consistency_loss(affinity: torch.Tensor, affinity_second: torch.Tensor) -> torch.Tensor:
@@ -52,3 +63,25 @@ def affinity_consistency_loss(affinity: torch.Tensor, affinity_second: torch.Ten
         affinity_second: f^-1(A') (B, N, N), rows and columns in the first view's order.
     """
     return (affinity.float() - affinity_second.float()).abs().sum(dim=2).mean()
+
+
+def class_contrast_loss(class_tokens: Sequence[torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """Contrastive class tokens of MCTformer+ (Xu et al., TPAMI 2024): in each layer, each resembles itself alone.
+
+    Args:
+        class_tokens: For each layer the class tokens (B, C, D) after it.
+        labels: (B, C) multi-hot, 0 or 1.
+
+    Returns:
+        Cross-entropy of the tokens' cosine similarities (C, C) against the identity, mean over the present classes of
+        an image, over layers and over the batch. An image without any present class adds 0.
+    """
+    tokens = F.normalize(torch.stack(list(class_tokens)).float(), dim=-1)
+    own = (tokens @ tokens.transpose(-1, -2)).log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1)
+    return _mean_over_present(-own.mean(dim=0), labels)
+
+
+def _mean_over_present(per_class: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Average terms (B, C) over the classes that are present in each image, then over the batch."""
+    present = labels.float()
+    return ((per_class * present).sum(1) / present.sum(1).clamp(min=1)).mean()

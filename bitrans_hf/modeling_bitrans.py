@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_bitrans import BiTransConfig
-from .losses import affinity_consistency_loss, class_consistency_loss, classification_loss
+from .losses import affinity_consistency_loss, class_consistency_loss, class_contrast_loss, classification_loss
 from .views import VIEWS, invert_affinity
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageClassification")
@@ -32,16 +32,18 @@ class BiTransOutput(ModelOutput):
 
     Attributes:
         loss: Scalar total loss (Eq. 12); only with labels.
-        logits: (B, C) mean of `class_logits` and `patch_logits`; their sigmoid is the image-level tag score.
-        losses: Scalar terms of the loss before weighting, each averaged over the views: "class", "patch", and with a
-            second view "scc" and "pac"; only with labels.
+        logits: (B, C) mean of `class_logits` and `patch_logits` (the former alone where the latter are not trained);
+            their sigmoid is the image-level tag score.
+        losses: Scalar terms of the loss before weighting, each averaged over the views: "class", "patch", "contrast"
+            where it has a weight, and with a second view "scc" and "pac"; only with labels.
         class_logits: (B, C) logits of the class tokens (Eq. 4).
         patch_logits: (B, C) logits of the patch branch (Eq. 7).
         sc_cam: (B, C, h, w) SC-CAM (Eq. 2), class-to-patch attention; values of one class sum to at most 1.
         coarse_cam: (B, C, h, w) Coarse-CAM (Eq. 6) before the ReLU, any range.
         pseudo_mask: (B, C, h, w) SC-CAM x ReLU(Coarse-CAM) (Eq. 8), at least 0.
         affinity: (B, N, N) patch-to-patch attention (Eq. 9), [query, key], rows sum to less than 1.
-        last_hidden_state: (B, C + N, D) output tokens, class tokens first, no final LayerNorm.
+        last_hidden_state: (B, C + N, D) output tokens, class tokens first, as both branches read them: no final
+            LayerNorm unless `config.final_layer_norm`.
         hidden_states: On request, L + 1 tensors (B, C + N, D), the embeddings first.
         attentions: On request, L tensors (B, C + N, C + N), each layer's attention averaged over its heads.
     """
@@ -187,24 +189,43 @@ class BiTransLayer(GradientCheckpointingLayer):
         super().__init__()
         # Python arithmetic: tensors cannot be read while the model is built on the meta device.
         self.drop_path_rate = config.drop_path_rate * index / max(1, config.num_hidden_layers - 1)
+        self.share_drop_path = config.share_drop_path
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.attention = BiTransAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = BiTransMLP(config)
 
-    def forward(self, tokens: torch.Tensor, with_map: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map tokens (B, T, D) to (B, T, D) and the head-averaged attention (B, T, T); None without `with_map`."""
-        mixed, attention_map = self.attention(self.norm1(tokens), with_map)
-        tokens = tokens + self.drop_path(mixed)
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens))), attention_map
+    def forward(
+        self, tokens: torch.Tensor, with_map: bool = True, num_views: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Map tokens (B, T, D) to (B, T, D) and the head-averaged attention (B, T, T); None without `with_map`.
 
-    def drop_path(self, branch: torch.Tensor) -> torch.Tensor:
+        `num_views`: Of how many views of the same images, one after the other, the batch consists.
+        """
+        mixed, attention_map = self.attention(self.norm1(tokens), with_map)
+        tokens = tokens + self.drop_path(mixed, num_views)
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)), num_views), attention_map
+
+    def drop_path(self, branch: torch.Tensor, num_views: int = 1) -> torch.Tensor:
         """While training, drop the whole branch for some images and scale it up for the others."""
         if not self.training or self.drop_path_rate == 0.0:
             return branch
-        keep = 1.0 - self.drop_path_rate
-        mask = torch.empty(branch.shape[0], 1, 1, dtype=branch.dtype, device=branch.device).bernoulli_(keep)
-        return branch * (mask / keep)
+        keep, repeats = 1.0 - self.drop_path_rate, num_views if self.share_drop_path else 1
+        mask = torch.empty(branch.shape[0] // repeats, 1, 1, dtype=branch.dtype, device=branch.device)
+        return branch * (mask.bernoulli_(keep) / keep).repeat(repeats, 1, 1)
+
+
+RANK_DECAY = 0.996
+"""MCTformer+'s weight of a patch over that of the next higher scoring one."""
+
+
+def pooled(maps: torch.Tensor, pooling: str) -> torch.Tensor:
+    """Pool class maps (B, C, h, w) to logits (B, C): "mean" over patches, or "ranked" (see `BiTransConfig`)."""
+    if pooling == "mean":
+        return maps.mean(dim=(2, 3))
+    scores = maps.flatten(2).sort(dim=2, descending=True).values
+    weights = RANK_DECAY ** torch.arange(scores.shape[2], dtype=scores.dtype, device=scores.device)
+    return scores @ (weights / weights.sum())
 
 
 class BiTransModel(PreTrainedModel):
@@ -238,7 +259,8 @@ class BiTransModel(PreTrainedModel):
         self.class_position = nn.Parameter(torch.empty(1, num_classes, config.hidden_size))
         self.patch_position = nn.Parameter(torch.empty(1, grid * grid, config.hidden_size))
         self.layers = nn.ModuleList(BiTransLayer(config, index) for index in range(config.num_hidden_layers))
-        # No final LayerNorm: the baseline loads DeiT's and never applies it, and both branches read the raw tokens.
+        # The baseline loads DeiT's final LayerNorm and never applies it: both branches read the raw tokens.
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.final_layer_norm else None
         self.seg_head = nn.Conv2d(config.hidden_size, num_classes, kernel_size=3, padding=1)
         self.post_init()
 
@@ -302,6 +324,7 @@ class BiTransModel(PreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        consistency_scale: torch.Tensor | float = 1.0,
     ) -> BiTransOutput | tuple[Any, ...]:
         """Tag images and localise every class in them; with labels, also compute the training loss.
 
@@ -315,6 +338,7 @@ class BiTransModel(PreTrainedModel):
             output_hidden_states: Also return every layer's tokens.
             output_attentions: Also return every layer's head-averaged attention; keeps L maps (B, C + N, C + N).
             return_dict: False for a plain tuple of the fields that are not None.
+            consistency_scale: Factor of both consistency losses' weights, for a warm-up.
 
         Raises:
             ValueError: the image is smaller than a patch, has another number of channels, is not square under a view
@@ -332,15 +356,15 @@ class BiTransModel(PreTrainedModel):
         if two_views:
             pixel_values = torch.cat([pixel_values, view.apply(pixel_values)])
 
-        tokens, hidden_states, attentions, sc_cam, affinity = self._encode(
-            pixel_values, output_hidden_states, output_attentions
+        tokens, hidden_states, attentions, contrasted, sc_cam, affinity = self._encode(
+            pixel_values, output_hidden_states, output_attentions, num_views=2 if two_views else 1
         )
         num_classes = self.config.num_labels
         sc_cam = sc_cam.unflatten(2, (h, w))  # Eq. 2
         class_logits = tokens[:, :num_classes].float().mean(dim=-1)  # Eq. 4
         patch_grid = tokens[:, num_classes:].transpose(1, 2).unflatten(2, (h, w))
         coarse_cam = self.seg_head(patch_grid).float()  # Eq. 6
-        patch_logits = coarse_cam.mean(dim=(2, 3))  # Eq. 7
+        patch_logits = pooled(coarse_cam, self.config.patch_pooling)  # Eq. 7
 
         loss: torch.Tensor | None = None
         losses: dict[str, torch.Tensor] = {}
@@ -351,22 +375,31 @@ class BiTransModel(PreTrainedModel):
                 "class": classification_loss(class_logits, per_view),
                 "patch": classification_loss(patch_logits, per_view),
             }
-            loss = losses["class"] + losses["patch"]
+            loss = losses["class"] + self.config.patch_weight * losses["patch"]
+            if self.config.class_contrast_weight:
+                losses["contrast"] = class_contrast_loss(contrasted, per_view)
+                loss = loss + self.config.class_contrast_weight * losses["contrast"]
         if loss is not None and two_views:
             sc_cam, sc_cam_second = sc_cam.chunk(2)
             affinity, affinity_second = affinity.chunk(2)
             if self.config.detach_second_view:
                 sc_cam_second, affinity_second = sc_cam_second.detach(), affinity_second.detach()
             present = labels if self.config.scc_classes == "present" else None
-            losses["scc"] = class_consistency_loss(sc_cam, view.invert(sc_cam_second), present)
+            losses["scc"] = class_consistency_loss(
+                sc_cam,
+                view.invert(sc_cam_second),
+                present,
+                max_normalized=self.config.scc_maps == "max_normalized",
+            )
             # A view that exchanges height and width is square, so (h, w) is the second view's grid too.
             losses["pac"] = affinity_consistency_loss(affinity, invert_affinity(view, affinity_second, (h, w)))
-            loss = loss + self.config.scc_weight * losses["scc"] + self.config.pac_weight * losses["pac"]
+            consistency = self.config.scc_weight * losses["scc"] + self.config.pac_weight * losses["pac"]
+            loss = loss + consistency_scale * consistency
 
         class_logits, patch_logits, coarse_cam = class_logits[:batch], patch_logits[:batch], coarse_cam[:batch]
         output = BiTransOutput(
             loss=loss,
-            logits=(class_logits + patch_logits) / 2,
+            logits=(class_logits + patch_logits) / 2 if self.config.patch_weight else class_logits,
             losses=losses or None,
             class_logits=class_logits,
             patch_logits=patch_logits,
@@ -381,9 +414,12 @@ class BiTransModel(PreTrainedModel):
         return output.to_tuple() if return_dict is False else output
 
     def _encode(
-        self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool
-    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Run the encoder; return tokens, what was asked for, SC-CAM (B, C, N) and affinity (B, N, N).
+        self, pixel_values: torch.Tensor, output_hidden_states: bool, output_attentions: bool, num_views: int
+    ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Run the encoder.
+
+        Returns output tokens, what was asked for, the class tokens (B, C, D) of every layer where they are contrasted,
+        SC-CAM (B, C, N) and affinity (B, N, N).
 
         Only running sums of the head-averaged maps are kept: the SC-CAM's over the last K layers (Eq. 2), the
         affinity's over all layers (Eq. 9). Means, not sums, so that the losses do not depend on K and L.
@@ -394,10 +430,13 @@ class BiTransModel(PreTrainedModel):
         position = self.position_embedding(pixel_values.shape[2], pixel_values.shape[3])
         tokens = torch.cat([class_tokens.to(patches.dtype), patches], dim=1) + position
         hidden_states, attentions = [tokens] if output_hidden_states else [], []
+        contrasted: list[torch.Tensor] = []
         sc_cam: torch.Tensor | None = None
         affinity: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
-            tokens, attention_map = layer(tokens)
+            tokens, attention_map = layer(tokens, True, num_views)
+            if self.config.class_contrast_weight:
+                contrasted.append(tokens[:, :num_classes])
             patch_rows = attention_map[:, num_classes:, num_classes:]
             affinity = patch_rows if affinity is None else affinity + patch_rows
             if index >= num_layers - self.config.num_seed_layers:
@@ -409,7 +448,10 @@ class BiTransModel(PreTrainedModel):
                 attentions.append(attention_map)
         assert sc_cam is not None  # the config has at least one layer, and one of them gives the SC-CAM
         assert affinity is not None
-        return tokens, hidden_states, attentions, sc_cam / self.config.num_seed_layers, affinity / num_layers
+        sc_cam, affinity = sc_cam / self.config.num_seed_layers, affinity / num_layers
+        if self.norm is not None:
+            tokens = self.norm(tokens)
+        return tokens, hidden_states, attentions, contrasted, sc_cam, affinity
 
     def _check_inputs(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> None:
         config = self.config

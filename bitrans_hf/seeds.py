@@ -26,6 +26,11 @@ SEED_VARIANTS: dict[str, tuple[str, bool]] = {
 """The (mode, refine) pairs that every report shows side by side."""
 
 
+def seed_variants(fusion: str = "fused") -> dict[str, tuple[str, bool]]:
+    """Return `SEED_VARIANTS` with another rule of fusion, a name of `CAM_FUSIONS`, behind "fused" and "refined"."""
+    return {name: (fusion if mode == "fused" else mode, refine) for name, (mode, refine) in SEED_VARIANTS.items()}
+
+
 @dataclass(frozen=True)
 class Seeds:
     """Class seeds of one image.
@@ -39,21 +44,31 @@ class Seeds:
     maps: np.ndarray
 
 
-def fused_maps(output: BiTransOutput, mode: str, *, refine: bool, flip: bool) -> torch.Tensor:
+def fused_maps(
+    output: BiTransOutput,
+    mode: str,
+    *,
+    refine: bool,
+    flip: bool,
+    refine_steps: int = 1,
+    normalize_affinity: bool = False,
+) -> torch.Tensor:
     """Fuse, refine and un-flip the maps of one forward pass.
 
     Args:
         output: Of a batch of B images, or with `flip` of B images followed by their B horizontal mirrors.
         mode: A name of `CAM_FUSIONS`.
-        refine: Spread the maps along the patch affinity once (Eq. 10).
+        refine: Spread the maps along the patch affinity (Eq. 10).
         flip: Add the mirrors' maps, turned back, to the images' maps.
+        refine_steps: How often to spread them.
+        normalize_affinity: Give every row of the affinity the sum 1 first.
 
     Returns:
         (B, C, h, w), any range.
     """
     maps: torch.Tensor = CAM_FUSIONS[mode](output)
     if refine:
-        maps = refine_with_affinity(maps, output.affinity)
+        maps = refine_with_affinity(maps, output.affinity, steps=refine_steps, normalize_rows=normalize_affinity)
     if flip:
         original, mirrored = maps.chunk(2)
         maps = original + mirrored.flip(-1)
@@ -67,6 +82,8 @@ def sum_over_views(
     *,
     flip: bool = True,
     size: tuple[int, int] | None = None,
+    refine_steps: int = 1,
+    normalize_affinity: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Sum the maps of every scale and its flip, before normalisation.
 
@@ -77,6 +94,8 @@ def sum_over_views(
         flip: Add the horizontally flipped image of each scale; image and flip run as one batch.
         size: (H, W) to resize every view's maps to before summing; None leaves them on the token grid, which needs a
             single scale and loses nothing: resizing and flipping commute with the sum.
+        refine_steps: How often refined maps are spread.
+        normalize_affinity: Give every row of the affinity the sum 1 first.
 
     Returns:
         name -> (B, C, H, W) or (B, C, h, w) float32, for all C classes.
@@ -88,7 +107,14 @@ def sum_over_views(
         for pixel_values in scaled_views:
             output = model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
             for name, (mode, refine) in variants.items():
-                maps = fused_maps(output, mode, refine=refine, flip=flip)
+                maps = fused_maps(
+                    output,
+                    mode,
+                    refine=refine,
+                    flip=flip,
+                    refine_steps=refine_steps,
+                    normalize_affinity=normalize_affinity,
+                )
                 if size is not None:
                     maps = resized(maps, size)
                 totals[name] = totals[name] + maps if name in totals else maps
@@ -129,7 +155,7 @@ def extract_seeds(
         processor: Resizes and normalises.
         scales: Sizes to average over, relative to the image; the first must be 1.0.
         flip: Average over the horizontal flip of each size too.
-        mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), "sc_cam" or "coarse_cam".
+        mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), its root "fused_sqrt", "sc_cam" or "coarse_cam".
         refine: Spread the maps along the patch affinity once (Eq. 10).
 
     Returns:

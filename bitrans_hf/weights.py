@@ -216,7 +216,7 @@ def _loaded(model: BiTransModel, state: StateDict, new: tuple[str, ...]) -> BiTr
         for pattern, replacement in _RENAMES:
             name = re.sub(pattern, replacement, name)
         if name in own:
-            found[name] = value
+            found[name] = value  # DeiT's final LayerNorm among them, where the model has one
         elif not re.match(r"(norm|fc_norm|cls_token|pos_embed|head_dist|dist_token)\b|pos_embed_", key):
             raise ValueError(
                 f"the weights hold {key!r}, which the model has no place for; expected a DeiT or MCTformer."

@@ -9,7 +9,12 @@ import pytest
 import torch
 from tiny_models import pixels, tiny_model
 
-from bitrans_hf.losses import affinity_consistency_loss, class_consistency_loss, classification_loss
+from bitrans_hf.losses import (
+    affinity_consistency_loss,
+    class_consistency_loss,
+    class_contrast_loss,
+    classification_loss,
+)
 
 LABELS = np.array([[1.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0]], dtype=np.float32)
 
@@ -173,3 +178,60 @@ def test_without_a_second_view_the_loss_is_the_two_classification_terms():
     expected = {"class": eq_5(plain.class_logits, LABELS), "patch": eq_5(plain.patch_logits, LABELS)}
     assert {name: loss.item() for name, loss in output.losses.items()} == pytest.approx(expected, rel=1e-5)
     assert output.loss.item() == pytest.approx(sum(expected.values()), rel=1e-5)
+
+
+# ---- Beyond the paper.
+
+
+@pytest.mark.parametrize("present", [False, True])
+def test_normalised_consistency_compares_shapes_of_maps(present: bool):
+    rng = np.random.default_rng(3)
+    first, second = rng.random((2, 3, 3, 4, 5), dtype=np.float32)
+    second[0, 1] = 7.0 * first[0, 1]  # more attention, the same shape
+    terms = [
+        [np.abs(first[i, c] / first[i, c].max() - second[i, c] / second[i, c].max()).mean() for c in range(3)]
+        for i in range(3)
+    ]
+    assert terms[0][1] == pytest.approx(0.0, abs=1e-6)
+    wanted = np.mean(terms)
+    if present:
+        chosen = [
+            [term for term, is_there in zip(row, labels, strict=True) if is_there]
+            for row, labels in zip(terms, LABELS, strict=True)
+        ]
+        wanted = np.mean([np.mean(row) if row else 0.0 for row in chosen])
+    labels = torch.from_numpy(LABELS) if present else None
+    loss = class_consistency_loss(torch.from_numpy(first), torch.from_numpy(second), labels, max_normalized=True)
+    assert loss.item() == pytest.approx(float(wanted), abs=1e-6)
+    empty = torch.zeros(1, 2, 4, 4)  # a map without attention is no division by zero
+    assert class_consistency_loss(empty, empty, max_normalized=True).item() == 0.0
+
+
+def test_contrast_wants_each_present_class_token_to_resemble_itself_alone():
+    rng = np.random.default_rng(4)
+    layers = rng.normal(size=(2, 3, 3, 6)).astype(np.float32)  # layers, images, classes, width
+    per_image = []
+    for i, labels in enumerate(LABELS):
+        terms = []
+        for c in range(3):
+            if not labels[c]:
+                continue
+            for tokens in layers[:, i]:
+                unit = [token / math.sqrt(float(token @ token)) for token in tokens]
+                scores = [math.exp(float(unit[c] @ other)) for other in unit]
+                terms.append(-math.log(scores[c] / sum(scores)))
+        per_image.append(sum(terms) / len(terms) if terms else 0.0)
+    loss = class_contrast_loss([torch.from_numpy(tokens) for tokens in layers], torch.from_numpy(LABELS))
+    assert loss.item() == pytest.approx(sum(per_image) / 3, abs=1e-5)
+
+
+def test_the_total_loss_weighs_what_was_added_to_eq_12():
+    options = {"scc_weight": 0.5, "pac_weight": 2.0, "patch_weight": 0.25, "class_contrast_weight": 3.0}
+    model = tiny_model(**options)
+    output = model(pixels(3, 3, 32, 32), labels=torch.from_numpy(LABELS), consistency_scale=0.1)
+    terms = {name: term.item() for name, term in output.losses.items()}
+    wanted = (
+        terms["class"] + 0.25 * terms["patch"] + 3 * terms["contrast"] + 0.1 * (0.5 * terms["scc"] + 2 * terms["pac"])
+    )
+    assert output.loss.item() == pytest.approx(wanted, rel=1e-5)
+    assert "contrast" not in tiny_model()(pixels(3, 3, 32, 32), labels=torch.from_numpy(LABELS)).losses

@@ -298,6 +298,55 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
     assert dropped.mean().item() == pytest.approx(1.0, abs=0.05)
 
 
+def test_views_that_share_stochastic_depth_differ_by_nothing_else():
+    images, mirrored = pixels(6, 3, 32, 32), pixels(6, 3, 32, 32).flip(-1)
+    for share in (False, True):
+        model = tiny_model(drop_path_rate=0.5, share_drop_path=share, initializer_range=0.1).train()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            both = model.layers[2](pixels(6, 4, 24).repeat(2, 1, 1), True, 2)[0]
+        assert torch.equal(*both.chunk(2)) == share
+        assert model(images, labels=LABELS.repeat(3, 1)).loss.isfinite()
+        assert model(mirrored).loss is None  # one view of it, in training mode
+
+
+def test_ranked_pooling_weighs_patches_by_their_rank():
+    model = tiny_model(patch_pooling="ranked")
+    output = model(pixels(2, 3, 24, 32))
+    for image in range(2):
+        for class_id in range(3):
+            scores = sorted(output.coarse_cam[image, class_id].flatten().tolist(), reverse=True)
+            weights = [0.996**rank for rank in range(12)]
+            wanted = sum(score * weight for score, weight in zip(scores, weights, strict=True)) / sum(weights)
+            assert output.patch_logits[image, class_id].item() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_without_a_patch_loss_the_tags_are_the_class_tokens():
+    model, images = tiny_model(patch_weight=0.0), pixels(2, 3, 32, 32)
+    output = model(images, labels=LABELS)
+    assert torch.equal(output.logits, output.class_logits)
+    grads = gradients(model, output.loss)
+    assert grads["seg_head.weight"].abs().max() == 0
+    assert grads["class_tokens"].abs().max() > 0
+
+
+def test_the_final_layer_norm_is_applied_to_what_both_branches_read(tmp_path: Path):
+    plain, model = tiny_model(), tiny_model(final_layer_norm=True)
+    model.load_state_dict(plain.state_dict(), strict=False)
+    raw, normed = (each(pixels(2, 3, 32, 32)).last_hidden_state for each in (plain, model))
+    torch.testing.assert_close(torch.nn.functional.layer_norm(raw, raw.shape[-1:], eps=1e-6), normed)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(BiTransModel.from_pretrained(tmp_path)(pixels(2, 3, 32, 32)).last_hidden_state, normed)
+    network = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=12, depth=2, num_heads=3, num_classes=0
+    )
+    torch.nn.init.normal_(network.norm.weight)
+    options = {"id2label": {0: "cat", 1: "dog"}, "num_attention_heads": 3, "num_seed_layers": 1}
+    loaded = from_timm_state_dict(network.state_dict(), final_layer_norm=True, **options)
+    assert torch.equal(loaded.norm.weight, network.norm.weight)
+    assert from_timm_state_dict(network.state_dict(), **options).norm is None
+
+
 @pytest.mark.parametrize("kwargs", [{}, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}])
 @pytest.mark.parametrize("mode", ["recompute", "eager"])
 def test_activation_checkpointing_changes_neither_loss_nor_gradients(mode: str, kwargs: dict[str, Any]):

@@ -15,6 +15,7 @@ from bitrans_hf.seeds import (
     normalized_seeds,
     present_class_ids,
     refine_with_affinity,
+    seed_variants,
     sum_over_views,
 )
 
@@ -219,6 +220,36 @@ def test_refining_takes_each_query_patchs_weighted_sum_over_keys():
     assert refine_with_affinity(maps, affinity).tolist() == [[[[3.0, 5.0]]]]
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_refining_in_steps_is_a_power_of_the_affinity(normalize: bool):
+    generator = torch.Generator().manual_seed(0)
+    maps, affinity = torch.rand(2, 3, 3, 4, generator=generator), torch.rand(2, 12, 12, generator=generator)
+    wanted = torch.empty_like(maps)
+    for image in range(2):
+        matrix = affinity[image].double().numpy()
+        if normalize:
+            matrix = matrix / matrix.sum(axis=1, keepdims=True)
+        for class_id in range(3):
+            spread = np.linalg.matrix_power(matrix, 3) @ maps[image, class_id].double().flatten().numpy()
+            wanted[image, class_id] = torch.from_numpy(spread.reshape(3, 4))
+    torch.testing.assert_close(refine_with_affinity(maps, affinity, steps=3, normalize_rows=normalize), wanted)
+    if normalize:
+        flat = torch.full((2, 3, 3, 4), 0.5)
+        torch.testing.assert_close(refine_with_affinity(flat, affinity, normalize_rows=True), flat)
+
+
+def test_a_rule_of_fusion_stands_behind_the_fused_and_the_refined_variant():
+    model, images = tiny_model(), pixels(2, 3, 32, 32)
+    plain = sum_over_views(model, [images], SEED_VARIANTS, flip=False)
+    assert seed_variants() == SEED_VARIANTS
+    root = sum_over_views(model, [images], seed_variants("fused_sqrt"), flip=False)
+    torch.testing.assert_close(root["fused"], plain["fused"].sqrt())
+    alone = sum_over_views(model, [images], seed_variants("sc_cam"), flip=False, refine_steps=2)
+    assert torch.equal(alone["fused"], plain["sc_cam"])
+    affinity = model(images).affinity
+    torch.testing.assert_close(alone["refined"], refine_with_affinity(plain["sc_cam"], affinity, steps=2))
+
+
 def test_disconnected_regions_do_not_exchange():
     maps, affinity = torch.zeros(1, 1, 2, 2), torch.zeros(1, 4, 4)
     maps[..., 0, :] = 1.0
@@ -246,7 +277,7 @@ def test_a_flat_map_is_all_zero_and_not_nan():
         ([0, float("nan"), 1], {}, r"image labels must be 0 or 1, got \[nan\]"),
         (["cat"], {"scales": (0.75, 1.0)}, r"first scale must be 1.0.*got \(0.75, 1.0\)"),
         (["cat"], {"scales": ()}, r"first scale must be 1.0.*got \(\)"),
-        (["cat"], {"mode": "attention"}, "mode must be one of fused, sc_cam, coarse_cam, got 'attention'"),
+        (["cat"], {"mode": "attention"}, "mode must be one of fused, fused_sqrt, sc_cam, coarse_cam, got 'attention'"),
     ],
 )
 def test_wrong_input_is_named(labels: Any, options: dict[str, Any], message: str):

@@ -32,7 +32,7 @@ from make_seeds import main as make_seeds_main  # noqa: E402
 from recipe import ModelRecipe, TrainRecipe, build_model, parse_recipe  # noqa: E402
 from run_all import main as run_all_main  # noqa: E402
 from runtime import ShardedBatches, StageError, stop_if_not_finite  # noqa: E402
-from train import learning_rate, parameter_groups  # noqa: E402
+from train import consistency_warmup, learning_rate, parameter_groups  # noqa: E402
 from train import main as train_main  # noqa: E402
 
 TINY = [
@@ -365,6 +365,30 @@ def test_the_step_schedule_is_timms_with_a_warmup_prefix():
         assert learning_rate(train, step, 100, 32) == pytest.approx(
             optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12
         )
+
+
+def test_the_consistency_losses_weight_rises_from_nothing_to_one(tmp_path: Path):
+    rise = [consistency_warmup(1.5, torch.device("cpu"), step, 4)["consistency_scale"].item() for step in range(8)]
+    assert rise == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1])
+    for warmup in ("null", "1.0"):
+        more = ["--data.val_split", "null", "--train.log_every", "1", "--train.consistency_warmup_epochs", warmup]
+        train_main(arguments(tmp_path / warmup, *more))
+        lines = (tmp_path / warmup / "tiny" / "train" / "log.jsonl").read_text().splitlines()
+        for entry in map(json.loads, lines):
+            if "loss" not in entry:  # of an epoch
+                continue
+            scale = 1.0 if warmup == "null" else min(1.0, (entry["step"] - 1) / 12)
+            wanted = entry["class"] + entry["patch"] + scale * (entry["scc"] + entry["pac"])
+            assert entry["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "preset", sorted((TRAINING / "recipes" / "presets").glob("*.yaml")), ids=lambda preset: preset.stem
+)
+def test_a_preset_goes_on_top_of_a_recipe(preset: Path):
+    for name in ("voc_deit_small", "voc_animals_deit_tiny"):
+        files = ["--config", str(TRAINING / "recipes" / f"{name}.yaml"), "--config", str(preset)]
+        assert parse_recipe(None, files)[0].data.train_split == "train_aug"
 
 
 def test_an_epoch_shows_every_image_once_whatever_the_number_of_processes():

@@ -104,6 +104,7 @@ class TrainingLoop:
         dataset: What to train on.
         rate: Optimiser step and steps of an epoch -> learning rate.
         seed: Of the order of the images and of what the model draws.
+        more_inputs: Optimiser step and steps of an epoch -> arguments of the model's forward beside the batch.
 
     Raises:
         StageError: too few images for one step, or a checkpoint of another number of processes.
@@ -120,9 +121,10 @@ class TrainingLoop:
         dataset: TrainingSet,
         rate: Callable[[int, int], float],
         seed: int,
+        more_inputs: Callable[[int, int], Mapping[str, Any]] | None = None,
     ):
         self.settings, self.stage, self.accelerator, self.options = settings, stage, accelerator, options
-        self.dataset, self.rate = dataset, rate
+        self.dataset, self.rate, self.more_inputs = dataset, rate, more_inputs
         self.batches = ShardedBatches(
             len(dataset),
             settings.batch_size,
@@ -231,6 +233,8 @@ class TrainingLoop:
                 for name, value in batch.items()
                 if name not in NOT_FOR_THE_MODEL
             }
+            if self.more_inputs is not None:
+                inputs |= self.more_inputs(state["step"], self.steps_per_epoch)
             with accelerator.accumulate(self.model):
                 output = self.model(**inputs)
                 terms = getattr(output, "losses", None) or {}

@@ -22,7 +22,7 @@ from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.metrics import SweepResult, ThresholdSweep
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.pseudo_labels import seeds_to_label_map, write_label_png
-from bitrans_hf.seeds import SEED_VARIANTS, sum_over_views
+from bitrans_hf.seeds import SEED_VARIANTS, seed_variants, sum_over_views
 from bitrans_hf.store import SeedStore
 from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, parse_recipe
 from runtime import Stage, StageError, make_accelerator, progress, run_script, say, say_unreadable
@@ -50,7 +50,9 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     model_folder = Path(recipe.output_dir) / recipe.name / "train" / "model"
     if not model_folder.is_dir():
         raise StageError(f"no trained model at {model_folder}; run training/train.py with the same recipe first.")
-    model = BiTransModel.from_pretrained(model_folder).to(accelerator.device).eval()
+    layers = recipe.seeds.num_seed_layers
+    model = BiTransModel.from_pretrained(model_folder, **({"num_seed_layers": layers} if layers else {}))
+    model = model.to(accelerator.device).eval()
     processor = BiTransImageProcessor.from_pretrained(model_folder)
 
     splits: dict[str, dict[str, Any]] = {}
@@ -144,7 +146,15 @@ def extract_split(
         batch = [torch.cat(scale).to(accelerator.device) for scale in zip(*views, strict=True)]
         quarter = None if len(recipe.scales) == 1 else (-(-size[0] // 4), -(-size[1] // 4))
         with accelerator.autocast():
-            totals = sum_over_views(model, batch, SEED_VARIANTS, flip=recipe.flip, size=quarter)
+            totals = sum_over_views(
+                model,
+                batch,
+                seed_variants(recipe.fusion or "fused"),
+                flip=recipe.flip,
+                size=quarter,
+                refine_steps=recipe.refine_steps or 1,
+                normalize_affinity=bool(recipe.normalize_affinity),
+            )
         for position, row in enumerate(rows):
             class_ids = np.array(row["labels"], dtype=np.int64)
             maps = {variant: total[position, row["labels"]].float().cpu() for variant, total in totals.items()}

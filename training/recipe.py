@@ -111,11 +111,17 @@ class ModelRecipe:
         num_attention_heads: Heads of each layer.
         mlp_ratio: Width of a layer's MLP as a multiple of hidden_size.
         drop_path_rate: Stochastic depth of the last layer while training.
+        share_drop_path: Drop the same branches in both views.
+        final_layer_norm: Apply DeiT's final LayerNorm, which MCTformer leaves out.
+        patch_pooling: Pooling of the patch branch's map, mean or ranked.
         num_seed_layers: K, how many of the last layers give the SC-CAM.
         view: Second view: hflip, vflip, rot90, rot180 or none.
         scc_weight: Weight of the class-specific consistency loss.
         pac_weight: Weight of the pair-wise affinity consistency loss.
         scc_classes: Classes that the SCC loss counts, all or present.
+        scc_maps: What the SCC loss compares, attention or max_normalized.
+        patch_weight: Weight of the patch branch's classification loss; 0 is MCTformer V1.
+        class_contrast_weight: Weight of MCTformer+'s contrastive class-token loss.
         detach_second_view: No gradient of the consistency losses through the second view.
         attention_map_mode: recompute or eager.
     """
@@ -129,11 +135,17 @@ class ModelRecipe:
     num_attention_heads: int | None = None
     mlp_ratio: float | None = None
     drop_path_rate: float | None = None
+    share_drop_path: bool | None = None
+    final_layer_norm: bool | None = None
+    patch_pooling: str | None = None
     num_seed_layers: int | None = None
     view: str | None = None
     scc_weight: float | None = None
     pac_weight: float | None = None
     scc_classes: str | None = None
+    scc_maps: str | None = None
+    patch_weight: float | None = None
+    class_contrast_weight: float | None = None
     detach_second_view: bool | None = None
     attention_map_mode: str | None = None
 
@@ -150,6 +162,7 @@ class TrainRecipe:
         min_learning_rate: Last rate, not scaled.
         warmup_learning_rate: First rate, not scaled.
         warmup_epochs: Length of the linear warm-up.
+        consistency_warmup_epochs: Length of a linear rise of both consistency losses' weights from 0; null for none.
         schedule: "epoch_cosine": the reference's, constant within an epoch, its first two epochs at the warm-up rate.
             "step_cosine": changes at every step, for short runs.
         weight_decay: AdamW; not applied to biases, norms, tokens and positions.
@@ -172,6 +185,7 @@ class TrainRecipe:
     min_learning_rate: float = 1e-5
     warmup_learning_rate: float = 1e-6
     warmup_epochs: float = 5
+    consistency_warmup_epochs: float | None = None
     schedule: Literal["epoch_cosine", "step_cosine"] = "epoch_cosine"
     weight_decay: float = 0.05
     max_grad_norm: float | None = None
@@ -197,6 +211,11 @@ class SeedsRecipe:
         variant: The maps that become label maps: "sc_cam", "coarse_cam", "fused" or "refined".
         threshold: Background score for the label maps.
         batch_size: Images of one size in a forward pass.
+        fusion: Rule behind the variants "fused" and "refined": "fused" (null), the paper's product; "fused_sqrt", its
+            root; "sc_cam" or "coarse_cam", one of the two alone.
+        num_seed_layers: K, how many of the last layers give the SC-CAM; null as the model was trained.
+        refine_steps: How often the variant "refined" is spread along the affinity; null for the paper's once.
+        normalize_affinity: Give every row of the affinity the sum 1 first.
     """
 
     splits: list[str | None] = field(default_factory=lambda: ["train", "val"])
@@ -205,6 +224,10 @@ class SeedsRecipe:
     variant: SeedVariant = "refined"
     threshold: float = 0.4
     batch_size: int = 8
+    fusion: Literal["fused", "fused_sqrt", "sc_cam", "coarse_cam"] | None = None
+    num_seed_layers: int | None = None
+    refine_steps: int | None = None
+    normalize_affinity: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -514,6 +537,8 @@ class Recipe:
                     raise ValueError(f"{section}.{name} must be at least 1, got {getattr(settings, name)}.")
         if not self.seeds.scales or self.seeds.scales[0] != 1.0:
             raise ValueError(f"seeds.scales must begin with 1.0, got {self.seeds.scales}.")
+        if self.seeds.refine_steps is not None and self.seeds.refine_steps < 1:
+            raise ValueError(f"seeds.refine_steps must be at least 1, got {self.seeds.refine_steps}.")
         if not 0 <= self.seeds.threshold <= 1:
             raise ValueError(f"seeds.threshold must be in [0, 1], got {self.seeds.threshold}.")
         if self.data.source != "shapes" and self.data.root is None:

@@ -66,7 +66,19 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
 
     # ---- Loop and result
     rate = functools.partial(learning_rate, recipe.train, images_per_step=images_per_step(recipe.train, accelerator))
-    loop = TrainingLoop(recipe.train, stage, accelerator, options, model, optimizer, dataset, rate, recipe.seed)
+    warmup = recipe.train.consistency_warmup_epochs
+    loop = TrainingLoop(
+        recipe.train,
+        stage,
+        accelerator,
+        options,
+        model,
+        optimizer,
+        dataset,
+        rate,
+        recipe.seed,
+        more_inputs=functools.partial(consistency_warmup, warmup, accelerator.device) if warmup else None,
+    )
     metrics = loop.run(lambda: validate(accelerator, loop.model, processor, validation))
     loop.finish(metrics, processor)
     tags = f", mAP {metrics['map_class']:.1f} class tokens, {metrics['map_patch']:.1f} patches" if validation else ""
@@ -96,6 +108,14 @@ def learning_rate(train: TrainRecipe, step: int, steps_per_epoch: int, images_pe
         warmup_epochs=train.warmup_epochs,
     )
     return schedule(step, steps_per_epoch)
+
+
+def consistency_warmup(
+    epochs: float, device: torch.device, step: int, steps_per_epoch: int
+) -> dict[str, torch.Tensor]:
+    """Return the factor of the consistency losses' weights at a step: 0 at the first one, 1 after `epochs`."""
+    # A tensor: a compiled model would be compiled again for every new number.
+    return {"consistency_scale": torch.tensor(min(1.0, step / (epochs * steps_per_epoch)), device=device)}
 
 
 @torch.no_grad()
