@@ -162,6 +162,7 @@ class TrainRecipe:
         min_learning_rate: Last rate, not scaled.
         warmup_learning_rate: First rate, not scaled.
         warmup_epochs: Length of the linear warm-up.
+        head_rate_multiplier: Times the learning rate for the patch branch's head, which starts from nothing; null for 1.
         consistency_warmup_epochs: Length of a linear rise of both consistency losses' weights from 0; null for none.
         schedule: "epoch_cosine": the reference's, constant within an epoch, its first two epochs at the warm-up rate.
             "step_cosine": changes at every step, for short runs.
@@ -185,6 +186,7 @@ class TrainRecipe:
     min_learning_rate: float = 1e-5
     warmup_learning_rate: float = 1e-6
     warmup_epochs: float = 5
+    head_rate_multiplier: float | None = None
     consistency_warmup_epochs: float | None = None
     schedule: Literal["epoch_cosine", "step_cosine"] = "epoch_cosine"
     weight_decay: float = 0.05

@@ -56,7 +56,9 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
         model.activation_checkpointing_enable()
     image_size = model.config.image_size
     processor = BiTransImageProcessor(size={"height": image_size, "width": image_size})
-    optimizer = torch.optim.AdamW(parameter_groups(model, recipe.train.weight_decay))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe.train.weight_decay, recipe.train.head_rate_multiplier or 1.0)
+    )
     dataset = TrainingImages(
         images,
         training_transform(image_size, recipe.train.augmentation, **recipe.train.augmentation_options),
@@ -87,14 +89,26 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     return stage.folder
 
 
-def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the parameters as the reference does: no decay on biases, norms, tokens and positions."""
-    decayed: list[torch.nn.Parameter] = []
-    plain: list[torch.nn.Parameter] = []
+def parameter_groups(
+    model: torch.nn.Module, weight_decay: float, head_rate_multiplier: float = 1.0
+) -> list[dict[str, Any]]:
+    """Split the parameters as the reference does: no decay on biases, norms, tokens and positions.
+
+    The patch branch's head, the one layer that no pretrained weights exist for, may have a higher learning rate.
+    """
+    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         is_plain = parameter.ndim <= 1 or name in ("class_tokens", "class_position", "patch_position")
-        (plain if is_plain else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+        is_head = name.startswith("seg_head.") and head_rate_multiplier != 1.0
+        groups.setdefault((is_plain, is_head), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if is_plain else weight_decay,
+            "rate_multiplier": head_rate_multiplier if is_head else 1.0,
+        }
+        for (is_plain, is_head), parameters in sorted(groups.items())
+    ]
 
 
 def learning_rate(train: TrainRecipe, step: int, steps_per_epoch: int, images_per_step: int) -> float:
