@@ -162,7 +162,7 @@ class TrainRecipe:
         min_learning_rate: Last rate, not scaled.
         warmup_learning_rate: First rate, not scaled.
         warmup_epochs: Length of the linear warm-up.
-        head_rate_multiplier: Times the learning rate for the patch branch's head, which starts from nothing; null for 1.
+        head_rate_multiplier: Times the learning rate, for the patch branch's new head; null for 1.
         consistency_warmup_epochs: Length of a linear rise of both consistency losses' weights from 0; null for none.
         schedule: "epoch_cosine": the reference's, constant within an epoch, its first two epochs at the warm-up rate.
             "step_cosine": changes at every step, for short runs.
