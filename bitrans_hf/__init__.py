@@ -11,10 +11,12 @@ from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_affinitynet import AffinityNetConfig
 from .configuration_bitrans import BiTransConfig
+from .configuration_cam import CamConfig
 from .configuration_deeplab import DeepLabConfig
 from .image_processing_bitrans import BiTransImageProcessor
 from .modeling_affinitynet import AffinityNetModel, AffinityNetOutput
 from .modeling_bitrans import BiTransModel, BiTransOutput
+from .modeling_cam import CamModel, CamOutput
 from .modeling_deeplab import DeepLabForSemanticSegmentation
 from .pipeline_bitrans import TASK, PseudoMaskPipeline
 from .seeds import Seeds, extract_seeds
@@ -30,6 +32,8 @@ PIPELINE_REGISTRY.register_pipeline(TASK, pipeline_class=PseudoMaskPipeline, pt_
 
 AutoConfig.register("affinitynet", AffinityNetConfig)
 AutoModel.register(AffinityNetConfig, AffinityNetModel)
+AutoConfig.register("bitrans-cam", CamConfig)
+AutoModel.register(CamConfig, CamModel)
 AutoConfig.register("bitrans-deeplab", DeepLabConfig)
 AutoModelForSemanticSegmentation.register(DeepLabConfig, DeepLabForSemanticSegmentation)
 AutoImageProcessor.register(DeepLabConfig, image_processor_classes={"torchvision": BiTransImageProcessor})
@@ -51,6 +55,9 @@ __all__ = [
     "BiTransImageProcessor",
     "BiTransModel",
     "BiTransOutput",
+    "CamConfig",
+    "CamModel",
+    "CamOutput",
     "DeepLabConfig",
     "DeepLabForSemanticSegmentation",
     "PseudoMaskPipeline",

@@ -76,7 +76,7 @@ def fused_maps(
 
 
 def sum_over_views(
-    model: BiTransModel,
+    model: torch.nn.Module,
     scaled_views: Sequence[torch.Tensor],
     variants: Mapping[str, tuple[str, bool]],
     *,
@@ -88,7 +88,7 @@ def sum_over_views(
     """Sum the maps of every scale and its flip, before normalisation.
 
     Args:
-        model: In evaluation mode.
+        model: In evaluation mode; its output holds the maps that the variants are made of.
         scaled_views: One normalised batch (B, 3, H_s, W_s) for each scale, on the model's device.
         variants: Names of the results -> (mode, refine), see `SEED_VARIANTS`. All come from the same forward passes.
         flip: Add the horizontally flipped image of each scale; image and flip run as one batch.

@@ -24,6 +24,7 @@ from .configuration_bitrans import BiTransConfig
 from .configuration_deeplab import DeepLabConfig
 from .modeling_affinitynet import AffinityNetModel
 from .modeling_bitrans import BiTransModel
+from .modeling_cam import CamModel
 from .modeling_deeplab import DeepLabForSemanticSegmentation
 
 StateDict = Mapping[str, torch.Tensor]
@@ -239,7 +240,7 @@ def _fill(module: nn.Module, found: StateDict, new: Collection[str] = ()) -> Non
     module.load_state_dict({**own, **found})
 
 
-# ---- AffinityNet and DeepLab.
+# ---- AffinityNet, DeepLab and the plain CNN.
 
 # PSA's and MCTformer's names of what is not ResNet38, and where it goes; other names are the trunk's own.
 _HEADS = {"f8_3": "feature_head.", "f8_4": "feature_head.", "f8_5": "feature_head.", "f9": "feature_head.",
@@ -297,7 +298,8 @@ def deeplab_from_mctformer(
 
 
 def load_backbone(
-    model: AffinityNetModel | DeepLabForSemanticSegmentation, weights: StateDict | str | Path | None = None
+    model: AffinityNetModel | CamModel | DeepLabForSemanticSegmentation,
+    weights: StateDict | str | Path | None = None,
 ) -> None:
     """Give the backbone of a network pretrained weights; its head is left as it is.
 
@@ -470,7 +472,7 @@ def _fill_public(model: nn.Module, state: StateDict) -> None:
 
 
 def _load_timm(
-    model: AffinityNetModel | DeepLabForSemanticSegmentation, weights: StateDict | str | Path | None
+    model: AffinityNetModel | CamModel | DeepLabForSemanticSegmentation, weights: StateDict | str | Path | None
 ) -> None:
     """Let timm itself read the weights: it knows the classifier and the names of its older files."""
     config = model.config

@@ -27,6 +27,8 @@ ORDER = (
     "affinity_pairs",
     "resnet38",
     "backbones",
+    "configuration_cam",
+    "modeling_cam",
     "configuration_affinitynet",
     "modeling_affinitynet",
     "random_walk",

@@ -60,7 +60,7 @@ def test_the_reference_preset_has_the_published_settings() -> None:
     assert (erase.probability, erase.per_pixel, erase.min_count, erase.max_count) == (0.25, True, 1, 1)
 
 
-@pytest.mark.parametrize("preset", ["reference", "crop_flip", "flip"])
+@pytest.mark.parametrize("preset", ["reference", "crop_flip", "flip", "rescale_crop"])
 @pytest.mark.parametrize("size", [(50, 70), (1, 1), (300, 3)])
 def test_every_preset_gives_a_finite_square(preset: str, size: tuple[int, int]) -> None:
     transform = training_transform(32, preset)
@@ -103,11 +103,51 @@ def test_flip_shows_the_whole_picture_or_its_mirror_image() -> None:
     assert seen == {False, True}
 
 
+def test_rescale_crop_draws_the_longer_side_and_puts_a_small_picture_anywhere() -> None:
+    white = PILImage.new("RGB", (60, 30), (255, 255, 255))
+    transform = training_transform(64, "rescale_crop", longer_side=(20, 40))
+    widths, lefts, tops = set(), set(), set()
+    for _ in range(200):
+        result = transform(white)
+        rows, columns = (
+            (result[0] != 0).any(dim=1).nonzero().flatten(),
+            (result[0] != 0).any(dim=0).nonzero().flatten(),
+        )
+        assert rows.numel() == round(columns.numel() / 2)  # proportions stay, and nothing is cut off
+        assert (result[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] > 2).all()  # white, the rest is 0
+        widths.add(columns.numel())
+        lefts.add(int(columns[0]))
+        tops.add(int(rows[0]))
+    assert (min(widths), max(widths)) == (20, 40)
+    assert min(lefts) < 4
+    assert max(lefts) > 30
+    assert min(tops) < 5
+    assert max(tops) > 40
+
+
+def test_rescale_crop_cuts_a_large_picture_without_stretching_it() -> None:
+    image = noise(48, 96)
+    straight = normalized(image)
+    transform = training_transform(32, "rescale_crop", longer_side=(96, 96), hflip=0.0)
+    corners = set()
+    for _ in range(30):
+        result = transform(image).numpy()
+        match = np.argwhere(np.isclose(straight[0, :17, :65], result[0, 0, 0], atol=1e-6))
+        found = [(y, x) for y, x in match if np.allclose(straight[:, y : y + 32, x : x + 32], result, atol=1e-5)]
+        assert len(found) == 1
+        corners.add(found[0])
+    assert len(corners) > 20
+
+
 def test_unknown_presets_and_options_are_refused() -> None:
-    with pytest.raises(DataError, match="preset 'heavy' is unknown, expected one of reference, crop_flip, flip"):
+    with pytest.raises(
+        DataError, match="preset 'heavy' is unknown, expected one of reference, crop_flip, flip, rescale"
+    ):
         training_transform(224, "heavy")
     with pytest.raises(TypeError, match="erasing"):
         training_transform(224, "flip", erasing=0.5)
+    with pytest.raises(DataError, match=r"longer_side must be two rising numbers of pixels, got \(64, 32\)"):
+        training_transform(224, "rescale_crop", longer_side=(64, 32))
 
 
 # ---- Items.

@@ -36,12 +36,14 @@ def training_transform(image_size: int, preset: str = "reference", **options: An
         image_size: Side S of the square crops in pixels.
         preset: "reference" is MCTformer's: random resized crop, flip, RandAugment, random erasing. "crop_flip" leaves
             out the last two and crops less tightly. "flip" resizes to the square and flips, for pictures whose
-            objects must stay in sight.
+            objects must stay in sight. "rescale_crop" is IRN's: the longer side is drawn, proportions stay, and what a
+            crop has beside a smaller picture is 0 once normalised.
         **options: Values that the preset lets one change:
             reference: `scale=(0.08, 1.0)`, `ratio=(3/4, 4/3)`, `hflip=0.5`, `rand_augment="rand-m9-mstd0.5-inc1"`
             (timm's grammar), `erasing=0.25` (probability);
             crop_flip: `scale=(0.4, 1.0)`, `ratio=(3/4, 4/3)`, `hflip=0.5`;
-            flip: `hflip=0.5`.
+            flip: `hflip=0.5`;
+            rescale_crop: `longer_side=(320, 640)` in pixels, both included, `hflip=0.5`.
 
     Returns:
         A function from a PIL RGB picture to a normalised tensor (3, S, S). It draws from the generators of `random`,
@@ -99,6 +101,23 @@ def _flip(image_size: int, *, hflip: float = 0.5) -> Transform:
     return _chain(resize, transforms.RandomHorizontalFlip(hflip))
 
 
+def _rescale_crop(image_size: int, *, longer_side: tuple[int, int] = (320, 640), hflip: float = 0.5) -> Transform:
+    shortest, longest = longer_side
+    if not 1 <= shortest <= longest:
+        raise DataError(f"longer_side must be two rising numbers of pixels, got {tuple(longer_side)}.")
+
+    def rescale(picture: PILImage.Image) -> PILImage.Image:
+        factor = int(torch.randint(shortest, longest + 1, ())) / max(picture.size)
+        width, height = (max(1, round(side * factor)) for side in picture.size)
+        return picture.resize((width, height), PILImage.Resampling.BICUBIC)
+
+    # Padded by as much as is missing on either side, a smaller picture lies anywhere in the crop.
+    crop = transforms.RandomCrop(image_size, pad_if_needed=True)
+    whole = _chain(rescale, transforms.RandomHorizontalFlip(hflip))
+    chain: Transform = transforms.Compose([whole, crop])
+    return chain
+
+
 def _chain(*steps: Callable[[PILImage.Image], PILImage.Image]) -> Transform:
     """Return `steps`, then the conversion to a normalised tensor, as one function."""
     normalize = transforms.Normalize(BiTransImageProcessor.image_mean, BiTransImageProcessor.image_std)
@@ -106,7 +125,12 @@ def _chain(*steps: Callable[[PILImage.Image], PILImage.Image]) -> Transform:
     return chain
 
 
-PRESETS: Mapping[str, Callable[..., Transform]] = {"reference": _reference, "crop_flip": _crop_flip, "flip": _flip}
+PRESETS: Mapping[str, Callable[..., Transform]] = {
+    "reference": _reference,
+    "crop_flip": _crop_flip,
+    "flip": _flip,
+    "rescale_crop": _rescale_crop,
+}
 """Augmentations by name; each takes the size of the crop and its own options."""
 
 
