@@ -216,8 +216,8 @@ def charts_from_log(path: str | Path) -> list[Chart]:
 
     Args:
         path: `log.jsonl`, one JSON object for each line with "step" and any of "loss", "class", "patch", "scc",
-            "pac", "background", "foreground", "negative", "lr" (training) or "map_class", "map_patch", "miou"
-            (validation, in percent). Where a step is there twice, as after a resume, the later line counts. A
+            "pac", "background", "foreground", "negative", "lr" (training) or "map_class", "map_patch", "map",
+            "miou" (validation, in percent). Where a step is there twice, as after a resume, the later line counts. A
             half-written last line is left out.
 
     Returns:
@@ -244,7 +244,7 @@ def charts_from_log(path: str | Path) -> list[Chart]:
     charts = [
         Chart("Loss", curves({"loss": "total"}), smooth=True),
         Chart("Terms of the loss", curves(terms), log_scale=True, smooth=True),
-        Chart("Validation mAP (%)", curves({f"map_{key}": name for key, name in branches.items()})),
+        Chart("Validation mAP (%)", curves({**{f"map_{key}": name for key, name in branches.items()}, "map": "tags"})),
         Chart("Validation mIoU (%)", curves({"miou": "one scale"})),
         Chart("Learning rate", curves({"lr": "learning rate"})),
     ]

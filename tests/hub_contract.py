@@ -1,4 +1,4 @@
-"""What every network that travels to the Hub has to do, as tests to be inherited.
+"""What every network beside Bi-Trans has to do, as tests to be inherited.
 
 A test class of a network derives from `HubModelContract` and gives `make`; what differs is told by its attributes.
 """
@@ -91,7 +91,7 @@ class HubModelContract:
             assert parameter.grad is not None, name
             assert parameter.grad.isfinite().all(), name
         optimizer.step()
-        frozen_norms = model.config.freeze_batch_norm or model.config.num_frozen_stages == -1
+        frozen_norms = getattr(model.config, "freeze_batch_norm", False) or model.config.num_frozen_stages == -1
         for name, value in model.state_dict().items():
             is_statistic = "running_" in name or "num_batches" in name
             if name in trained or (is_statistic and not (frozen_norms and name.startswith("backbone."))):

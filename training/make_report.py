@@ -22,10 +22,9 @@ from bitrans_hf.report import (
     step_table,
     write_report,
 )
-from bitrans_hf.seeds import SEED_VARIANTS
 from bitrans_hf.store import SeedStore
 from label_maps import LabelMap, cell_labels, stored_label_maps
-from recipe import ALL_IMAGES, Recipe, RunOptions, load_images, parse_recipe
+from recipe import ALL_IMAGES, Recipe, RunOptions, load_images, parse_recipe, variants_of
 from runtime import StageError, make_accelerator, run_script, say
 
 PREDICTION_STEPS = {
@@ -121,7 +120,7 @@ def gallery(recipe: Recipe, run: Path, split: str) -> Iterator[GalleryRow]:
     half = min(len(several), recipe.report.num_images // 2)
     for index in spread(several, half) + spread(single, recipe.report.num_images - half):
         row = images[index]
-        maps = {variant: store.read(row["image_id"], variant) for variant in SEED_VARIANTS}
+        maps = {variant: store.read(row["image_id"], variant) for variant in variants_of(recipe)}
         yield GalleryRow(
             image_id=row["image_id"],
             image=open_image(row["image"]),
@@ -179,6 +178,8 @@ def training_table(trained: dict[str, Any]) -> Iterator[Table]:
         "map_class": "mAP of the class tokens (%)",
         "map_patch": "mAP of the patch branch (%)",
         "image_ap_class": "AP per image of the class tokens (%)",
+        "map": "mAP (%)",
+        "image_ap": "AP per image (%)",
     }
     rows = [[title, f"{trained[key]:.1f}"] for key, title in titles.items() if key in trained]
     if rows:

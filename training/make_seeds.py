@@ -3,11 +3,12 @@
 accelerate launch training/make_seeds.py --config training/recipes/voc_deit_small.yaml
 
 Images whose seeds are already there are not done again, so that a run that was killed goes on. All four variants
-(SC-CAM, Coarse-CAM, their product, the refined product) come from the same forward passes and are kept.
+(SC-CAM, Coarse-CAM, their product, the refined product) come from the same forward passes and are kept; a plain CNN
+has the second alone.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from bitrans_hf.data import UnreadableImageError, class_names, image_size, mask_
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.metrics import SweepResult, ThresholdSweep
 from bitrans_hf.modeling_bitrans import BiTransModel
+from bitrans_hf.modeling_cam import CamModel
 from bitrans_hf.pseudo_labels import seeds_to_label_map, write_label_png
-from bitrans_hf.seeds import SEED_VARIANTS, seed_variants, sum_over_views
+from bitrans_hf.seeds import sum_over_views
 from bitrans_hf.store import SeedStore
-from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, parse_recipe
-from runtime import Stage, StageError, make_accelerator, progress, run_script, say, say_unreadable
+from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, parse_recipe, variants_of
+from runtime import Stage, StageError, make_accelerator, model_folder, progress, run_script, say, say_unreadable
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
 
@@ -47,13 +49,16 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     if stage.done:
         say(accelerator, f"seeds: already done, {stage.folder}")
         return stage.folder
-    model_folder = Path(recipe.output_dir) / recipe.name / "train" / "model"
-    if not model_folder.is_dir():
-        raise StageError(f"no trained model at {model_folder}; run training/train.py with the same recipe first.")
-    layers = recipe.seeds.num_seed_layers
-    model = BiTransModel.from_pretrained(model_folder, **({"num_seed_layers": layers} if layers else {}))
+    trained = model_folder(recipe)
+    model: BiTransModel | CamModel
+    if recipe.model.architecture == "cam":
+        model = CamModel.from_pretrained(trained)
+    else:
+        layers = recipe.seeds.num_seed_layers
+        model = BiTransModel.from_pretrained(trained, **({"num_seed_layers": layers} if layers else {}))
     model = model.to(accelerator.device).eval()
-    processor = BiTransImageProcessor.from_pretrained(model_folder)
+    processor = BiTransImageProcessor.from_pretrained(trained)
+    variants = variants_of(recipe)
 
     splits: dict[str, dict[str, Any]] = {}
     unreadable: set[str] = set()
@@ -69,10 +74,10 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
             )
         folder = stage.folder / name
         broken = extract_split(
-            accelerator, model, processor, images, SeedStore(folder / "seeds"), recipe.seeds, options
+            accelerator, model, processor, images, SeedStore(folder / "seeds"), variants, recipe.seeds, options
         )
         first = next(iter(splits.values()), {}).get("threshold")
-        splits[name] = score_split(accelerator, images, folder, recipe.seeds, first, options)
+        splits[name] = score_split(accelerator, images, folder, variants, recipe.seeds, first, options)
         unreadable |= broken
 
     head = next(iter(splits.values()))
@@ -99,10 +104,11 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
 
 def extract_split(
     accelerator: Accelerator,
-    model: BiTransModel,
+    model: BiTransModel | CamModel,
     processor: BiTransImageProcessor,
     images: Dataset,
     store: SeedStore,
+    variants: Mapping[str, tuple[str, bool]],
     recipe: SeedsRecipe,
     options: RunOptions,
 ) -> set[str]:
@@ -112,6 +118,7 @@ def extract_split(
     are summed at a quarter of the image.
     """
     unreadable: set[str] = set()
+    smallest = model.config.stride if isinstance(model, CamModel) else model.config.patch_size
     todo = defaultdict(list)
     for index in range(accelerator.process_index, len(images), accelerator.num_processes):
         row = images[index]
@@ -119,7 +126,7 @@ def extract_split(
             continue
         try:
             size = image_size(row["image"])
-            check_size(row["image_id"], size, recipe.scales, model.config.patch_size)
+            check_size(row["image_id"], size, recipe.scales, smallest)
             todo[size].append(index)
         except UnreadableImageError:
             if options.strict:
@@ -149,7 +156,7 @@ def extract_split(
             totals = sum_over_views(
                 model,
                 batch,
-                seed_variants(recipe.fusion or "fused"),
+                variants,
                 flip=recipe.flip,
                 size=quarter,
                 refine_steps=recipe.refine_steps or 1,
@@ -180,6 +187,7 @@ def score_split(
     accelerator: Accelerator,
     images: Dataset,
     folder: Path,
+    variants: Collection[str],
     recipe: SeedsRecipe,
     given_thresholds: dict[str, float] | None,
     options: RunOptions,
@@ -195,8 +203,7 @@ def score_split(
     store = SeedStore(folder / "seeds")
     num_classes = len(class_names(images))
     sweeps = {
-        subset: {variant: ThresholdSweep(num_classes) for variant in SEED_VARIANTS}
-        for subset in ("all", "several_classes")
+        subset: {variant: ThresholdSweep(num_classes) for variant in variants} for subset in ("all", "several_classes")
     }
     counts = {"images": 0, "scored": 0, "several_classes": 0}
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
@@ -205,7 +212,7 @@ def score_split(
         if row["image_id"] not in store:
             continue
         counts["images"] += 1
-        seeds = {variant: store.read(row["image_id"], variant) for variant in SEED_VARIANTS}
+        seeds = {variant: store.read(row["image_id"], variant) for variant in variants}
         label_map = seeds_to_label_map(seeds[recipe.variant], recipe.threshold)
         write_label_png(folder / "masks" / f"{row['image_id']}.png", label_map)
         if row["mask"] is None:
@@ -231,7 +238,7 @@ def score_split(
             variant: dict(zip(classes, map(rounded, each.per_class_iou), strict=True))
             for variant, each in swept.items()
         }
-        result["miou_at_recipe_threshold"] = at_thresholds(swept, dict.fromkeys(SEED_VARIANTS, recipe.threshold))
+        result["miou_at_recipe_threshold"] = at_thresholds(swept, dict.fromkeys(variants, recipe.threshold))
         if given_thresholds:
             result["miou_at_given_threshold"] = at_thresholds(swept, given_thresholds)
     if counts["several_classes"]:

@@ -102,6 +102,11 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
     if options.quiet or not sys.stderr.isatty():
         disable_progress_bars()
     parts = chosen_parts(folder, settings)
+    if recipe.model.architecture == "cam" and PARTS["model"] in parts:
+        raise StageError(
+            "model.architecture cam is a baseline, whose network is not published; name what is in publish.parts, "
+            "without model."
+        )
 
     # ---- Folders. Those of an earlier call are kept, if they were made of the same things.
     sources = {part.name: source_of(folder, part, settings) for part in parts}

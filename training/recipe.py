@@ -15,10 +15,13 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 from transformers import set_seed
 
 from bitrans_hf.configuration_bitrans import BiTransConfig
+from bitrans_hf.configuration_cam import CamConfig
 from bitrans_hf.crf import find_preset
 from bitrans_hf.data import check_folder, load_coco, load_folder, load_voc, make_shapes
 from bitrans_hf.modeling_bitrans import BiTransModel
-from bitrans_hf.weights import from_timm, from_timm_state_dict
+from bitrans_hf.modeling_cam import CamModel
+from bitrans_hf.seeds import seed_variants
+from bitrans_hf.weights import from_timm, from_timm_state_dict, load_backbone
 
 SHAPE_SPLITS = ("train", "val", "test")
 ALL_IMAGES = "all_images"
@@ -26,6 +29,16 @@ ALL_IMAGES = "all_images"
 
 SeedVariant: TypeAlias = Literal["sc_cam", "coarse_cam", "fused", "refined"]
 Refiner: TypeAlias = Literal["crf", "par", "none"]
+
+SHARED_KEYS = ("weights", "image_size", "architecture")
+"""Keys of the section model that a CNN has too."""
+CNN_KEYS = ("backbone", "options")
+"""Keys of the section model that it alone has."""
+TRANSFORMER_KEYS = {
+    "train": ("head_rate_multiplier", "consistency_warmup_epochs"),
+    "seeds": ("fusion", "num_seed_layers", "refine_steps", "normalize_affinity"),
+}
+"""Keys of other sections that it does not have."""
 
 
 class LoopSettings(Protocol):
@@ -101,7 +114,8 @@ class ModelRecipe:
 
     Attributes:
         weights: "scratch"; "timm:<name>" for ImageNet weights from the Hub; a `.safetensors` or `.pth` file of a timm
-            vision transformer.
+            vision transformer. cam: "scratch"; "timm" for the backbone's weights from the Hub; a file of them, as
+            `bitrans_hf.weights.load_backbone` reads it.
         class_token_noise: Noise that tells the repeated class tokens apart at the start, as a multiple of their
             standard deviation; 0 is the reference.
         image_size: Side of the training crops in pixels.
@@ -124,6 +138,10 @@ class ModelRecipe:
         class_contrast_weight: Weight of MCTformer+'s contrastive class-token loss.
         detach_second_view: No gradient of the consistency losses through the second view.
         attention_map_mode: recompute or eager.
+        architecture: "bitrans" (null), or "cam", a plain CNN whose class activation maps are its only seeds. A CNN has
+            the keys weights, image_size and the following two; all others are left null.
+        backbone: cam: name of a convolutional network of timm, or "resnet38"; null for ResNet50.
+        options: cam: further fields of `CamConfig`, such as output_stride, the pixels of a cell.
     """
 
     weights: str = "scratch"
@@ -148,6 +166,9 @@ class ModelRecipe:
     class_contrast_weight: float | None = None
     detach_second_view: bool | None = None
     attention_map_mode: str | None = None
+    architecture: Literal["bitrans", "cam"] | None = None
+    backbone: str | None = None
+    options: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +186,8 @@ class TrainRecipe:
         head_rate_multiplier: Times the learning rate, for the patch branch's new head; null for 1.
         consistency_warmup_epochs: Length of a linear rise of both consistency losses' weights from 0; null for none.
         schedule: "epoch_cosine": the reference's, constant within an epoch, its first two epochs at the warm-up rate.
-            "step_cosine": changes at every step, for short runs.
-        weight_decay: AdamW; not applied to biases, norms, tokens and positions.
+            "step_cosine": changes at every step, for short runs. "poly": (1 - step / steps)^0.9, without warm-up.
+        weight_decay: Not applied to biases, norms, tokens and positions.
         max_grad_norm: Clip the gradient to this norm; null does not clip.
         augmentation: Preset of `bitrans_hf.data.transforms`: "reference", "crop_flip" or "flip".
         augmentation_options: Options of the preset.
@@ -177,6 +198,8 @@ class TrainRecipe:
         log_every: Optimiser steps between log lines.
         checkpoint_every: Optimiser steps between checkpoints, beside the one after each epoch; null for none.
         trackers: Trackers of Accelerate, such as tensorboard, wandb, trackio.
+        optimizer: "adamw" (null) or "sgd".
+        momentum: Of sgd; null for none.
     """
 
     epochs: int = 60
@@ -188,7 +211,7 @@ class TrainRecipe:
     warmup_epochs: float = 5
     head_rate_multiplier: float | None = None
     consistency_warmup_epochs: float | None = None
-    schedule: Literal["epoch_cosine", "step_cosine"] = "epoch_cosine"
+    schedule: Literal["epoch_cosine", "step_cosine", "poly"] = "epoch_cosine"
     weight_decay: float = 0.05
     max_grad_norm: float | None = None
     augmentation: str = "reference"
@@ -200,6 +223,8 @@ class TrainRecipe:
     log_every: int = 10
     checkpoint_every: int | None = None
     trackers: list[str] = field(default_factory=list)
+    optimizer: Literal["adamw", "sgd"] | None = None
+    momentum: float | None = None
 
 
 @dataclass(frozen=True)
@@ -550,10 +575,40 @@ class Recipe:
                 f"report.split must be one of seeds.splits, {self.seeds.splits}, got {self.report.split!r}; the "
                 "report shows seeds."
             )
+        self._check_model()
         self._check_affinity()
         self._check_pseudo_labels()
         self._check_segmentation()
         self._check_prediction()
+
+    def _check_model(self) -> None:
+        is_cnn = self.model.architecture == "cam"
+        for each in dataclasses.fields(self.model):
+            value = getattr(self.model, each.name)
+            if each.name not in SHARED_KEYS and is_cnn != (each.name in CNN_KEYS) and value != each.default:
+                raise ValueError(
+                    f"model.{each.name} does not belong to model.architecture {self.model.architecture or 'bitrans'}, "
+                    f"got {value!r}; set it to {'null' if each.default is None else each.default}."
+                )
+        for section, names in TRANSFORMER_KEYS.items():
+            for name in names:
+                if is_cnn and getattr(getattr(self, section), name) is not None:
+                    raise ValueError(f"{section}.{name} does not belong to model.architecture cam; set it to null.")
+        made = variants_of(self)
+        sections = {"seeds": self.seeds, "affinity": self.affinity, "pseudo_labels": self.pseudo_labels}
+        for section, settings in sections.items():
+            variant = settings.variant if settings is not None else None
+            if variant is not None and variant not in made:
+                raise ValueError(
+                    f"{section}.variant must be {' or '.join(made)} for model.architecture cam, got {variant!r}; a "
+                    "CNN has no attention, so its class activation maps are its only seeds."
+                )
+        momentum = self.train.momentum
+        if momentum is not None and (self.train.optimizer != "sgd" or not 0 <= momentum < 1):
+            raise ValueError(
+                f"train.momentum must be in [0, 1) and is for train.optimizer sgd, got {momentum} for "
+                f"{self.train.optimizer or 'adamw'}."
+            )
 
     def _check_affinity(self) -> None:
         affinity = self.affinity
@@ -773,6 +828,12 @@ def describe_folder(data: DataRecipe, split: str | None) -> str | None:
     return report.summary()
 
 
+def variants_of(recipe: Recipe) -> dict[str, tuple[str, bool]]:
+    """Return the (mode, refine) pairs of a run's seeds by their names; a CNN, which has no attention, has one."""
+    variants = seed_variants(recipe.seeds.fusion or "fused")
+    return {"coarse_cam": variants["coarse_cam"]} if recipe.model.architecture == "cam" else variants
+
+
 def build_model(model: ModelRecipe, id2label: dict[int, str], seed: int) -> BiTransModel:
     """Build the network of a recipe, with its starting weights.
 
@@ -782,6 +843,7 @@ def build_model(model: ModelRecipe, id2label: dict[int, str], seed: int) -> BiTr
         seed: Of everything that is drawn: new weights and the class tokens' noise.
     """
     fields = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
+    fields.pop("architecture", None)
     weights, noise = fields.pop("weights"), fields.pop("class_token_noise")
     if weights == "scratch":
         set_seed(seed)
@@ -791,3 +853,26 @@ def build_model(model: ModelRecipe, id2label: dict[int, str], seed: int) -> BiTr
             weights.removeprefix("timm:"), id2label=id2label, class_token_noise=noise, seed=seed, **fields
         )
     return from_timm_state_dict(weights, id2label=id2label, class_token_noise=noise, seed=seed, **fields)
+
+
+def build_cam(model: ModelRecipe, id2label: dict[int, str], seed: int) -> CamModel:
+    """Build the CNN of a recipe, with its starting weights; arguments as in `build_model`.
+
+    Raises:
+        ValueError, OSError: the weights are not there or do not fit, see `load_backbone`; or stages are to stay as
+            they were drawn.
+    """
+    given = {"backbone": model.backbone, "image_size": model.image_size}
+    fields = {key: value for key, value in given.items() if value is not None} | (model.options or {})
+    config = CamConfig(id2label=id2label, **fields)
+    if model.weights == "scratch" and (config.num_frozen_stages or config.freeze_batch_statistics):
+        raise ValueError(
+            "model.weights scratch leaves nothing to freeze, got num_frozen_stages "
+            f"{config.num_frozen_stages} and freeze_batch_statistics {config.freeze_batch_statistics}; take them out "
+            "of model.options, or give weights."
+        )
+    set_seed(seed)
+    network = CamModel(config)
+    if model.weights != "scratch":
+        load_backbone(network, None if model.weights == "timm" else model.weights)
+    return network

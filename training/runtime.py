@@ -208,6 +208,27 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def model_folder(recipe: Recipe) -> Path:
+    """Return the folder of the run's trained model.
+
+    Raises:
+        StageError: there is none.
+    """
+    folder = Path(recipe.output_dir) / recipe.name / "train" / "model"
+    if not folder.is_dir():
+        raise StageError(f"no trained model at {folder}; run training/train.py with the same recipe first.")
+    return folder
+
+
+def refuse_cnn(recipe: Recipe, section: str) -> None:
+    """Raise StageError if a section of the recipe wants the run's own Bi-Trans encoder, and the run trains a CNN."""
+    if recipe.model.architecture == "cam":
+        raise StageError(
+            f"{section}.backbone bitrans is the run's own encoder, and model.architecture cam has none; choose "
+            f"{section}.backbone resnet38 or a timm network, with its {section}.weights."
+        )
+
+
 # ---- Progress and processes.
 
 

@@ -1,4 +1,4 @@
-"""Train Bi-Trans on image-level labels.
+"""Train Bi-Trans, or the plain CNN that it is compared with, on image-level labels.
 
 accelerate launch training/train.py --config training/recipes/voc_deit_small.yaml [--train.epochs 3 ...]
 
@@ -16,18 +16,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
+from transformers import PreTrainedModel
 
 from bitrans_hf.data import UnreadableImageError, class_names, open_image
 from bitrans_hf.data.transforms import TrainingImages, training_transform
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.labels import class_ids_to_multi_hot
 from bitrans_hf.metrics import image_average_precision, mean_average_precision
-from bitrans_hf.modeling_bitrans import BiTransModel
+from bitrans_hf.modeling_bitrans import BiTransOutput
+from bitrans_hf.modeling_cam import CamModel, CamOutput
 from loop import RateSchedule, TrainingLoop, images_per_step
-from recipe import Recipe, RunOptions, TrainRecipe, build_model, describe_folder, load_images, parse_recipe
+from recipe import (
+    Recipe,
+    RunOptions,
+    TrainRecipe,
+    build_cam,
+    build_model,
+    describe_folder,
+    load_images,
+    parse_recipe,
+)
 from runtime import Stage, make_accelerator, run_script, say
 
 DEPENDS_ON = ("seed", "data", "model", "train")
+
+TAG_TITLES = {"map_class": "class tokens", "map_patch": "patches", "map": "tags"}
+"""What the scores of `validate` are of, for the last line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,14 +65,13 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     id2label = dict(enumerate(class_names(images)))
 
     # ---- Model and optimiser
-    model = build_model(recipe.model, id2label, recipe.seed)
+    build = build_cam if recipe.model.architecture == "cam" else build_model
+    model: PreTrainedModel = build(recipe.model, id2label, recipe.seed)
     if recipe.train.activation_checkpointing:
         model.activation_checkpointing_enable()
     image_size = model.config.image_size
     processor = BiTransImageProcessor(size={"height": image_size, "width": image_size})
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.train.weight_decay, recipe.train.head_rate_multiplier or 1.0)
-    )
+    optimizer = make_optimizer(model, recipe.train)
     dataset = TrainingImages(
         images,
         training_transform(image_size, recipe.train.augmentation, **recipe.train.augmentation_options),
@@ -83,10 +96,21 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     )
     metrics = loop.run(lambda: validate(accelerator, loop.model, processor, validation))
     loop.finish(metrics, processor)
-    tags = f", mAP {metrics['map_class']:.1f} class tokens, {metrics['map_patch']:.1f} patches" if validation else ""
-    say(accelerator, f"train: loss {metrics['loss']:.3f}{tags} -> {stage.folder}")
+    tags = ", ".join(f"{metrics[key]:.1f} {title}" for key, title in TAG_TITLES.items() if key in metrics)
+    say(accelerator, f"train: loss {metrics['loss']:.3f}{', mAP ' + tags if tags else ''} -> {stage.folder}")
     accelerator.wait_for_everyone()
     return stage.folder
+
+
+def make_optimizer(model: PreTrainedModel, train: TrainRecipe) -> torch.optim.Optimizer:
+    """Make the recipe's optimiser; the learning rate of each step is the loop's."""
+    if isinstance(model, CamModel):
+        groups = model.parameter_groups(train.weight_decay)
+    else:
+        groups = parameter_groups(model, train.weight_decay, train.head_rate_multiplier or 1.0)
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=train.momentum or 0.0)
+    return torch.optim.AdamW(groups)
 
 
 def parameter_groups(
@@ -140,20 +164,21 @@ def validate(
     images: Dataset | None,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Score both branches' image-level tags on whole images resized to the training square.
+    """Score the image-level tags of every branch on whole images resized to the training square.
 
     Returns:
         In percent: "map_class" and "map_patch", mean average precision over classes of the class tokens' and the
-        patch branch's logits; "image_ap_class", the reference's measure: per-image average precision, averaged.
-        Empty without images.
+        patch branch's logits; "image_ap_class", the reference's measure: per-image average precision, averaged. A
+        CNN, which has one kind of logits, has "map" and "image_ap". Empty without images.
     """
     if images is None:
         return {}
-    unwrapped: BiTransModel = accelerator.unwrap_model(model)
+    unwrapped: PreTrainedModel = accelerator.unwrap_model(model)
     unwrapped.eval()
     num_classes = len(unwrapped.config.id2label or {})
     own = list(range(accelerator.process_index, len(images), accelerator.num_processes))
-    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    rows: list[tuple[np.ndarray, ...]] = []  # scores of every branch, and the labels
+    branches: Sequence[str] = ()
     for start in range(0, len(own), batch_size):
         pictures, labels = [], []
         for index in own[start : start + batch_size]:
@@ -167,15 +192,22 @@ def validate(
             continue
         pixel_values = processor(pictures, return_tensors="pt")["pixel_values"].to(accelerator.device)
         with accelerator.autocast():
-            output = unwrapped(pixel_values)
-        scores = (output.class_logits.float().cpu().numpy(), output.patch_logits.float().cpu().numpy())
-        rows += list(zip(*scores, labels, strict=True))
-    class_scores, patch_scores, truth = (np.stack(part) for part in zip(*gather_object(rows), strict=True))
-    return {
-        "map_class": 100 * mean_average_precision(class_scores, truth)[0],
-        "map_patch": 100 * mean_average_precision(patch_scores, truth)[0],
-        "image_ap_class": 100 * image_average_precision(class_scores, truth),
+            logits = logits_of_branches(unwrapped(pixel_values))
+        branches = tuple(logits)
+        rows += list(zip(*(part.float().cpu().numpy() for part in logits.values()), labels, strict=True))
+    *scores, truth = (np.stack(part) for part in zip(*gather_object(rows), strict=True))
+    precision = {
+        f"map{branch}": 100 * mean_average_precision(part, truth)[0]
+        for branch, part in zip(branches, scores, strict=True)
     }
+    return {**precision, f"image_ap{branches[0]}": 100 * image_average_precision(scores[0], truth)}
+
+
+def logits_of_branches(output: BiTransOutput | CamOutput) -> dict[str, torch.Tensor]:
+    """Return the logits (B, C) of every branch of a network, by what follows the name of its scores."""
+    if isinstance(output, CamOutput):
+        return {"": output.logits}
+    return {"_class": output.class_logits, "_patch": output.patch_logits}
 
 
 if __name__ == "__main__":

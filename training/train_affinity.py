@@ -52,7 +52,17 @@ from recipe import (
     load_images,
     parse_recipe,
 )
-from runtime import Stage, StageError, make_accelerator, remove_unfinished, run_script, say, say_unreadable
+from runtime import (
+    Stage,
+    StageError,
+    make_accelerator,
+    model_folder,
+    refuse_cnn,
+    remove_unfinished,
+    run_script,
+    say,
+    say_unreadable,
+)
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity")
 
@@ -316,19 +326,19 @@ def build_network(recipe: Recipe, settings: AffinityRecipe, id2label: dict[int, 
         id2label: Names of the object classes, which the network keeps as a note: it relates cells and knows no class.
 
     Raises:
-        StageError: the run's own encoder is wanted and there is none.
+        StageError: the run's own encoder is wanted and there is none, as where the run trains a CNN.
     """
     fields = {"relation": settings.relation, "radius": settings.radius, "id2label": id2label, **settings.options}
     set_seed(recipe.seed)
     if settings.backbone == "bitrans":
+        if settings.weights in ("trained", "scratch"):
+            refuse_cnn(recipe, "affinity")
         if settings.weights == "scratch":
             new = ModelRecipe(**{**asdict(recipe.model), "weights": "scratch"})
             return AffinityNetModel.from_bitrans(build_model(new, id2label, recipe.seed), **fields)
-        folder = Path(settings.weights)
-        if settings.weights == "trained":
-            folder = Path(recipe.output_dir) / recipe.name / "train" / "model"
+        folder = model_folder(recipe) if settings.weights == "trained" else Path(settings.weights)
         if not folder.is_dir():
-            raise StageError(f"no trained model at {folder}; run training/train.py with the same recipe first.")
+            raise StageError(f"no trained model at {folder}; affinity.weights must be the folder of one, or trained.")
         return AffinityNetModel.from_bitrans(BiTransModel.from_pretrained(folder), **fields)
     model = AffinityNetModel(AffinityNetConfig(backbone=settings.backbone, **fields))
     if settings.weights != "scratch":

@@ -32,7 +32,7 @@ from bitrans_hf.segment import SINGLE_SCALE, multi_scale_scores
 from bitrans_hf.weights import load_backbone
 from loop import RateSchedule, TrainingLoop
 from recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, load_images, parse_recipe
-from runtime import Stage, StageError, make_accelerator, progress, run_script, say
+from runtime import Stage, StageError, make_accelerator, model_folder, progress, refuse_cnn, run_script, say
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation")
 
@@ -253,10 +253,9 @@ def build_network(
         options["freeze_batch_norm"] = settings.batch_norm == "frozen"
     set_seed(recipe.seed)
     if settings.weights == "trained":
-        folder = Path(recipe.output_dir) / recipe.name / "train" / "model"
-        if not folder.is_dir():
-            raise StageError(f"no trained model at {folder}; run training/train.py with the same recipe first.")
-        return DeepLabForSemanticSegmentation.from_bitrans(BiTransModel.from_pretrained(folder), **options)
+        refuse_cnn(recipe, "segmentation")
+        bitrans = BiTransModel.from_pretrained(model_folder(recipe))
+        return DeepLabForSemanticSegmentation.from_bitrans(bitrans, **options)
     if Path(settings.weights).is_dir():
         model = DeepLabForSemanticSegmentation.from_pretrained(settings.weights)
         check_classes(model, classes)
