@@ -109,8 +109,8 @@ class CamModel(PreTrainedModel):
         """Tag images and map every class; with labels, also compute the loss.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images of any size. Where a side is no multiple of the stride, the last
-                cells of a ResNet reach over the edge, and a ConvNeXt does not see up to `stride - 1` pixels.
+            pixel_values: (B, 3, H, W) normalised images of any size. Where a side is no multiple of the stride, the
+                last cells of a ResNet reach over the edge, and a ConvNeXt does not see up to `stride - 1` pixels.
             labels: (B, C) multi-hot image-level labels, 0 or 1.
             return_dict: False for a plain tuple of the fields that are not None.
 
