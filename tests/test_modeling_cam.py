@@ -250,10 +250,10 @@ def test_from_images_to_scores_of_the_only_variant_a_cnn_has(
         build_segmentation_network(recipe, recipe.segmentation, list(CLASSES.values()))
 
 
-@pytest.mark.parametrize("recipe", sorted((TRAINING / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_preset_turns_every_recipe_into_the_baseline_and_keeps_its_data(recipe: Path):
-    before, _ = parse_recipe(None, ["--config", str(recipe)])
-    after, _ = parse_recipe(None, ["--config", str(recipe), "--config", str(PRESET)])
+def test_the_preset_turns_a_recipe_into_the_baseline_and_keeps_its_data():
+    recipe = str(TRAINING / "recipes" / "voc_deit_small.yaml")
+    before, _ = parse_recipe(None, ["--config", recipe])
+    after, _ = parse_recipe(None, ["--config", recipe, "--config", str(PRESET)])
     assert after.model == ModelRecipe(
         weights="timm", architecture="cam", backbone="resnet50.tv_in1k", image_size=512,
         options={"output_stride": 16, "num_frozen_stages": 3, "freeze_batch_statistics": True},

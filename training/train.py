@@ -177,8 +177,7 @@ def validate(
     unwrapped.eval()
     num_classes = len(unwrapped.config.id2label or {})
     own = list(range(accelerator.process_index, len(images), accelerator.num_processes))
-    rows: list[tuple[np.ndarray, ...]] = []  # scores of every branch, and the labels
-    branches: Sequence[str] = ()
+    rows: list[dict[str, np.ndarray]] = []  # of each image (C,): the scores of every branch, and "labels"
     for start in range(0, len(own), batch_size):
         pictures, labels = [], []
         for index in own[start : start + batch_size]:
@@ -193,14 +192,14 @@ def validate(
         pixel_values = processor(pictures, return_tensors="pt")["pixel_values"].to(accelerator.device)
         with accelerator.autocast():
             logits = logits_of_branches(unwrapped(pixel_values))
-        branches = tuple(logits)
-        rows += list(zip(*(part.float().cpu().numpy() for part in logits.values()), labels, strict=True))
-    *scores, truth = (np.stack(part) for part in zip(*gather_object(rows), strict=True))
-    precision = {
-        f"map{branch}": 100 * mean_average_precision(part, truth)[0]
-        for branch, part in zip(branches, scores, strict=True)
-    }
-    return {**precision, f"image_ap{branches[0]}": 100 * image_average_precision(scores[0], truth)}
+        columns = {branch: part.float().cpu().numpy() for branch, part in logits.items()} | {"labels": labels}
+        rows += [{name: column[number] for name, column in columns.items()} for number in range(len(labels))]
+    table = gather_object(rows)
+    scores = {name: np.stack([row[name] for row in table]) for name in table[0]}
+    truth = scores.pop("labels")
+    precision = {f"map{branch}": 100 * mean_average_precision(part, truth)[0] for branch, part in scores.items()}
+    first = next(iter(scores))
+    return {**precision, f"image_ap{first}": 100 * image_average_precision(scores[first], truth)}
 
 
 def logits_of_branches(output: BiTransOutput | CamOutput) -> dict[str, torch.Tensor]:
