@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from hub_contract import HubModelContract
 from tiny_models import CLASSES, picture, pixels
@@ -29,7 +31,7 @@ sys.path.insert(0, str(TRAINING))
 from make_report import make_report  # noqa: E402
 from make_seeds import main as make_seeds_main  # noqa: E402
 from publish import publish  # noqa: E402
-from recipe import ModelRecipe, TrainRecipe, build_cam, parse_recipe  # noqa: E402
+from recipe import TRANSFORMER_KEYS, ModelRecipe, TrainRecipe, build_cam, parse_recipe  # noqa: E402
 from runtime import StageError  # noqa: E402
 from train import learning_rate, make_optimizer  # noqa: E402
 from train import main as train_main  # noqa: E402
@@ -254,6 +256,11 @@ def test_the_preset_turns_a_recipe_into_the_baseline_and_keeps_its_data():
     recipe = str(TRAINING / "recipes" / "voc_deit_small.yaml")
     before, _ = parse_recipe(None, ["--config", recipe])
     after, _ = parse_recipe(None, ["--config", recipe, "--config", str(PRESET)])
+    # A recipe may set any key of the network: the preset has all of them, or it would not fit every recipe.
+    content = yaml.safe_load(PRESET.read_text())
+    assert content["model"].keys() == {each.name for each in dataclasses.fields(ModelRecipe)}
+    for section, names in TRANSFORMER_KEYS.items():
+        assert all(content[section][name] is None for name in names)
     assert after.model == ModelRecipe(
         weights="timm", architecture="cam", backbone="resnet50.tv_in1k", image_size=512,
         options={"output_stride": 16, "num_frozen_stages": 3, "freeze_batch_statistics": True},
@@ -311,6 +318,8 @@ def test_equal_seeds_draw_equal_networks():
             "model.backbone does not belong to model.architecture bitrans, got 'resnet50'; set it to null",
         ),
         (["--model.architecture", "cnn"], "model.architecture"),
+        (["--config", str(PRESET), "--seeds.refine_steps", "2"], "seeds.refine_steps does not belong to"),
+        (["--config", str(PRESET), "--train.consistency_warmup_epochs", "1"], "train.consistency_warmup_epochs does"),
         (["--train.momentum", "0.9"], "train.momentum must be in [0, 1) and is for train.optimizer sgd, got 0.9 for"),
         (["--train.optimizer", "sgd", "--train.momentum", "1.5"], "train.momentum must be in [0, 1)"),
     ],

@@ -55,7 +55,8 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
         model = CamModel.from_pretrained(trained)
     else:
         layers = recipe.seeds.num_seed_layers
-        model = BiTransModel.from_pretrained(trained, **({"num_seed_layers": layers} if layers else {}))
+        changed: dict[str, Any] = {"num_seed_layers": layers} if layers else {}
+        model = BiTransModel.from_pretrained(trained, **changed)
     model = model.to(accelerator.device).eval()
     processor = BiTransImageProcessor.from_pretrained(trained)
     variants = variants_of(recipe)
