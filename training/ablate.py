@@ -238,6 +238,7 @@ def ablate(ablation: Ablation) -> Path:
         "baseline": ablation.baseline,
         "seeds": ablation.seeds,
         "variants": ablation.variants,
+        "tables": ablation.shown_tables(),
         "chosen": chosen,
         "summary": summary,
         "seconds": total_seconds(runs),

@@ -1,0 +1,138 @@
+"""Write the tables of docs/results.md again, from the numbers that are kept beside it; grids that are named come anew.
+
+python training/render_results.py                                       (all tables, from docs/results/*.json)
+python training/render_results.py runs/paper_tables_shapes              (this grid's numbers are copied first)
+
+A table stands between `<!-- results: GRID, TABLE -->` and `<!-- end -->`.
+"""
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ablate import CHOSEN, deviation
+from bitrans_hf.report import VARIANT_TITLES
+from bitrans_hf.store import atomic_write
+from runtime import StageError, run_script, write_json
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAPER = {
+    "Table 1": {"one view": "56.9 / 60.6", "SCC": "59.2 / 61.8", "PAC": "59.3 / 62.6", "SCC and PAC": "61.5 / 63.2"},
+    "Table 2": {"none": "60.6", "rotation": "61.9", "vertical flip": "60.5", "horizontal flip": "63.2",
+                "both flips": "61.9"},
+}  # fmt: skip
+"""The paper's mIoU on VOC train by table and row; of Table 1 without and with affinity refinement."""
+SHOWN = ("sc_cam", "fused", "refined", CHOSEN)
+BLOCK = re.compile(r"(<!-- results: (?P<grid>[^,]+), (?P<table>.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run from command-line arguments."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument(
+        "grids", nargs="*", type=Path, help="folders of finished grids, such as runs/paper_tables_shapes"
+    )
+    parser.add_argument("--docs", type=Path, default=DOCS, help="where results.md is")
+    options = parser.parse_args(arguments)
+    for folder in options.grids:
+        write_json(
+            options.docs / "results" / f"{folder.name}.json", kept(json.loads((folder / "metrics.json").read_text()))
+        )
+    page = options.docs / "results.md"
+    with atomic_write(page) as temporary:
+        temporary.write_text(rendered(page.read_text(encoding="utf-8"), options.docs / "results"), encoding="utf-8")
+    print(page)
+
+
+def kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what of a grid's `metrics.json` the tables are made from, and where each run comes from."""
+    runs = {
+        run: {
+            "commit": found["made_with"]["commit"],
+            "seconds": found["seconds"],
+            "threshold": {split: scores["threshold"] for split, scores in found["splits"].items()},
+        }
+        for run, found in metrics["runs"].items()
+    }
+    return {**metrics, "runs": runs}
+
+
+def rendered(page: str, numbers: Path) -> str:
+    """Return the page with every table made anew.
+
+    Raises:
+        StageError: it names a grid or a table that there are no numbers of.
+    """
+
+    def table(block: re.Match[str]) -> str:
+        source = numbers / f"{block['grid']}.json"
+        if not source.is_file():
+            raise StageError(f"no numbers at {source}; name the folder of the grid, such as runs/{block['grid']}.")
+        grid = json.loads(source.read_text())
+        if block["table"] not in grid["tables"]:
+            raise StageError(f"{source} has no table {block['table']!r}; there are {', '.join(grid['tables'])}.")
+        return f"{block[1]}{markdown(grid, block['table'])}{block[4]}"
+
+    return BLOCK.sub(table, page)
+
+
+def markdown(grid: Mapping[str, Any], title: str) -> str:
+    """Return one table of a grid: every split's scores, and paired differences to the table's first row.
+
+    The first split is scored at its own best threshold, the others at the first one's. Differences are of the chosen
+    variant on the last split.
+    """
+    rows: Mapping[str, str] = grid["tables"][title]
+    splits = list(grid["summary"])
+    variants = [
+        variant
+        for variant in SHOWN
+        if any(variant in scores_of(grid, split, row) for split in splits for row in rows.values())
+    ]
+    if (
+        all(grid["chosen"][row] in variants for row in rows.values())
+        and len({grid["chosen"][r] for r in rows.values()}) == 1
+    ):
+        variants.remove(CHOSEN)  # a column that repeats another
+    titles = {**VARIANT_TITLES, CHOSEN: "chosen"}
+    paper = PAPER.get(title, {})
+    head = ["", *(["paper"] if paper else [])]
+    head += [f"{split}: {titles[variant].lower()}" for split in splits for variant in variants]
+    head += [f"{splits[-1]}, difference"]
+    lines = [head, ["---"] * len(head)]
+    last = splits[-1]
+    first = scores_of(grid, last, next(iter(rows.values())))[CHOSEN]["values"]
+    for name, row in rows.items():
+        cells = [name, *([paper.get(name, "")] if paper else [])]
+        cells += [shown(scores_of(grid, split, row).get(variant)) for split in splits for variant in variants]
+        differences = [a - b for a, b in zip(scores_of(grid, last, row)[CHOSEN]["values"], first, strict=True)]
+        same = name == next(iter(rows))
+        lines.append(
+            [
+                *cells,
+                "" if same else shown({"mean": statistics.fmean(differences), "std": deviation(differences)}, "+"),
+            ]
+        )
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def scores_of(grid: Mapping[str, Any], split: str, row: str) -> Mapping[str, Any]:
+    """Return variant -> scores of a row at the first split's threshold (the first split: its own best)."""
+    kinds: Mapping[str, Mapping[str, Any]] = grid["summary"][split][row]
+    return kinds.get("first split's threshold", kinds["best threshold"])
+
+
+def shown(scores: Mapping[str, Any] | None, sign: str = "") -> str:
+    """Write a mean with its standard deviation."""
+    if scores is None:
+        return "-"
+    deviation_part = "" if scores["std"] is None else f" ± {scores['std']:.1f}"
+    return f"{scores['mean']:{sign}.1f}{deviation_part}"
+
+
+if __name__ == "__main__":
+    run_script(main)
