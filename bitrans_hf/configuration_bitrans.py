@@ -39,6 +39,8 @@ class BiTransConfig(PreTrainedConfig):
         patch_pooling (`str`, defaults to `"mean"`): How the patch branch's map becomes one logit for each class:
             "mean" over patches (Eq. 7), or "ranked", MCTformer+'s mean weighted by 0.996^rank, highest score first.
         num_seed_layers (`int`, defaults to 3): K, how many of the last layers give the SC-CAM (Eq. 2).
+        num_affinity_layers (`int`, *optional*): How many of the last layers give the affinity (Eq. 9). None is all of
+            them, as in the paper and in MCTformer; the first layers attend to what lies near or looks alike.
         view (`str`, defaults to `"hflip"`): Second view f (Eq. 1): "hflip", "vflip", "rot90", "rot180", or "none"
             for a single-view baseline.
         scc_weight (`float`, defaults to 1.0): Weight of the class-specific consistency loss (Eq. 3).
@@ -87,6 +89,7 @@ class BiTransConfig(PreTrainedConfig):
     share_drop_path: bool = False
     patch_pooling: str = "mean"
     num_seed_layers: int = 3
+    num_affinity_layers: int | None = None
     view: str = "hflip"
     scc_weight: float | int = 1.0
     pac_weight: float | int = 1.0
@@ -123,11 +126,10 @@ class BiTransConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads, "
                 f"got {self.num_attention_heads}."
             )
-        if not 1 <= self.num_seed_layers <= self.num_hidden_layers:
-            raise ValueError(
-                f"num_seed_layers must be in [1, num_hidden_layers = {self.num_hidden_layers}], "
-                f"got {self.num_seed_layers}."
-            )
+        for name in ("num_seed_layers", "num_affinity_layers"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= self.num_hidden_layers:
+                raise ValueError(f"{name} must be in [1, num_hidden_layers = {self.num_hidden_layers}], got {value}.")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
         if self.mlp_ratio <= 0 or self.layer_norm_eps <= 0 or self.initializer_range < 0:

@@ -422,9 +422,11 @@ class BiTransModel(PreTrainedModel):
         SC-CAM (B, C, N) and affinity (B, N, N).
 
         Only running sums of the head-averaged maps are kept: the SC-CAM's over the last K layers (Eq. 2), the
-        affinity's over all layers (Eq. 9). Means, not sums, so that the losses do not depend on K and L.
+        affinity's over all layers unless the configuration says otherwise (Eq. 9). Means, not sums, so that the losses
+        do not depend on K and L.
         """
         num_classes, num_layers = self.config.num_labels, len(self.layers)
+        num_affinity_layers = self.config.num_affinity_layers or num_layers
         patches = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)
         class_tokens = self.class_tokens.expand(patches.shape[0], -1, -1)
         position = self.position_embedding(pixel_values.shape[2], pixel_values.shape[3])
@@ -437,8 +439,9 @@ class BiTransModel(PreTrainedModel):
             tokens, attention_map = layer(tokens, True, num_views)
             if self.config.class_contrast_weight:
                 contrasted.append(tokens[:, :num_classes])
-            patch_rows = attention_map[:, num_classes:, num_classes:]
-            affinity = patch_rows if affinity is None else affinity + patch_rows
+            if index >= num_layers - num_affinity_layers:
+                patch_rows = attention_map[:, num_classes:, num_classes:]
+                affinity = patch_rows if affinity is None else affinity + patch_rows
             if index >= num_layers - self.config.num_seed_layers:
                 class_rows = attention_map[:, :num_classes, num_classes:]
                 sc_cam = class_rows if sc_cam is None else sc_cam + class_rows
@@ -448,7 +451,7 @@ class BiTransModel(PreTrainedModel):
                 attentions.append(attention_map)
         assert sc_cam is not None  # the config has at least one layer, and one of them gives the SC-CAM
         assert affinity is not None
-        sc_cam, affinity = sc_cam / self.config.num_seed_layers, affinity / num_layers
+        sc_cam, affinity = sc_cam / self.config.num_seed_layers, affinity / num_affinity_layers
         if self.norm is not None:
             tokens = self.norm(tokens)
         return tokens, hidden_states, attentions, contrasted, sc_cam, affinity

@@ -455,7 +455,7 @@ def test_every_table_of_the_repository_parses(file: Path, monkeypatch: pytest.Mo
     content = yaml.safe_load(file.read_text())
     assert content["name"] == file.stem
     recipes = Ablation(**content).recipes()
-    assert {cell.seed for cell in recipes} == {0, 1, 2}
+    assert {0} <= {cell.seed for cell in recipes} <= {0, 1, 2}
     for cell, recipe in recipes.items():
         assert (recipe.seed, recipe.name) == (cell.seed, f"seed{cell.seed}")
 

@@ -69,6 +69,8 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"num_attention_heads": 5}, "hidden_size 24 must be a multiple of num_attention_heads, got 5"),
     ({"num_attention_heads": 0}, "hidden_size 24 must be a multiple of num_attention_heads, got 0"),
     ({"num_seed_layers": 0}, r"num_seed_layers must be in \[1, num_hidden_layers = 3\], got 0"),
+    ({"num_affinity_layers": 0}, r"num_affinity_layers must be in \[1, num_hidden_layers = 3\], got 0"),
+    ({"num_affinity_layers": 4}, r"num_affinity_layers must be in \[1, num_hidden_layers = 3\], got 4"),
     ({"num_seed_layers": 4}, r"num_seed_layers must be in \[1, num_hidden_layers = 3\], got 4"),
     ({"drop_path_rate": 1.0}, r"drop_path_rate must be in \[0, 1\), got 1.0"),
     ({"drop_path_rate": -0.1}, r"drop_path_rate must be in \[0, 1\), got -0.1"),

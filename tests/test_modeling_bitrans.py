@@ -310,6 +310,17 @@ def test_views_that_share_stochastic_depth_differ_by_nothing_else():
         assert model(mirrored).loss is None  # one view of it, in training mode
 
 
+def test_the_affinity_may_come_from_the_last_layers_alone(tmp_path: Path):
+    model, images = tiny_model(initializer_range=0.1), pixels(2, 3, 32, 32)
+    model.save_pretrained(tmp_path)
+    last_two = BiTransModel.from_pretrained(tmp_path, num_affinity_layers=2)  # chosen when the model is used
+    layers = model(images, output_attentions=True).attentions
+    rows = [attention[:, 3:, 3:] for attention in layers]
+    torch.testing.assert_close(model(images).affinity, sum(rows) / 3)
+    torch.testing.assert_close(last_two(images).affinity, (rows[1] + rows[2]) / 2)
+    assert torch.equal(last_two(images).sc_cam, model(images).sc_cam)
+
+
 def test_ranked_pooling_weighs_patches_by_their_rank():
     model = tiny_model(patch_pooling="ranked")
     output = model(pixels(2, 3, 24, 32))

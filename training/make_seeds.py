@@ -54,8 +54,8 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     if recipe.model.architecture == "cam":
         model = CamModel.from_pretrained(trained)
     else:
-        layers = recipe.seeds.num_seed_layers
-        changed: dict[str, Any] = {"num_seed_layers": layers} if layers else {}
+        names = ("num_seed_layers", "num_affinity_layers")
+        changed = {name: value for name in names if (value := getattr(recipe.seeds, name)) is not None}
         model = BiTransModel.from_pretrained(trained, **changed)
     model = model.to(accelerator.device).eval()
     processor = BiTransImageProcessor.from_pretrained(trained)

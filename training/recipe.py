@@ -36,7 +36,7 @@ CNN_KEYS = ("backbone", "options")
 """Keys of the section model that it alone has."""
 TRANSFORMER_KEYS = {
     "train": ("head_rate_multiplier", "consistency_warmup_epochs"),
-    "seeds": ("fusion", "num_seed_layers", "refine_steps", "normalize_affinity"),
+    "seeds": ("fusion", "num_seed_layers", "num_affinity_layers", "refine_steps", "normalize_affinity"),
 }
 """Keys of other sections that it does not have."""
 
@@ -129,6 +129,7 @@ class ModelRecipe:
         final_layer_norm: Apply DeiT's final LayerNorm, which MCTformer leaves out.
         patch_pooling: Pooling of the patch branch's map, mean or ranked.
         num_seed_layers: K, how many of the last layers give the SC-CAM.
+        num_affinity_layers: How many of the last layers give the affinity.
         view: Second view: hflip, vflip, rot90, rot180 or none.
         scc_weight: Weight of the class-specific consistency loss.
         pac_weight: Weight of the pair-wise affinity consistency loss.
@@ -157,6 +158,7 @@ class ModelRecipe:
     final_layer_norm: bool | None = None
     patch_pooling: str | None = None
     num_seed_layers: int | None = None
+    num_affinity_layers: int | None = None
     view: str | None = None
     scc_weight: float | None = None
     pac_weight: float | None = None
@@ -241,6 +243,7 @@ class SeedsRecipe:
         fusion: Rule behind the variants "fused" and "refined": "fused" (null), the paper's product; "fused_sqrt", its
             root; "sc_cam" or "coarse_cam", one of the two alone.
         num_seed_layers: K, how many of the last layers give the SC-CAM; null as the model was trained.
+        num_affinity_layers: How many of the last layers give the affinity; null as the model was trained (all).
         refine_steps: How often the variant "refined" is spread along the affinity; null for the paper's once.
         normalize_affinity: Give every row of the affinity the sum 1 first.
     """
@@ -253,6 +256,7 @@ class SeedsRecipe:
     batch_size: int = 8
     fusion: Literal["fused", "fused_sqrt", "sc_cam", "coarse_cam"] | None = None
     num_seed_layers: int | None = None
+    num_affinity_layers: int | None = None
     refine_steps: int | None = None
     normalize_affinity: bool | None = None
 
