@@ -184,6 +184,7 @@ class PseudoMaskPipeline(Pipeline):
     - `flip` (True): average over the horizontal flip too.
     - `mode` ("fused"): "fused", "sc_cam" or "coarse_cam".
     - `refine` (True): spread the maps along the patch affinity (Eq. 10).
+    - `refine_steps` (1): how often; `normalize_affinity` (False): give every row of the affinity the sum 1 first.
     - `refiner` (None): what sharpens the scores on the picture's colours before they are cut: None, "par"
       (pixel-adaptive refinement), "crf" (dense CRF; needs bitrans-hf[crf]) or a function (image (H, W, 3) uint8,
       scores (1 + K, H, W) in [0, 1], background first) -> scores of the same shape.
@@ -316,7 +317,13 @@ class PseudoMaskPipeline(Pipeline):
         return {"pictures": [PreparedPicture(size, np.asarray(image), views, class_ids)]}
 
     def _forward(  # type: ignore[override]
-        self, inputs: dict[str, Any], flip: bool = True, mode: str = "fused", refine: bool = True
+        self,
+        inputs: dict[str, Any],
+        flip: bool = True,
+        mode: str = "fused",
+        refine: bool = True,
+        refine_steps: int = 1,
+        normalize_affinity: bool = False,
     ) -> dict[str, list[LocalisedPicture]]:
         localised = []
         for entry in inputs["pictures"]:  # a batch of several comes as a list of lists of one
@@ -325,7 +332,15 @@ class PseudoMaskPipeline(Pipeline):
             for view in picture.views:
                 pixel_values = view.to(device=self.model.device, dtype=self.model.dtype)
                 output = self.model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
-                maps.append(fused_maps(output, mode, refine=refine, flip=flip)[0].float().cpu())
+                fused = fused_maps(
+                    output,
+                    mode,
+                    refine=refine,
+                    flip=flip,
+                    refine_steps=refine_steps,
+                    normalize_affinity=normalize_affinity,
+                )
+                maps.append(fused[0].float().cpu())
                 probabilities.append(output.logits.float().sigmoid().mean(dim=0).cpu())
             kept = PreparedPicture(picture.size, picture.pixels, [], picture.class_ids)
             localised.append(LocalisedPicture(kept, maps, torch.stack(probabilities).mean(dim=0)))
@@ -384,7 +399,7 @@ class PseudoMaskPipeline(Pipeline):
 
 
 PREPROCESS_OPTIONS = ("candidate_labels", "scales", "max_side", "upright", "timeout")
-FORWARD_OPTIONS = ("flip", "mode", "refine")
+FORWARD_OPTIONS = ("flip", "mode", "refine", "refine_steps", "normalize_affinity")
 POSTPROCESS_OPTIONS = ("threshold", "label_threshold", "refiner")
 
 
@@ -399,6 +414,8 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be in [0, 1], got {options[name]}.")
     if "scales" in options and (len(options["scales"]) == 0 or min(options["scales"]) <= 0):
         raise ValueError(f"scales must be one or more factors above 0, such as (1.0, 0.75), got {options['scales']}.")
+    if options.get("refine_steps", 1) < 1:
+        raise ValueError(f"refine_steps must be at least 1, got {options['refine_steps']}.")
     if options.get("max_side") is not None and options["max_side"] < 1:
         raise ValueError(f"max_side must be at least 1 pixel, got {options['max_side']}.")
     if "mode" in options and options["mode"] not in CAM_FUSIONS:

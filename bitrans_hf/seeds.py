@@ -145,6 +145,8 @@ def extract_seeds(
     flip: bool = True,
     mode: str = "fused",
     refine: bool = True,
+    refine_steps: int = 1,
+    normalize_affinity: bool = False,
 ) -> Seeds:
     """Localise the classes that an image is known to hold.
 
@@ -156,7 +158,9 @@ def extract_seeds(
         scales: Sizes to average over, relative to the image; the first must be 1.0.
         flip: Average over the horizontal flip of each size too.
         mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), its root "fused_sqrt", "sc_cam" or "coarse_cam".
-        refine: Spread the maps along the patch affinity once (Eq. 10).
+        refine: Spread the maps along the patch affinity (Eq. 10).
+        refine_steps: How often.
+        normalize_affinity: Give every row of the affinity the sum 1 first.
 
     Returns:
         One map per present class, ascending by class id.
@@ -175,7 +179,15 @@ def extract_seeds(
     was_training = model.training
     model.eval()
     try:
-        total = sum_over_views(model, views, {mode: (mode, refine)}, flip=flip, size=size)[mode]
+        total = sum_over_views(
+            model,
+            views,
+            {mode: (mode, refine)},
+            flip=flip,
+            size=size,
+            refine_steps=refine_steps,
+            normalize_affinity=normalize_affinity,
+        )[mode]
     finally:
         model.train(was_training)
     return normalized_seeds(class_ids, total[0, torch.from_numpy(class_ids)], size)

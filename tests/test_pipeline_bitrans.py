@@ -66,6 +66,7 @@ def assert_same(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> Non
         {"flip": False, "refine": False, "threshold": 0.2},
         {"scales": (1.0, 0.75, 1.25), "threshold": 0.6},
         {"mode": "sc_cam"},
+        {"refine_steps": 2, "normalize_affinity": True, "threshold": 0.6},
         {"mode": "coarse_cam", "refine": False},
     ],
 )
@@ -449,6 +450,7 @@ def test_the_crf_without_the_package_says_what_to_install(monkeypatch: pytest.Mo
         ({"scales": (1.0, 0.0)}, ValueError, "scales must be one or more factors above 0"),
         ({"mode": "cam"}, ValueError, "mode must be one of fused, fused_sqrt, sc_cam, coarse_cam, got 'cam'"),
         ({"refiner": "srf"}, ValueError, "refiner must be None, .*'crf' or a function, got 'srf'"),
+        ({"refine_steps": 0}, ValueError, "refine_steps must be at least 1, got 0"),
         ({"max_side": 0}, ValueError, "max_side must be at least 1 pixel, got 0"),
         ({"treshold": 0.2}, TypeError, "no option 'treshold'; did you mean 'threshold'"),
     ],
