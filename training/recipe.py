@@ -35,7 +35,7 @@ SHARED_KEYS = ("weights", "image_size", "architecture")
 CNN_KEYS = ("backbone", "options")
 """Keys of the section model that it alone has."""
 TRANSFORMER_KEYS = {
-    "train": ("head_rate_multiplier", "consistency_warmup_epochs"),
+    "train": ("consistency_warmup_epochs",),
     "seeds": ("fusion", "num_seed_layers", "num_affinity_layers", "refine_steps", "normalize_affinity"),
 }
 """Keys of other sections that it does not have."""
@@ -185,7 +185,6 @@ class TrainRecipe:
         min_learning_rate: Last rate, not scaled.
         warmup_learning_rate: First rate, not scaled.
         warmup_epochs: Length of the linear warm-up.
-        head_rate_multiplier: Times the learning rate, for the patch branch's new head; null for 1.
         consistency_warmup_epochs: Length of a linear rise of both consistency losses' weights from 0; null for none.
         schedule: "epoch_cosine": the reference's, constant within an epoch, its first two epochs at the warm-up rate.
             "step_cosine": changes at every step, for short runs. "poly": (1 - step / steps)^0.9, without warm-up.
@@ -211,7 +210,6 @@ class TrainRecipe:
     min_learning_rate: float = 1e-5
     warmup_learning_rate: float = 1e-6
     warmup_epochs: float = 5
-    head_rate_multiplier: float | None = None
     consistency_warmup_epochs: float | None = None
     schedule: Literal["epoch_cosine", "step_cosine", "poly"] = "epoch_cosine"
     weight_decay: float = 0.05

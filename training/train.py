@@ -107,32 +107,20 @@ def make_optimizer(model: PreTrainedModel, train: TrainRecipe) -> torch.optim.Op
     if isinstance(model, CamModel):
         groups = model.parameter_groups(train.weight_decay)
     else:
-        groups = parameter_groups(model, train.weight_decay, train.head_rate_multiplier or 1.0)
+        groups = parameter_groups(model, train.weight_decay)
     if train.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=train.momentum or 0.0)
     return torch.optim.AdamW(groups)
 
 
-def parameter_groups(
-    model: torch.nn.Module, weight_decay: float, head_rate_multiplier: float = 1.0
-) -> list[dict[str, Any]]:
-    """Split the parameters as the reference does: no decay on biases, norms, tokens and positions.
-
-    The patch branch's head, the one layer that no pretrained weights exist for, may have a higher learning rate.
-    """
-    groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the parameters as the reference does: no decay on biases, norms, tokens and positions."""
+    decayed: list[torch.nn.Parameter] = []
+    plain: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_plain = parameter.ndim <= 1 or name in ("class_tokens", "class_position", "patch_position")
-        is_head = name.startswith("seg_head.") and head_rate_multiplier != 1.0
-        groups.setdefault((is_plain, is_head), []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "weight_decay": 0.0 if is_plain else weight_decay,
-            "rate_multiplier": head_rate_multiplier if is_head else 1.0,
-        }
-        for (is_plain, is_head), parameters in sorted(groups.items())
-    ]
+        (plain if is_plain else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
 def learning_rate(train: TrainRecipe, step: int, steps_per_epoch: int, images_per_step: int) -> float:
