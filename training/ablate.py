@@ -235,9 +235,11 @@ def ablate(ablation: Ablation) -> Path:
     if not summary:
         raise StageError(f"no split of {', '.join(splits)} has masks; without ground truth there is no table to make.")
     result = {
+        "recipe": ablation.recipe,
+        "changes": ablation.changes,
+        "variants": ablation.variants,
         "baseline": ablation.baseline,
         "seeds": ablation.seeds,
-        "variants": ablation.variants,
         "tables": ablation.shown_tables(),
         "chosen": chosen,
         "summary": summary,
@@ -408,9 +410,12 @@ def total_seconds(runs: Mapping[str, Any]) -> dict[str, float]:
 
 def spent(result: Mapping[str, Any]) -> str:
     """Say how long the runs took, and where."""
-    hours = {stage: seconds / 3600 for stage, seconds in result["seconds"].items()}
+    shown = {
+        stage: f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
+        for stage, seconds in result["seconds"].items()
+    }
     return (
-        f"Wall time of all runs, one after another: training {hours['train']:.2f} h, seeds {hours['seeds']:.2f} h, on "
+        f"Wall time of all runs, one after another: training {shown['train']}, seeds {shown['seeds']}, on "
         f"{', '.join(result['devices'])}."
     )
 
