@@ -25,6 +25,7 @@ import ablate as ablate_module  # noqa: E402
 from ablate import Ablation, Cell, as_text, described, make_tables, summarize  # noqa: E402
 from ablate import main as ablate_main  # noqa: E402
 from make_seeds import main as make_seeds_main  # noqa: E402
+from recipe import parse_recipe  # noqa: E402
 from runtime import StageError, recipe_parts, write_json  # noqa: E402
 from train import main as train_main  # noqa: E402
 
@@ -89,8 +90,7 @@ def test_equal_rows_give_equal_numbers_and_finished_runs_are_kept(
     tmp_path: Path, started: Started, capsys: pytest.CaptureFixture[str]
 ):
     # A value that no number depends on: the row trains on its own, and must come to the same numbers.
-    own = {**VARIANTS, "the same": {"train.log_every": 7}}
-    file = table(tmp_path, variants=own)
+    file = table(tmp_path, variants={**VARIANTS, "the same": {"train.log_every": 7}})
     ablate_main(["--config", str(file)])
     folder = tmp_path / "runs" / "tiny"
     result = json.loads((folder / "metrics.json").read_text())
@@ -454,10 +454,12 @@ def test_every_table_of_the_repository_parses(file: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(TRAINING.parent)
     content = yaml.safe_load(file.read_text())
     assert content["name"] == file.stem
-    recipes = Ablation(**content).recipes()
-    assert {0} <= {cell.seed for cell in recipes} <= {0, 1, 2}
-    for cell, recipe in recipes.items():
-        assert (recipe.seed, recipe.name) == (cell.seed, f"seed{cell.seed}")
+    ablation = Ablation(**content)
+    recipes = ablation.recipes()
+    assert {cell.seed for cell in recipes} == set(ablation.seeds)
+    # What a stage reads from its command line is the recipe that sharing and the report go by.
+    for cell in (Cell(ablation.baseline, 0), list(recipes)[-1]):
+        assert parse_recipe(None, ablation.arguments(*cell))[0] == recipes[cell]
 
 
 def test_the_small_table_on_voc_animals_trains_as_the_papers(monkeypatch: pytest.MonkeyPatch):

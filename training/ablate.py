@@ -17,7 +17,7 @@ import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -176,20 +176,20 @@ class Ablation:
             SystemExit: a key or value is wrong.
             ValueError: a row would be scored on other images than the baseline.
         """
-        recipes = {
-            Cell(variant, seed): parse_recipe(None, self.arguments(variant, seed))[0]
-            for variant in self.variants
-            for seed in self.seeds
-        }
-        baseline = fixed_values(recipes[Cell(self.baseline, self.seeds[0])])
-        for cell, recipe in recipes.items():
+        rows = {variant: parse_recipe(None, self.arguments(variant, self.seeds[0]))[0] for variant in self.variants}
+        baseline = fixed_values(rows[self.baseline])
+        for variant, recipe in rows.items():
             for key, value in fixed_values(recipe).items():
                 if value != baseline[key]:
                     raise ValueError(
-                        f"variant {cell.variant!r} changes {key} to {value!r}, which must be the same in every row; "
+                        f"variant {variant!r} changes {key} to {value!r}, which must be the same in every row; "
                         "put it under changes, or set it there if a preset sets it."
                     )
-        return recipes
+        return {
+            Cell(variant, seed): replace(recipe, seed=seed, name=f"seed{seed}")
+            for variant, recipe in rows.items()
+            for seed in self.seeds
+        }
 
 
 def fixed_values(recipe: Recipe) -> dict[str, Any]:
@@ -499,7 +499,7 @@ def write_page(ablation: Ablation, recipes: Mapping[Cell, Recipe], tables: Seque
         page,
         title=f"Ablation: {ablation.name}",
         rows=list(gallery(ablation, recipes)),
-        tables=[*tables, recipe_table(settings)],
+        tables=[*map(unbroken, tables), recipe_table(settings)],
         notes=[
             (
                 f"mIoU (%), mean and standard deviation of {count}. The last columns are differences to the baseline "
@@ -539,6 +539,14 @@ def make_tables(ablation: Ablation, summary: Mapping[str, Any], chosen: Mapping[
                     heading = row_heading(ablation, name, row) + (f", {kind}" if len(kinds) > 1 else "")
                     lines.append([heading, *cells, VARIANT_TITLES[chosen[row]], *differences])
             yield Table(f"{title}{': seeds' if title else 'Seeds'} of {split}", columns, lines)
+
+
+def unbroken(table: Table) -> Table:
+    """Keep a mean and its deviation on one line of the page."""
+    return replace(
+        table,
+        rows=[[cell.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}") for cell in row] for row in table.rows],
+    )
 
 
 def row_heading(ablation: Ablation, name: str, row: str) -> str:
