@@ -38,7 +38,13 @@ def grid() -> dict[str, Any]:
                 "b": {"best threshold": b, "first split's threshold": b},
             },
         },
-        "runs": {},
+        "seeds": [0, 1],
+        "runs": {
+            "a/seed0": {"threshold": {"train": {"refined": 0.3, "fused": 0.1}}},
+            "a/seed1": {"threshold": {"train": {"refined": 0.25, "fused": 0.1}}},
+            "b/seed0": {"threshold": {"train": {"coarse_cam": 0.4}}},
+            "b/seed1": {"threshold": {"train": {"coarse_cam": 0.4}}},
+        },
     }
 
 
@@ -46,13 +52,14 @@ def test_a_table_holds_both_splits_the_papers_numbers_and_paired_differences():
     head, _, first, second = markdown(grid(), "Table 1").splitlines()
     assert head == (
         "|  | paper | train: product | train: refined seed | train: chosen | val: product | val: refined seed "
-        "| val: chosen | val, difference |"
+        "| val: chosen | threshold of train | val at its own | val, difference |"
     )
     assert first == (
-        "| one view | 56.9 / 60.6 | 51.0 ± 1.4 | 60.5 ± 0.7 | 60.5 ± 0.7 | 50.0 ± 1.4 | 59.8 ± 1.1 | 59.8 ± 1.1 |  |"
+        "| one view | 56.9 / 60.6 | 51.0 ± 1.4 | 60.5 ± 0.7 | 60.5 ± 0.7 | 50.0 ± 1.4 | 59.8 ± 1.1 | 59.8 ± 1.1 "
+        "| 0.25 - 0.30 | 60.5 ± 0.7 |  |"
     )
     # 40.0 - 59.0 and 45.0 - 60.5: seed by seed, at the threshold that train chose.
-    assert second == "| CNN |  | - | - | 42.5 ± 3.5 | - | - | 42.5 ± 3.5 | -17.2 ± 2.5 |"
+    assert second == ("| CNN |  | - | - | 42.5 ± 3.5 | - | - | 42.5 ± 3.5 | 0.40 | 42.5 ± 3.5 | -17.2 ± 2.5 |")
     assert "chosen" not in markdown(grid(), "Others")
 
 

@@ -81,43 +81,46 @@ def rendered(page: str, numbers: Path) -> str:
 
 
 def markdown(grid: Mapping[str, Any], title: str) -> str:
-    """Return one table of a grid: every split's scores, and paired differences to the table's first row.
+    """Return one table of a grid.
 
-    The first split is scored at its own best threshold, the others at the first one's. Differences are of the chosen
-    variant on the last split.
+    The first split is scored at its own best threshold, the others at the first one's. Of the chosen variant there are
+    also the threshold, the last split's score at a threshold of its own, and paired differences on the last split to
+    the table's first row.
     """
     rows: Mapping[str, str] = grid["tables"][title]
     splits = list(grid["summary"])
+    first, last = splits[0], splits[-1]
     variants = [
         variant
         for variant in SHOWN
         if any(variant in scores_of(grid, split, row) for split in splits for row in rows.values())
     ]
-    if (
-        all(grid["chosen"][row] in variants for row in rows.values())
-        and len({grid["chosen"][r] for r in rows.values()}) == 1
-    ):
+    if len({grid["chosen"][row] for row in rows.values()}) == 1:
         variants.remove(CHOSEN)  # a column that repeats another
     titles = {**VARIANT_TITLES, CHOSEN: "chosen"}
     paper = PAPER.get(title, {})
     head = ["", *(["paper"] if paper else [])]
     head += [f"{split}: {titles[variant].lower()}" for split in splits for variant in variants]
-    head += [f"{splits[-1]}, difference"]
+    head += [f"threshold of {first}", *([f"{last} at its own"] if last != first else []), f"{last}, difference"]
     lines = [head, ["---"] * len(head)]
-    last = splits[-1]
-    first = scores_of(grid, last, next(iter(rows.values())))[CHOSEN]["values"]
-    for name, row in rows.items():
+    compared = scores_of(grid, last, next(iter(rows.values())))[CHOSEN]["values"]
+    for number, (name, row) in enumerate(rows.items()):
         cells = [name, *([paper.get(name, "")] if paper else [])]
         cells += [shown(scores_of(grid, split, row).get(variant)) for split in splits for variant in variants]
-        differences = [a - b for a, b in zip(scores_of(grid, last, row)[CHOSEN]["values"], first, strict=True)]
-        same = name == next(iter(rows))
-        lines.append(
-            [
-                *cells,
-                "" if same else shown({"mean": statistics.fmean(differences), "std": deviation(differences)}, "+"),
-            ]
-        )
+        cells.append(thresholds(grid, first, row))
+        if last != first:
+            cells.append(shown(grid["summary"][last][row]["best threshold"][CHOSEN]))
+        differences = [a - b for a, b in zip(scores_of(grid, last, row)[CHOSEN]["values"], compared, strict=True)]
+        paired = {"mean": statistics.fmean(differences), "std": deviation(differences)}
+        lines.append([*cells, shown(paired, "+") if number else ""])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def thresholds(grid: Mapping[str, Any], split: str, row: str) -> str:
+    """Write the best thresholds of a row's chosen variant, from the lowest to the highest of its seeds."""
+    found = [grid["runs"][f"{row}/seed{seed}"]["threshold"][split][grid["chosen"][row]] for seed in grid["seeds"]]
+    low, high = min(found), max(found)
+    return f"{low:.2f}" if low == high else f"{low:.2f} - {high:.2f}"
 
 
 def scores_of(grid: Mapping[str, Any], split: str, row: str) -> Mapping[str, Any]:
