@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablate import CHOSEN, deviation
+from ablate import CHOSEN, deviation, plus_minus
 from bitrans_hf.report import VARIANT_TITLES
 from bitrans_hf.store import atomic_write
 from runtime import StageError, run_script, write_json
@@ -106,13 +106,17 @@ def markdown(grid: Mapping[str, Any], title: str) -> str:
     compared = scores_of(grid, last, next(iter(rows.values())))[CHOSEN]["values"]
     for number, (name, row) in enumerate(rows.items()):
         cells = [name, *([paper.get(name, "")] if paper else [])]
-        cells += [shown(scores_of(grid, split, row).get(variant)) for split in splits for variant in variants]
+        cells += [
+            plus_minus(scores_of(grid, split, row).get(variant), "mean", "std")
+            for split in splits
+            for variant in variants
+        ]
         cells.append(thresholds(grid, first, row))
         if last != first:
-            cells.append(shown(grid["summary"][last][row]["best threshold"][CHOSEN]))
+            cells.append(plus_minus(grid["summary"][last][row]["best threshold"][CHOSEN], "mean", "std"))
         differences = [a - b for a, b in zip(scores_of(grid, last, row)[CHOSEN]["values"], compared, strict=True)]
         paired = {"mean": statistics.fmean(differences), "std": deviation(differences)}
-        lines.append([*cells, shown(paired, "+") if number else ""])
+        lines.append([*cells, plus_minus(paired, "mean", "std", "+") if number else ""])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -127,14 +131,6 @@ def scores_of(grid: Mapping[str, Any], split: str, row: str) -> Mapping[str, Any
     """Return variant -> scores of a row at the first split's threshold (the first split: its own best)."""
     kinds: Mapping[str, Mapping[str, Any]] = grid["summary"][split][row]
     return kinds.get("first split's threshold", kinds["best threshold"])
-
-
-def shown(scores: Mapping[str, Any] | None, sign: str = "") -> str:
-    """Write a mean with its standard deviation."""
-    if scores is None:
-        return "-"
-    deviation_part = "" if scores["std"] is None else f" ± {scores['std']:.1f}"
-    return f"{scores['mean']:{sign}.1f}{deviation_part}"
 
 
 if __name__ == "__main__":
