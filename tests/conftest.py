@@ -8,6 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before any Hugging Face library is importe
 
 import pytest
 from hub_server import HubServer
+from stage_processes import forget_processes
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -19,6 +20,13 @@ def shared_data() -> Path:
     if not (shared / "data").is_dir():
         pytest.skip(f"no real data at {shared / 'data'}; set BITRANS_SHARED to the folder that holds data/")
     return shared / "data"
+
+
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """Stages of one test share a process group, as in run_all; tests do not."""
+    yield
+    forget_processes()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import pytest
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from stage_processes import forget_processes
 
 from bitrans_hf.store import SeedStore
 
@@ -74,8 +74,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
         with lock:
             calls.append((script, run_name(arguments)))
             stages[script](arguments)
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._reset_state()
+            forget_processes()
 
     monkeypatch.setattr(ablate_module, "run_stage", run_stage)
     return calls

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
+from stage_processes import forget_processes, kill_everything, launch
 from torch.optim.lr_scheduler import PolynomialLR
 
 from bitrans_hf.data import UnreadableImageError, make_shapes, open_mask
@@ -43,6 +40,8 @@ from runtime import Checkpoints, StageError  # noqa: E402
 from train import main as train_main  # noqa: E402
 from train_affinity import AffinityCrops, label_backgrounds, random_window  # noqa: E402
 from train_affinity import main as train_affinity_main  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 BASE = [
     "--cpu", "true", "--quiet", "true", "--workers", "1",
@@ -70,18 +69,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """Stages of one test share a process group, as in run_all; tests do not."""
-    yield
-    reset_accelerator()
-
-
-def reset_accelerator() -> None:
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-
-
 def arguments(folder: Path, *more: str) -> list[str]:
     return [*BASE, "--output_dir", str(folder), "--name", "tiny", *more]
 
@@ -92,7 +79,7 @@ def made_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     train_main(arguments(folder))
     make_seeds_main(arguments(folder))
-    reset_accelerator()
+    forget_processes()
     return folder
 
 
@@ -102,7 +89,7 @@ def trained_once(made_once: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("runs")
     shutil.copytree(made_once / "tiny", folder / "tiny")
     train_affinity_main(arguments(folder, *AFFINITY))
-    reset_accelerator()
+    forget_processes()
     return folder
 
 
@@ -235,28 +222,12 @@ def test_the_network_can_be_used_on_a_finer_grid_than_it_was_trained_on(network_
 # ---- Killed and resumed.
 
 
-def launch(command: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def kill_everything(process: subprocess.Popen[str]) -> None:
-    """SIGKILL a process and all its children, as a scheduler does."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
-    process.communicate()
-
-
 def test_pseudo_labels_that_were_killed_end_with_the_files_of_a_whole_run(network_trained: Path, tmp_path: Path):
     options = (*STAGES, "--pseudo_labels.keep_scores", "true", "--pseudo_labels.refiner", "par")
     whole = tmp_path / "whole"
     shutil.copytree(network_trained / "tiny", whole / "tiny")
     make_pseudo_labels_main(arguments(whole, *options))
-    reset_accelerator()
+    forget_processes()
     expected = files_below(whole / "tiny" / "pseudo_labels")
 
     killed = launch([str(TRAINING / "make_pseudo_labels.py"), *arguments(network_trained, *options)])
@@ -302,7 +273,7 @@ def test_a_network_whose_training_stopped_resumes_to_the_same_weights(
     monkeypatch.setattr(Checkpoints, "save", save_and_stop)
     with pytest.raises(Interrupted):
         train_affinity_main(arguments(seeds_made, *options))
-    reset_accelerator()
+    forget_processes()
     monkeypatch.setattr(Checkpoints, "save", save)
     labels = seeds_made / "tiny" / "affinity" / "labels"
     written = {path: path.stat().st_mtime_ns for path in labels.rglob("*.png")}

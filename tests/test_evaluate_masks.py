@@ -7,14 +7,13 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 
 from bitrans_hf.data import load_coco, make_shapes, open_mask, write_coco_masks
@@ -29,14 +28,9 @@ sys.path.insert(0, str(REPOSITORY / "training"))
 from evaluate_masks import main as evaluate_main  # noqa: E402
 from runtime import StageError, write_json  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 CLASSES = ("cat", "dog", "cow")
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def slow_iou(predictions: list[np.ndarray], targets: list[np.ndarray]) -> list[float]:

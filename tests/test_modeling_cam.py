@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import yaml
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from hub_contract import HubModelContract
 from tiny_models import CLASSES, picture, pixels
 from transformers import AutoModel
@@ -37,6 +35,8 @@ from train import learning_rate, make_optimizer  # noqa: E402
 from train import main as train_main  # noqa: E402
 from train_affinity import build_network as build_affinity_network  # noqa: E402
 from train_segmentation import build_network as build_segmentation_network  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
 PRESET = TRAINING / "recipes" / "presets" / "cam_resnet50.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -199,14 +199,6 @@ TINY = [
     "--train.augmentation_options", '{"longer_side": [48, 80]}', "--seeds.scales", "[1.0, 0.5]",
     "--report.num_images", "2",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """Stages of one test share a process group; tests do not."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def test_from_images_to_scores_of_the_only_variant_a_cnn_has(

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_models import tiny_model
@@ -39,6 +37,8 @@ from runtime import StageError  # noqa: E402
 from train_segmentation import build_network, make_optimizer  # noqa: E402
 from train_segmentation import main as train_main  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 TINY = [
     "--cpu", "true", "--quiet", "true", "--workers", "1",
     "--data.num_train", "16", "--data.num_val", "6",
@@ -48,14 +48,6 @@ TINY = [
     "--segmentation.num_workers", "0", "--segmentation.log_every", "2", "--segmentation.learning_rate", "0.02",
     "--prediction.refiner", "none", "--prediction.scales", "[1.0, 0.5]",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """Stages of one test share a process group, as in run_all; tests do not."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def arguments(folder: Path, *more: str) -> list[str]:

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors.torch import load_file
+from stage_processes import kill_everything, launch
 from timm.scheduler import CosineLRScheduler
 
 from bitrans_hf import BiTransModel
@@ -35,6 +31,8 @@ from runtime import ShardedBatches, StageError, stop_if_not_finite  # noqa: E402
 from train import consistency_warmup, learning_rate, parameter_groups  # noqa: E402
 from train import main as train_main  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
 TINY = [
     "--cpu", "true", "--quiet", "true",
     "--data.num_train", "48", "--data.num_val", "12",
@@ -44,14 +42,6 @@ TINY = [
     "--train.schedule", "step_cosine", "--train.learning_rate", "0.05", "--train.log_every", "2",
     "--report.num_images", "3",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """Stages of one test share a process group, as in run_all; tests do not."""
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
@@ -122,22 +112,6 @@ def test_seeds_go_on_after_a_kill_and_other_images_are_left_alone(tmp_path: Path
 
 
 # ---- Killed and resumed.
-
-
-def launch(command: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, *command], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def kill_everything(process: subprocess.Popen[str]) -> None:
-    """SIGKILL a process and all its children, as a scheduler does."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    psutil.wait_procs(family)
-    process.communicate()
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])

@@ -8,7 +8,7 @@ learns which neighbouring cells have the same label. Label maps that are already
 goes on from its newest checkpoint. Pixel labels score the label maps where they are known; training never sees them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,8 @@ from PIL import Image
 from torchvision import transforms
 
 from bitrans_hf.configuration_affinitynet import RELATIONS, AffinityNetConfig
-from bitrans_hf.data import UnreadableImageError, class_names, open_image
+from bitrans_hf.data import class_names, open_image
+from bitrans_hf.data.training_set import TrainingSet
 from bitrans_hf.data.transforms import seeded
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.labels import IGNORE_INDEX
@@ -210,12 +211,12 @@ def score_labels(accelerator: Accelerator, options: RunOptions, images: Dataset,
 # ---- Crops.
 
 
-class AffinityCrops(torch.utils.data.Dataset[dict[str, Any]]):
+class AffinityCrops(TrainingSet[Image.Image]):
     """Random crops of pictures with the labels of their cells: what the loop trains on.
 
     As PSA: pictures are cropped without scaling, padded where they are smaller, flipped, and their colours jittered.
     An item is `{"pixel_values": (3, S, S) float, "labels": (S // stride, S // stride) int64, "index", "unreadable"}`
-    and a function of (seed, epoch, index) alone. A picture that cannot be read is replaced by the next readable one.
+    and a function of (seed, epoch, index) alone. A picture that cannot be read is replaced: see `TrainingSet`.
 
     Args:
         images: Rows of `image_id` and `image`.
@@ -247,33 +248,23 @@ class AffinityCrops(torch.utils.data.Dataset[dict[str, Any]]):
             raise StageError(
                 f"affinity.crop_size must be a multiple of the network's stride {stride}, got {settings.crop_size}."
             )
-        self.image_ids: list[str] = list(images["image_id"])
-        self._rows, self._labels, self._stride = images.select_columns(["image"]), labels, stride
-        self._size, self._processor, self._seed, self._strict = settings.crop_size, processor, seed, strict
+        super().__init__(images, ("image",), seed=seed, strict=strict)
+        self._labels, self._stride = labels, stride
+        self._size, self._processor = settings.crop_size, processor
         jitter = settings.color_jitter
         self._jitter = transforms.ColorJitter(jitter, jitter, jitter, jitter / 3) if jitter else None
-        # In shared memory, so that worker processes that outlive an epoch see the next one.
-        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose crops later items are."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        used, picture = self._readable(index)
-        maps = [read_label_map(label_file(self._labels / name, self.image_ids[used])) for name in ("low", "high")]
+        picture, origin = self._readable(index)
+        shown = self.image_ids[origin["index"]]
+        maps = [read_label_map(label_file(self._labels / name, shown)) for name in ("low", "high")]
         with seeded(self._seed, int(self._epoch), index):
             pixel_values, (low, high) = self._crop(picture, maps)
         labels = cell_labels(low, high, self._stride)
-        return {
-            "pixel_values": pixel_values,
-            "labels": torch.from_numpy(labels.astype(np.int64)),
-            "index": used,
-            "unreadable": "" if used == index else self.image_ids[index],
-        }
+        return {"pixel_values": pixel_values, "labels": torch.from_numpy(labels.astype(np.int64)), **origin}
+
+    def _open(self, row: Mapping[str, Any]) -> Image.Image:
+        return open_image(row["image"])
 
     def _crop(self, picture: Image.Image, maps: Sequence[LabelMap]) -> tuple[torch.Tensor, list[LabelMap]]:
         size = self._size
@@ -292,17 +283,6 @@ class AffinityCrops(torch.utils.data.Dataset[dict[str, Any]]):
         if torch.rand(()) < 0.5:
             pixels, crops = pixels.flip(-1), [crop[:, ::-1] for crop in crops]
         return pixels, crops
-
-    def _readable(self, asked: int) -> tuple[int, Image.Image]:
-        """Return the first picture from `asked` on that can be read."""
-        for step in range(len(self)):
-            index = (asked + step) % len(self)
-            try:
-                return index, open_image(self._rows[index]["image"])
-            except UnreadableImageError:
-                if self._strict:
-                    raise
-        raise UnreadableImageError(f"none of the {len(self)} images can be read; check the folder they are in.")
 
 
 def random_window(side: int, size: int) -> tuple[int, slice]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,9 +14,8 @@ from PIL import Image as PILImage
 
 from ..image_processing_bitrans import BiTransImageProcessor
 from ..labels import BACKGROUND, IGNORE_INDEX
-from .common import DataError, ImageCell, UnreadableImageError, class_names, open_image, open_mask
-
-logger = logging.getLogger(__name__)
+from .common import DataError, ImageCell, class_names, open_image, open_mask
+from .training_set import TrainingSet
 
 LABEL_MAP = "label_map"
 """Column of the label maps that a network is trained on: undecoded index images."""
@@ -200,14 +198,12 @@ def with_label_maps(dataset: Dataset, label_maps: Sequence[ImageCell | None]) ->
 Pair: TypeAlias = tuple[PILImage.Image, NDArray[np.uint8]]
 
 
-class TrainingPairs(torch.utils.data.Dataset[dict[str, Any]]):
+class TrainingPairs(TrainingSet[Pair]):
     """Augmented pictures with label maps.
 
-    How picture `index` looks in an epoch is a function of (seed, epoch, index) alone, and a scale that a batch shares
-    one of (seed, epoch, first index of the batch): workers, processes and a resumed run change nothing.
-
-    An item is `{"pixel_values": (3, S, S) float32, "labels": (S, S) int64, "index": int, "unreadable": str}`. A
-    picture or label map that cannot be read is replaced as in `TrainingImages`.
+    An item is `{"pixel_values": (3, S, S) float32, "labels": (S, S) int64, "index": int, "unreadable": str}` and a
+    function of (seed, epoch, index) alone, a scale that a batch shares one of (seed, epoch, first index of the batch).
+    A picture or label map that cannot be read is replaced: see `TrainingSet`.
     """
 
     def __init__(
@@ -224,28 +220,11 @@ class TrainingPairs(torch.utils.data.Dataset[dict[str, Any]]):
         Raises:
             DataError: the dataset is empty or has no label maps, or the seed is negative.
         """
-        if len(dataset) == 0:
-            raise DataError("the data set is empty, expected one image or more to train on.")
         if LABEL_MAP not in dataset.column_names:
             raise DataError(f"the data set has no column {LABEL_MAP!r}; give it one with with_label_maps.")
-        if seed < 0:
-            raise DataError(f"seed must be 0 or greater, got {seed}.")
+        super().__init__(dataset, ("image", LABEL_MAP), seed=seed, strict=strict)
         self.classes = class_names(dataset)
-        self.image_ids: list[str] = list(dataset["image_id"])
-        self._rows = dataset.select_columns(["image", LABEL_MAP])
         self._augmentation = augmentation
-        self._seed = seed
-        self._strict = strict
-        self._reported: set[int] = set()
-        # In shared memory, so that worker processes that outlive an epoch see the next one.
-        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation later items have; call it before iterating over a loader."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
@@ -256,17 +235,15 @@ class TrainingPairs(torch.utils.data.Dataset[dict[str, Any]]):
         return [self._item(range(len(self))[index], shared) for index in indices]
 
     def _item(self, asked: int, shared_scale: float) -> dict[str, Any]:
-        used, (image, label_map) = self._readable(asked)
+        (image, label_map), origin = self._readable(asked)
         generator = self._generator(asked)
         own_scale = self._scale(generator)
         scale = shared_scale if self._augmentation.one_scale_for_batch else own_scale
         pixel_values, labels = augment_pair(image, label_map, self._augmentation, scale, generator)
-        return {
-            "pixel_values": pixel_values,
-            "labels": labels,
-            "index": used,
-            "unreadable": "" if used == asked else self.image_ids[asked],
-        }
+        return {"pixel_values": pixel_values, "labels": labels, **origin}
+
+    def _open(self, row: Mapping[str, Any]) -> Pair:
+        return open_pair(row, len(self.classes))
 
     def _generator(self, index: int, purpose: str = "") -> np.random.Generator:
         key = (int(self._epoch), index, *purpose.encode())
@@ -274,20 +251,6 @@ class TrainingPairs(torch.utils.data.Dataset[dict[str, Any]]):
 
     def _scale(self, generator: np.random.Generator) -> float:
         return float(generator.uniform(*self._augmentation.scale))
-
-    def _readable(self, asked: int) -> tuple[int, Pair]:
-        """Return the first pair from `asked` on that can be read, and its index."""
-        for step in range(len(self)):
-            index = (asked + step) % len(self)
-            try:
-                return index, open_pair(self._rows[index], len(self.classes))
-            except UnreadableImageError as error:
-                if self._strict:
-                    raise
-                if index not in self._reported:  # once in each process, not in every epoch
-                    self._reported.add(index)
-                    logger.warning("image %s is left out: %s", self.image_ids[index], error)
-        raise UnreadableImageError(f"none of the {len(self)} images can be read; check the folder they are in.")
 
 
 def open_pair(row: Mapping[str, Any], num_classes: int) -> Pair:

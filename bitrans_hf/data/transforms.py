@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,9 +16,8 @@ from torchvision import transforms
 
 from ..image_processing_bitrans import BiTransImageProcessor
 from ..labels import class_ids_to_multi_hot
-from .common import DataError, UnreadableImageError, class_names, open_image, require_labels
-
-logger = logging.getLogger(__name__)
+from .common import DataError, class_names, open_image, require_labels
+from .training_set import TrainingSet
 
 Transform: TypeAlias = Callable[[PILImage.Image], torch.Tensor]
 
@@ -137,16 +135,12 @@ PRESETS: Mapping[str, Callable[..., Transform]] = {
 # ---- Pictures of a data set, augmented.
 
 
-class TrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
+class TrainingImages(TrainingSet[tuple[list[int], PILImage.Image]]):
     """Augmented pictures with multi-hot image labels.
 
-    How picture `index` looks in an epoch is a function of (seed, epoch, index) alone: the number of workers, of
-    processes and a resumed run change nothing, and the random generators of the caller stay as they were.
-
-    An item is `{"pixel_values": (3, S, S) float, "labels": (C,) float32 of 0 and 1, "index": int, "unreadable": str}`.
-    A picture that cannot be read is replaced by the next readable one of the data set: `index` and `labels` are then
-    those of the replacement, and `unreadable` is the `image_id` that was asked for, "" otherwise. It travels in the
-    item so that the training loop learns of it from any worker process.
+    An item is `{"pixel_values": (3, S, S) float, "labels": (C,) float32 of 0 and 1, "index": int, "unreadable": str}`
+    and a function of (seed, epoch, index) alone; the random generators of the caller stay as they were. The labels of
+    a picture that cannot be read are those of its replacement, too: see `TrainingSet`.
     """
 
     def __init__(self, dataset: Dataset, transform: Transform, *, seed: int = 0, strict: bool = False) -> None:
@@ -161,54 +155,21 @@ class TrainingImages(torch.utils.data.Dataset[dict[str, Any]]):
         Raises:
             DataError: the dataset is empty, lacks labels of named classes for some row, or the seed is negative.
         """
-        if len(dataset) == 0:
-            raise DataError("the data set is empty, expected one image or more to train on.")
-        if seed < 0:
-            raise DataError(f"seed must be 0 or greater, got {seed}.")
         self.classes = class_names(dataset)
         require_labels(dataset)
-        self.image_ids: list[str] = dataset["image_id"][:]
-        self._rows = dataset.select_columns(["image", "labels"])
+        super().__init__(dataset, ("image", "labels"), seed=seed, strict=strict)
         self._transform = transform
-        self._seed = seed
-        self._strict = strict
-        self._reported: set[int] = set()
-        # In shared memory, so that worker processes that outlive an epoch see the next one.
-        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation later items have; call it before iterating over a loader."""
-        self._epoch.fill_(epoch)
-
-    def __len__(self) -> int:
-        return len(self.image_ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         asked = range(len(self))[index]
-        used, labels, picture = self._readable(asked)
+        (labels, picture), origin = self._readable(asked)
         with seeded(self._seed, int(self._epoch), asked):
             pixel_values = self._transform(picture)
-        return {
-            "pixel_values": pixel_values,
-            "labels": torch.from_numpy(class_ids_to_multi_hot(labels, len(self.classes))),
-            "index": used,
-            "unreadable": "" if used == asked else self.image_ids[asked],
-        }
+        multi_hot = torch.from_numpy(class_ids_to_multi_hot(labels, len(self.classes)))
+        return {"pixel_values": pixel_values, "labels": multi_hot, **origin}
 
-    def _readable(self, asked: int) -> tuple[int, list[int], PILImage.Image]:
-        """Return the first picture from `asked` on that can be read: its index, its class ids and itself."""
-        for step in range(len(self)):
-            index = (asked + step) % len(self)
-            row = self._rows[index]
-            try:
-                return index, row["labels"], open_image(row["image"])
-            except UnreadableImageError as error:
-                if self._strict:
-                    raise
-                if index not in self._reported:  # once in each process, not in every epoch
-                    self._reported.add(index)
-                    logger.warning("image %s is left out: %s", self.image_ids[index], error)
-        raise UnreadableImageError(f"none of the {len(self)} images can be read; check the folder they are in.")
+    def _open(self, row: Mapping[str, Any]) -> tuple[list[int], PILImage.Image]:
+        return row["labels"], open_image(row["image"])
 
 
 @contextmanager

@@ -1,0 +1,77 @@
+"""What all training data sets share: the epoch, and what becomes of pictures that cannot be read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from datasets import Dataset
+
+from .common import DataError, UnreadableImageError
+
+logger = logging.getLogger(__name__)
+
+Opened = TypeVar("Opened")
+
+
+class TrainingSet(torch.utils.data.Dataset[dict[str, Any]], Generic[Opened]):
+    """Base of data sets whose items are augmented anew in every epoch.
+
+    Item `index` of an epoch must be a function of (seed, epoch, index) alone: then the number of workers, of processes
+    and a resumed run change nothing. A picture that cannot be read is replaced by the next readable one: an item's
+    `index` is then that of the replacement, and `unreadable` the `image_id` that was asked for, "" otherwise. It
+    travels in the item so that the training loop learns of it from any worker process.
+    """
+
+    def __init__(self, dataset: Dataset, columns: Sequence[str], *, seed: int, strict: bool) -> None:
+        """Wrap a data set of this package.
+
+        Args:
+            dataset: Rows of `image_id` and `columns`; other columns are not looked at.
+            columns: What `_open` needs of a row.
+            seed: Of all random draws, 0 or greater.
+            strict: Raise `UnreadableImageError` instead of replacing a picture.
+
+        Raises:
+            DataError: the dataset is empty, or the seed is negative.
+        """
+        if len(dataset) == 0:
+            raise DataError("the data set is empty, expected one image or more to train on.")
+        if seed < 0:
+            raise DataError(f"seed must be 0 or greater, got {seed}.")
+        self.image_ids: list[str] = list(dataset["image_id"])
+        self._rows = dataset.select_columns(list(columns))
+        self._seed = seed
+        self._strict = strict
+        self._reported: set[int] = set()
+        # In shared memory, so that worker processes that outlive an epoch see the next one.
+        self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation later items have; call it before iterating over a loader."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def _open(self, row: Mapping[str, Any]) -> Opened:
+        """Open what a row names; raise `UnreadableImageError` where that cannot be read."""
+        raise NotImplementedError
+
+    def _readable(self, asked: int) -> tuple[Opened, dict[str, Any]]:
+        """Return the first row from `asked` on that can be read, opened, and the item's `index` and `unreadable`."""
+        for step in range(len(self)):
+            index = (asked + step) % len(self)
+            try:
+                opened = self._open(self._rows[index])
+            except UnreadableImageError as error:
+                if self._strict:
+                    raise
+                if index not in self._reported:  # once in each process, not in every epoch
+                    self._reported.add(index)
+                    logger.warning("image %s is left out: %s", self.image_ids[index], error)
+            else:
+                return opened, {"index": index, "unreadable": "" if index == asked else self.image_ids[asked]}
+        raise UnreadableImageError(f"none of the {len(self)} images can be read; check the folder they are in.")
