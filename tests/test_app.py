@@ -290,7 +290,7 @@ class Visit:
         return str(self.page.locator(selector).inner_text())
 
     def wait(self, expression: str) -> None:
-        """Wait until a JavaScript expression is true; 20 seconds."""
+        """Wait until a JavaScript expression is true."""
         self.page.wait_for_function(expression, timeout=PATIENCE_MS)
 
     def wait_for_mask(self) -> None:
