@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -241,7 +242,9 @@ def free_port() -> int:
 def running(command: list[str], port: int, log: Path, **options: Any) -> Iterator[None]:
     """Start an app, wait until it serves its page, and stop it as Ctrl-C does."""
     with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, **options)
+        # A shell's background job ignores Ctrl-C, and so would all that is started from it.
+        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, preexec_fn=heed, **options)
         try:
             deadline = time.monotonic() + 120
             while not answers(port):
