@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from .errors import InputError
 from .labels import BACKGROUND, IGNORE_INDEX
 
 _LOG_EPSILON = 1e-5  # of PSA's loss: in each logarithm and in each count
@@ -44,7 +45,7 @@ def half_disc_offsets(radius: int = 5) -> tuple[tuple[int, int], ...]:
         34
     """
     if radius < 1:
-        raise ValueError(f"radius must be at least 1 cell, got {radius}.")
+        raise InputError(f"radius must be at least 1 cell, got {radius}.")
     reach = range(-radius + 1, radius)
     same_row = tuple((0, dx) for dx in range(1, radius))
     return same_row + tuple((dy, dx) for dy in range(1, radius) for dx in reach if dy**2 + dx**2 < radius**2)
@@ -133,7 +134,7 @@ def affinity_matrix(pairs: torch.Tensor, size: tuple[int, int], radius: int = 5)
     """
     start, partners = pair_indices(size, radius)
     if pairs.dim() != 3 or pairs.shape[1:] != partners.shape:
-        raise ValueError(
+        raise InputError(
             f"pair affinities of a {size[0]}x{size[1]} grid at radius {radius} have shape (B, {partners.shape[0]}, "
             f"{partners.shape[1]}), got {tuple(pairs.shape)}; give the size of the features and the same radius."
         )

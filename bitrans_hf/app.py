@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from .errors import InputError
 from .image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized, strongest_row
 from .labels import palette
 from .modeling_bitrans import BiTransOutput
@@ -84,7 +85,7 @@ class PictureMaps:
         patch_size = self.model.config.patch_size
         if round(min(self.image.size) * min(SCALES)) < patch_size:
             smallest = -int(-patch_size // min(SCALES))
-            raise ValueError(
+            raise InputError(
                 f"The picture is {self.size[0]} x {self.size[1]} pixels (height x width), too small for this model, "
                 f"which needs {smallest} on each side once the longer one is reduced to {MAX_SIDE}."
             )
@@ -572,7 +573,7 @@ def write_space(folder: str | Path, model: str) -> Path:
         ValueError: `model` is not the name of a repository.
     """
     if Path(model).exists() or model.count("/") != 1:
-        raise ValueError(
+        raise InputError(
             f"a Space needs a model on the Hub such as 'org/bitrans-voc', got {model!r}; publish it first."
         )
     folder = Path(folder)

@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import initialization as init
 
 from .configuration_bitrans import BiTransConfig
+from .errors import InputError
 from .modeling_bitrans import BiTransModel
 from .resnet38 import STAGES, TAP_STRIDES, TAPS, ResNet38
 
@@ -50,9 +51,9 @@ class ResNet38Backbone(Backbone):
         super().__init__()
         unknown = options.keys() - {"width_multiplier"}
         if unknown:
-            raise ValueError(f"backbone_config of resnet38 takes width_multiplier only, got {', '.join(unknown)}.")
+            raise InputError(f"backbone_config of resnet38 takes width_multiplier only, got {', '.join(unknown)}.")
         if output_stride not in (None, 8):
-            raise ValueError(f"the output stride of resnet38 is 8, got {output_stride}; leave output_stride out.")
+            raise InputError(f"the output stride of resnet38 is 8, got {output_stride}; leave output_stride out.")
         self.network = ResNet38(**options)
         self.out_indices = chosen_maps(out_indices, TAP_STRIDES)
         self.channels = tuple(self.network.channels[TAPS[index]] for index in self.out_indices)
@@ -82,11 +83,11 @@ class BiTransBackbone(Backbone):
     def __init__(self, options: Mapping[str, Any], out_indices: Sequence[int] | int, output_stride: int | None):
         super().__init__()
         if not options:
-            raise ValueError("backbone 'bitrans' needs backbone_config, the config of a BiTransModel as a dict.")
+            raise InputError("backbone 'bitrans' needs backbone_config, the config of a BiTransModel as a dict.")
         config = BiTransConfig.from_dict(dict(options))
         stride = config.patch_size if output_stride is None else output_stride
         if not 1 <= stride <= config.patch_size or config.patch_size % stride:
-            raise ValueError(
+            raise InputError(
                 f"output_stride of backbone 'bitrans' must divide its patch size {config.patch_size}, got {stride}."
             )
         self.encoder = BiTransModel(config)
@@ -220,7 +221,7 @@ def chosen_maps(out_indices: Sequence[int] | int, strides: Sequence[int]) -> tup
         return tuple(round(total * (i + 1) / number) - 1 for i in range(number))
     indices = tuple(index + total if index < 0 else index for index in out_indices)
     if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < total:
-        raise ValueError(
+        raise InputError(
             f"out_indices must rise and lie in [0, {total}), the backbone's {total} feature maps, got "
             f"{list(out_indices)}."
         )
@@ -249,13 +250,13 @@ def timm_network(name: str, options: Mapping[str, Any], out_indices: Sequence[in
     except RuntimeError as error:
         if "Unknown model" not in str(error):
             raise
-        raise ValueError(
+        raise InputError(
             f"backbone must be resnet38, bitrans or a timm network, got {name!r}; timm.list_models() names those."
         ) from error
     except (AssertionError, NotImplementedError, TypeError) as error:
         if output_stride is None:
             raise
-        raise ValueError(
+        raise InputError(
             f"backbone {name!r} cannot have output_stride {output_stride}; leave it out, or take a ResNet or ConvNeXt "
             "(8, 16 or 32)."
         ) from error

@@ -10,6 +10,8 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
+from .errors import InputError
+
 STAGES = ("train", "seeds", "affinity", "pseudo_labels", "segmentation", "predictions")
 """Folders of a run that a card reads, in the order they are made."""
 
@@ -141,7 +143,7 @@ def render_card(
     """
     stage = NETWORK_STAGES[network]
     if stage not in run.stages:
-        raise ValueError(f"run {run.name} has no finished stage {stage!r}, which trains {TITLES[network]}.")
+        raise InputError(f"run {run.name} has no finished stage {stage!r}, which trains {TITLES[network]}.")
     recipe = {name: compact(run.recipe[name]) for name in SECTIONS[network] if run.recipe.get(name) is not None}
     data = run.recipe["data"]
     weights = starting_weights(run, network)

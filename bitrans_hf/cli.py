@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .data import check_folder, load_folder
 from .data.folder import IMAGE_SUFFIXES, TABLE_NAMES
+from .errors import InputError
 from .pipeline_bitrans import REFINERS, LocalisedPicture, PseudoMaskPipeline, Refiner
 from .pseudo_labels import write_label_png
 from .store import atomic_write
@@ -167,7 +168,7 @@ def run_masks(options: argparse.Namespace) -> None:
     if not bar:
         transformers.utils.logging.disable_progress_bar()
     if not options.images.is_dir():
-        raise ValueError(f"{options.images} is not a folder; give the folder that holds the pictures.")
+        raise InputError(f"{options.images} is not a folder; give the folder that holds the pictures.")
     pipe = LabelMapPipeline.from_pretrained(options.model, options.device)
     pictures = pictures_with_labels(options.images, options.labels, pipe.class_names)
     settings = {
@@ -195,7 +196,7 @@ def run_masks(options: argparse.Namespace) -> None:
     for picture, answer in zip(tqdm(todo, desc="masks", unit="picture", disable=not bar), answers, strict=True):
         if isinstance(answer, RefusedPicture):
             if options.strict:
-                raise ValueError(answer.reason)
+                raise InputError(answer.reason)
             unreadable.append(answer.reason)
         else:
             write_label_png(mask_path(options.out, picture), answer)
@@ -299,13 +300,13 @@ def pictures_with_labels(folder: Path, table: Path | None, class_names: Sequence
             PictureFile(path.relative_to(folder).with_suffix("").as_posix(), str(path), None) for path in files
         ]
     if not pictures:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds no pictures; looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
         )
     by_id: dict[str, PictureFile] = {}
     for picture in pictures:
         if (other := by_id.setdefault(picture.image_id, picture)) is not picture:
-            raise ValueError(f"{other.path} and {picture.path} would get the same mask; rename one of them.")
+            raise InputError(f"{other.path} and {picture.path} would get the same mask; rename one of them.")
     return pictures
 
 
@@ -327,7 +328,7 @@ def write_record(path: Path, record: Mapping[str, Any], *, overwrite: bool) -> N
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
             name = changed[0]
-            raise ValueError(
+            raise InputError(
                 f"{path.parent} holds masks made with {name} {before.get(name)}, now it is {now[name]}; give another "
                 "--out, or --overwrite to make them again."
             )

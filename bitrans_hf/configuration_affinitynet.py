@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig, strict
 
+from .errors import InputError
+
 
 @dataclass(frozen=True)
 class Relation:
@@ -106,17 +108,17 @@ class AffinityNetConfig(PreTrainedConfig):
     def validate_relation(self) -> None:
         """Check the relation and its radii (called by transformers when the config is built and saved)."""
         if self.relation not in RELATIONS:
-            raise ValueError(f"relation must be one of {', '.join(RELATIONS)}, got {self.relation!r}.")
+            raise InputError(f"relation must be one of {', '.join(RELATIONS)}, got {self.relation!r}.")
         for name in ("radius", "walk_radius"):
             value = getattr(self, name)
             if value is None or value < 2:
-                raise ValueError(f"{name} must be at least 2 cells, got {value}; 1 relates a cell to itself alone.")
+                raise InputError(f"{name} must be at least 2 cells, got {value}; 1 relates a cell to itself alone.")
         if self.displacement and self.relation != "irn":
-            raise ValueError("displacement is a part of relation 'irn', got relation 'psa'.")
+            raise InputError("displacement is a part of relation 'irn', got relation 'psa'.")
 
     def validate_backbone(self) -> None:
         """Check what can be checked without building the backbone."""
         if not self.backbone:
-            raise ValueError("backbone must be resnet38, bitrans or a timm network, got an empty name.")
+            raise InputError("backbone must be resnet38, bitrans or a timm network, got an empty name.")
         if self.num_frozen_stages is not None and self.num_frozen_stages < -1:
-            raise ValueError(f"num_frozen_stages must be -1 (all) or at least 0, got {self.num_frozen_stages}.")
+            raise InputError(f"num_frozen_stages must be -1 (all) or at least 0, got {self.num_frozen_stages}.")

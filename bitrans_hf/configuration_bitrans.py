@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig, strict
 
+from .errors import InputError
 from .views import VIEWS
 
 SCC_CLASSES = ("all", "present")
@@ -112,28 +113,28 @@ class BiTransConfig(PreTrainedConfig):
     def validate_architecture(self) -> None:
         """Check that the sizes fit each other (called by transformers when the config is built and saved)."""
         if not self.num_labels:
-            raise ValueError("id2label must name at least one object class, got none.")
+            raise InputError("id2label must name at least one object class, got none.")
         for name in ("image_size", "patch_size", "num_channels", "hidden_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.image_size < self.patch_size or self.image_size % self.patch_size:
-            raise ValueError(
+            raise InputError(
                 f"image_size must be a multiple of patch_size {self.patch_size}, got {self.image_size}; "
                 f"use {max(1, round(self.image_size / self.patch_size)) * self.patch_size}."
             )
         if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-            raise ValueError(
+            raise InputError(
                 f"hidden_size {self.hidden_size} must be a multiple of num_attention_heads, "
                 f"got {self.num_attention_heads}."
             )
         for name in ("num_seed_layers", "num_affinity_layers"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= self.num_hidden_layers:
-                raise ValueError(f"{name} must be in [1, num_hidden_layers = {self.num_hidden_layers}], got {value}.")
+                raise InputError(f"{name} must be in [1, num_hidden_layers = {self.num_hidden_layers}], got {value}.")
         if not 0 <= self.drop_path_rate < 1:
-            raise ValueError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
+            raise InputError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
         if self.mlp_ratio <= 0 or self.layer_norm_eps <= 0 or self.initializer_range < 0:
-            raise ValueError(
+            raise InputError(
                 "mlp_ratio and layer_norm_eps must be above 0 and initializer_range at least 0, got "
                 f"{self.mlp_ratio}, {self.layer_norm_eps} and {self.initializer_range}."
             )
@@ -141,15 +142,15 @@ class BiTransConfig(PreTrainedConfig):
     def validate_losses(self) -> None:
         """Check the view and the loss options."""
         if self.view not in VIEWS:
-            raise ValueError(f"view must be one of {', '.join(VIEWS)}, got {self.view!r}.")
+            raise InputError(f"view must be one of {', '.join(VIEWS)}, got {self.view!r}.")
         for name in ("scc_weight", "pac_weight", "patch_weight", "class_contrast_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
+                raise InputError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
         choices = {"scc_classes": SCC_CLASSES, "scc_maps": SCC_MAPS, "patch_pooling": PATCH_POOLINGS}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         if self.attention_map_mode not in ATTENTION_MAP_MODES:
-            raise ValueError(
+            raise InputError(
                 f"attention_map_mode must be one of {', '.join(ATTENTION_MAP_MODES)}, got {self.attention_map_mode!r}."
             )

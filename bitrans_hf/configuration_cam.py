@@ -4,6 +4,8 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig, strict
 
+from .errors import InputError
+
 
 @strict
 class CamConfig(PreTrainedConfig):
@@ -57,16 +59,16 @@ class CamConfig(PreTrainedConfig):
     def validate_labels(self) -> None:
         """Check the classes and the size (called by transformers when the config is built and saved)."""
         if not self.num_labels:
-            raise ValueError("id2label must name at least one object class, got none.")
+            raise InputError("id2label must name at least one object class, got none.")
         if self.image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}.")
+            raise InputError(f"image_size must be at least 1, got {self.image_size}.")
 
     def validate_backbone(self) -> None:
         """Check what can be checked without building the backbone."""
         if not self.backbone or self.backbone == "bitrans":
-            raise ValueError(
+            raise InputError(
                 f"backbone must be resnet38 or a convolutional network of timm, got {self.backbone!r}; the maps of a "
                 "Bi-Trans encoder are a BiTransModel's."
             )
         if self.num_frozen_stages < -1:
-            raise ValueError(f"num_frozen_stages must be -1 (all) or at least 0, got {self.num_frozen_stages}.")
+            raise InputError(f"num_frozen_stages must be -1 (all) or at least 0, got {self.num_frozen_stages}.")

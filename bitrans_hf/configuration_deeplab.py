@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers.configuration_utils import PreTrainedConfig, strict
 
+from .errors import InputError
 from .labels import BACKGROUND, IGNORE_INDEX, VOC_CLASSES
 
 
@@ -110,30 +111,30 @@ class DeepLabConfig(PreTrainedConfig):
     def validate_preset(self) -> None:
         """Check the preset (called by transformers when the config is built and saved)."""
         if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
+            raise InputError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}.")
 
     def validate_labels(self) -> None:
         """Check that the labels are background and at least one class, and leave room for the ignored id."""
         id2label = self.id2label or {}
         number = len(id2label)
         if number < 2 or number > self.semantic_loss_ignore_index >= 0:
-            raise ValueError(
+            raise InputError(
                 f"id2label must name background and the object classes, 2 to {self.semantic_loss_ignore_index} "
                 f"labels, got {number}."
             )
         names = [name.lower() for _, name in sorted(id2label.items(), key=lambda item: int(item[0]))]
         if "background" in names and names.index("background") != BACKGROUND:
-            raise ValueError(
+            raise InputError(
                 f"background must be label {BACKGROUND}, got label {names.index('background')}; put it first."
             )
 
     def validate_backbone(self) -> None:
         """Check what can be checked without building the backbone."""
         if not self.backbone:
-            raise ValueError("backbone must be resnet38, bitrans or a timm network, got an empty name.")
+            raise InputError("backbone must be resnet38, bitrans or a timm network, got an empty name.")
         if self.out_indices is not None and len(self.out_indices) != 1:
-            raise ValueError(f"out_indices must be one feature map, got {list(self.out_indices)}.")
+            raise InputError(f"out_indices must be one feature map, got {list(self.out_indices)}.")
         if self.num_frozen_stages is not None and self.num_frozen_stages < -1:
-            raise ValueError(f"num_frozen_stages must be -1 (all) or at least 0, got {self.num_frozen_stages}.")
+            raise InputError(f"num_frozen_stages must be -1 (all) or at least 0, got {self.num_frozen_stages}.")
         if self.head_dilation is not None and self.head_dilation < 1:
-            raise ValueError(f"head_dilation must be at least 1 cell, got {self.head_dilation}.")
+            raise InputError(f"head_dilation must be at least 1 cell, got {self.head_dilation}.")

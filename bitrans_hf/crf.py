@@ -21,13 +21,14 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
+from .errors import InputError
 from .store import DiskFullError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class CrfNotInstalledError(ImportError):
+class CrfNotInstalledError(InputError, ImportError):
     """The package that computes dense CRFs is absent; the message says how to install it."""
 
 
@@ -132,7 +133,7 @@ def find_preset(preset: str | CrfPreset) -> CrfPreset:
     if isinstance(preset, CrfPreset):
         return preset
     if preset not in CRF_PRESETS:
-        raise ValueError(f"unknown CRF preset {preset!r}; there are {', '.join(CRF_PRESETS)}.")
+        raise InputError(f"unknown CRF preset {preset!r}; there are {', '.join(CRF_PRESETS)}.")
     return CRF_PRESETS[preset]
 
 
@@ -149,22 +150,22 @@ def _densecrf() -> ModuleType:
 
 def _check(image: np.ndarray, scores: np.ndarray) -> None:
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-        raise ValueError(f"the image must be (H, W, 3) uint8, got {image.shape} {image.dtype}.")
+        raise InputError(f"the image must be (H, W, 3) uint8, got {image.shape} {image.dtype}.")
     if scores.ndim != 3 or scores.shape[0] == 0 or scores.shape[1:] != image.shape[:2]:
         height, width = image.shape[:2]
-        raise ValueError(
+        raise InputError(
             f"scores of this image must be (L, {height}, {width}) with background as row 0, got {scores.shape}; "
             "seeds and image must have one size."
         )
     if not np.issubdtype(scores.dtype, np.floating):
-        raise ValueError(f"scores must be floats in [0, 1], got {scores.dtype}.")
+        raise InputError(f"scores must be floats in [0, 1], got {scores.dtype}.")
     if scores.size == 0:
         return
     low, high = float(scores.min()), float(scores.max())
     if not np.isfinite([low, high]).all():  # NaN anywhere makes both NaN
-        raise ValueError("the scores hold NaN or infinity; look at the network that made them.")
+        raise InputError("the scores hold NaN or infinity; look at the network that made them.")
     if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"scores must be in [0, 1], got values from {low:.4g} to {high:.4g}; normalise them first.")
+        raise InputError(f"scores must be in [0, 1], got values from {low:.4g} to {high:.4g}; normalise them first.")
 
 
 def _unary_energy(scores: np.ndarray, hard_label_probability: float | None) -> np.ndarray:
@@ -197,7 +198,7 @@ class Outcome(Generic[Result]):
     error: str | None = None
 
 
-class ImageFailedError(RuntimeError):
+class ImageFailedError(InputError):
     """An image of a set could not be worked on and the caller asked for a stop; the message names it."""
 
 
@@ -221,7 +222,7 @@ class ImagePool:
 
     def __init__(self, processes: int | None = None):
         if processes is not None and processes < 1:
-            raise ValueError(f"processes must be 1 or more, got {processes}.")
+            raise InputError(f"processes must be 1 or more, got {processes}.")
         self.processes = processes or available_cores()
         self._executor: ProcessPoolExecutor | None = None
 

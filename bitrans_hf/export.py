@@ -21,6 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .configuration_bitrans import BiTransConfig
+from .errors import InputError
 from .hub_errors import hub_error_sentence
 from .image_processing_bitrans import BiTransImageProcessor
 from .modeling_bitrans import BiTransModel
@@ -38,7 +39,7 @@ Outputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 Runner = Callable[[torch.Tensor], Outputs]
 
 
-class ExportError(RuntimeError):
+class ExportError(InputError):
     """A graph could not be made, or does not compute what torch computes."""
 
 

@@ -23,6 +23,8 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .errors import InputError
+
 # What PIL raises on damaged files, depending on the format and on where the damage is.
 DECODING_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError, KeyError, OverflowError,
@@ -41,7 +43,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB":
         return image
     if image.mode == "F":
-        raise ValueError("got a floating-point image (mode F), whose range is not defined; save it as 8 or 16 bit.")
+        raise InputError("got a floating-point image (mode F), whose range is not defined; save it as 8 or 16 bit.")
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
         return Image.fromarray((values // 257).astype(np.uint8)).convert("RGB")
@@ -264,13 +266,13 @@ class BiTransImageProcessor(TorchvisionBackend):
             ValueError: threshold or mode out of range, labels that are not (B, C), not as many sizes as pictures.
         """
         if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold must be in [0, 1], got {threshold}.")
+            raise InputError(f"threshold must be in [0, 1], got {threshold}.")
         if mode not in CAM_FUSIONS:
-            raise ValueError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
+            raise InputError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
         maps = CAM_FUSIONS[mode](outputs)
         multi_hot = torch.as_tensor(labels)
         if multi_hot.shape != maps.shape[:2]:
-            raise ValueError(
+            raise InputError(
                 f"labels must be multi-hot of shape ({maps.shape[0]}, {maps.shape[1]}), got {tuple(multi_hot.shape)}."
             )
         if refine:
@@ -364,7 +366,7 @@ def sizes_of_batch(
     if target_sizes is None:
         return iter([(h, w)] * batch)
     if len(target_sizes) != batch:
-        raise ValueError(
+        raise InputError(
             f"target_sizes must hold one (height, width) for each of {batch} pictures, got {target_sizes}."
         )
     return ((int(height), int(width)) for height, width in target_sizes)
@@ -377,15 +379,15 @@ def check_label_maps(pictures: Sequence[torch.Tensor], label_maps: Sequence[torc
         ValueError: their numbers or sizes differ, or a label map has several channels.
     """
     if len(pictures) != len(label_maps):
-        raise ValueError(f"got {len(label_maps)} segmentation maps for {len(pictures)} pictures, expected as many.")
+        raise InputError(f"got {len(label_maps)} segmentation maps for {len(pictures)} pictures, expected as many.")
     for index, (picture, label_map) in enumerate(zip(pictures, label_maps, strict=True)):
         if len(label_map) != 1:
-            raise ValueError(
+            raise InputError(
                 f"segmentation map {index} has {len(label_map)} channels, expected one of label ids; "
                 "convert its colours to ids (0 background, 1 for the first class)."
             )
         if label_map.shape[-2:] != picture.shape[-2:]:
-            raise ValueError(
+            raise InputError(
                 f"segmentation map {index} is {label_map.shape[-2]} x {label_map.shape[-1]} (height x width) and its "
                 f"picture {picture.shape[-2]} x {picture.shape[-1]}; give both at the same size and orientation."
             )
@@ -398,7 +400,7 @@ def bounded_size(size: Sequence[int], max_side: int) -> tuple[int, int]:
         ValueError: `max_side` is below 1.
     """
     if max_side < 1:
-        raise ValueError(f"max_side must be at least 1 pixel, got {max_side}.")
+        raise InputError(f"max_side must be at least 1 pixel, got {max_side}.")
     longest = max(size)
     if longest <= max_side:
         return cast(tuple[int, int], tuple(size))
@@ -414,5 +416,5 @@ def scaled(image: Image.Image, scale: float) -> Image.Image:
     """
     size = (round(image.width * scale), round(image.height * scale))
     if min(size) < 1:
-        raise ValueError(f"scale {scale} leaves nothing of an image of {image.height} x {image.width} pixels.")
+        raise InputError(f"scale {scale} leaves nothing of an image of {image.height} x {image.width} pixels.")
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from .errors import InputError
+
 IGNORE_INDEX = 255
 """Label id of pixels that no loss and no score counts."""
 
@@ -50,7 +52,7 @@ def class_ids_to_multi_hot(class_ids: list[int], num_classes: int) -> np.ndarray
     multi_hot = np.zeros(num_classes, dtype=np.float32)
     for class_id in class_ids:
         if not 0 <= class_id < num_classes:
-            raise ValueError(
+            raise InputError(
                 f"class id {class_id} is outside [0, {num_classes}); class ids count object classes from 0, "
                 "background is not one of them."
             )

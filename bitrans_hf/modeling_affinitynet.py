@@ -37,6 +37,7 @@ from .backbones import (
     resized,
 )
 from .configuration_affinitynet import RELATIONS, AffinityNetConfig
+from .errors import InputError
 from .modeling_bitrans import BiTransModel
 
 BOUNDARY_STRIDE = 4
@@ -441,12 +442,12 @@ class AffinityNetModel(PreTrainedModel):
 
     def _check_inputs(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> None:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must be (B, 3, H, W), got {tuple(pixel_values.shape)}.")
+            raise InputError(f"pixel_values must be (B, 3, H, W), got {tuple(pixel_values.shape)}.")
         if labels is None:
             return
         expected = (len(pixel_values), *self.grid_size(pixel_values.shape[2], pixel_values.shape[3]))
         if labels.shape != expected:
-            raise ValueError(
+            raise InputError(
                 f"labels must be {expected}, one for each cell of {self.stride} x {self.stride} pixels, got "
                 f"{tuple(labels.shape)}; reduce them to model.grid_size(H, W)."
             )

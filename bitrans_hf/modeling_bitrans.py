@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from .configuration_bitrans import BiTransConfig
+from .errors import InputError
 from .losses import affinity_consistency_loss, class_consistency_loss, class_contrast_loss, classification_loss
 from .views import VIEWS, invert_affinity
 
@@ -459,24 +460,24 @@ class BiTransModel(PreTrainedModel):
     def _check_inputs(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> None:
         config = self.config
         if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
-            raise ValueError(
+            raise InputError(
                 f"pixel_values must be (B, {config.num_channels}, H, W), got {tuple(pixel_values.shape)}."
             )
         height, width = pixel_values.shape[2:]
         if height < config.patch_size or width < config.patch_size:
-            raise ValueError(
+            raise InputError(
                 f"the image is smaller than a patch: got {height} x {width} pixels (height x width), expected at "
                 f"least {config.patch_size} x {config.patch_size}; enlarge it first."
             )
         if labels is None:
             return
         if labels.shape != (len(pixel_values), config.num_labels):
-            raise ValueError(
+            raise InputError(
                 f"labels must be multi-hot of shape ({len(pixel_values)}, {config.num_labels}) for "
                 f"{config.num_labels} classes, got {tuple(labels.shape)}; config.id2label names the classes."
             )
         if not VIEWS[config.view].keeps_shape and height != width:
-            raise ValueError(
+            raise InputError(
                 f"view {config.view!r} exchanges height and width and needs square images, got {height} x {width}; "
                 "crop to a square or use hflip, vflip or rot180."
             )

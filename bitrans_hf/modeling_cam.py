@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 
 from .backbones import TimmFeatures, apply_freezing, build_backbone, init_convolutional, parameter_groups
 from .configuration_cam import CamConfig
+from .errors import InputError
 from .losses import classification_loss
 
 
@@ -63,7 +64,7 @@ class CamModel(PreTrainedModel):
             config.backbone, config.backbone_config, out_indices=1, output_stride=config.output_stride
         )
         if isinstance(self.backbone, TimmFeatures) and self.backbone.is_plain:
-            raise ValueError(
+            raise InputError(
                 f"backbone must be a convolutional network, got the vision transformer {config.backbone!r}; take a "
                 "ResNet or ConvNeXt, or a BiTransModel for the maps of a transformer."
             )
@@ -127,10 +128,10 @@ class CamModel(PreTrainedModel):
 
     def _check_inputs(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> None:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must be (B, 3, H, W), got {tuple(pixel_values.shape)}.")
+            raise InputError(f"pixel_values must be (B, 3, H, W), got {tuple(pixel_values.shape)}.")
         num_classes = cast(int, self.config.num_labels)
         if labels is not None and labels.shape != (len(pixel_values), num_classes):
-            raise ValueError(
+            raise InputError(
                 f"labels must be multi-hot of shape ({len(pixel_values)}, {num_classes}) for {num_classes} classes, "
                 f"got {tuple(labels.shape)}; config.id2label names the classes."
             )

@@ -23,6 +23,7 @@ from .backbones import (
     parameter_groups,
 )
 from .configuration_deeplab import HEAD_REACH_PX, PRESETS, DeepLabConfig
+from .errors import InputError
 from .modeling_bitrans import BiTransModel
 
 HEAD_WIDTH = 512
@@ -201,12 +202,12 @@ class DeepLabForSemanticSegmentation(PreTrainedModel):
 
     def _check_inputs(self, pixel_values: torch.Tensor, labels: torch.Tensor | None) -> None:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must be (B, 3, H, W), got {tuple(pixel_values.shape)}.")
+            raise InputError(f"pixel_values must be (B, 3, H, W), got {tuple(pixel_values.shape)}.")
         if labels is None:
             return
         expected = (len(pixel_values), *pixel_values.shape[2:])
         if labels.shape != expected:
-            raise ValueError(
+            raise InputError(
                 f"labels must be {tuple(expected)}, one for each pixel, got {tuple(labels.shape)}; resize label maps "
                 "with the nearest-neighbour filter."
             )
@@ -215,7 +216,7 @@ class DeepLabForSemanticSegmentation(PreTrainedModel):
         num_labels, ignored = cast(int, self.config.num_labels), self.config.semantic_loss_ignore_index
         wrong = labels[((labels < 0) | (labels >= num_labels)) & (labels != ignored)]
         if wrong.numel():
-            raise ValueError(
+            raise InputError(
                 f"labels hold id {int(wrong[0])} in {wrong.numel()} pixels, expected 0 to {num_labels - 1} or "
                 f"{ignored} for pixels that are not counted; config.id2label names the labels."
             )

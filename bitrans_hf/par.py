@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from .errors import InputError
+
 DILATIONS = (1, 2, 4, 8, 12, 24)
 """Distances in pixels of the eight neighbours, as in AFA."""
 
@@ -88,18 +90,18 @@ def _neighbours(maps: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.
 
 def _check(images: torch.Tensor, scores: torch.Tensor, dilations: Sequence[int], iterations: int) -> None:
     if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}.")
+        raise InputError(f"images must be (B, 3, H, W), got {tuple(images.shape)}.")
     if scores.dim() != 4 or scores.shape[0] != images.shape[0] or scores.shape[2:] != images.shape[2:]:
         batch, _, height, width = images.shape
-        raise ValueError(
+        raise InputError(
             f"scores of these images must be ({batch}, L, {height}, {width}), got {tuple(scores.shape)}; "
             "resize the scores to the image first."
         )
     if images.device != scores.device:
-        raise ValueError(f"images are on {images.device}, scores on {scores.device}; move them to one device.")
+        raise InputError(f"images are on {images.device}, scores on {scores.device}; move them to one device.")
     if not torch.isfinite(scores).all() or not torch.isfinite(images).all():
-        raise ValueError("images or scores hold NaN or infinity; look at what made them.")
+        raise InputError("images or scores hold NaN or infinity; look at what made them.")
     if len(dilations) == 0 or min(dilations) < 1:
-        raise ValueError(f"dilations must be distances of at least 1 pixel, got {tuple(dilations)}.")
+        raise InputError(f"dilations must be distances of at least 1 pixel, got {tuple(dilations)}.")
     if iterations < 0:
-        raise ValueError(f"iterations must be 0 or more, got {iterations}.")
+        raise InputError(f"iterations must be 0 or more, got {iterations}.")

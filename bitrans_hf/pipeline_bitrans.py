@@ -19,6 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
+from .errors import InputError
 from .image_processing_bitrans import (
     CAM_FUSIONS,
     DECODING_ERRORS,
@@ -78,13 +79,13 @@ def open_picture(source: Any, *, upright: bool = True, timeout: float | None = N
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _as_rgb(image, upright)
     except FileNotFoundError as error:
-        raise ValueError(f"picture {name} is not there; was it moved or deleted?") from error
+        raise InputError(f"picture {name} is not there; was it moved or deleted?") from error
     except UnidentifiedImageError as error:
-        raise ValueError(
+        raise InputError(
             f"picture {name} cannot be read: it is no image file, or a damaged one; give a PNG, JPEG or the like."
         ) from error
     except (*DECODING_ERRORS, urllib.error.URLError, binascii.Error) as error:
-        raise ValueError(f"picture {name} cannot be read ({type(error).__name__}: {error}).") from error
+        raise InputError(f"picture {name} cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def name_of(source: Any) -> str:
@@ -230,7 +231,7 @@ class PseudoMaskPipeline(Pipeline):
                 f"no model at {source}: it is no folder of a trained model, nor on the Hub ({reason})"
             ) from error
         if model_type != "bitrans":
-            raise ValueError(
+            raise InputError(
                 f"{source} holds a model of the kind {model_type!r}, expected 'bitrans'; segmentation networks run in "
                 'pipeline("image-segmentation").'
             )
@@ -257,7 +258,7 @@ class PseudoMaskPipeline(Pipeline):
         if type(inputs).__module__.partition(".")[0] == "datasets":
             if isinstance(inputs, Mapping):
                 first = next(iter(inputs))
-                raise ValueError(
+                raise InputError(
                     f"got the splits {', '.join(inputs)} of a data set, expected one of them, such as data[{first!r}]."
                 )
             # transformers would take a datasets.Dataset for one picture, and hand on its rows as they are if streamed.
@@ -296,7 +297,7 @@ class PseudoMaskPipeline(Pipeline):
         if isinstance(item, Mapping) and "image" in item:
             source, candidate_labels = item["image"], item.get("candidate_labels", candidate_labels)
             if unknown := sorted(set(item) - {"image", "candidate_labels"}):
-                raise ValueError(
+                raise InputError(
                     f"got a picture with {', '.join(map(repr, unknown))}, expected 'image' and 'candidate_labels' "
                     "(names of classes); rows of a data set are read as such when the whole data set is given."
                 )
@@ -307,7 +308,7 @@ class PseudoMaskPipeline(Pipeline):
         image = processor.bounded(image, max_side=max_side)
         patch_size = self.model.config.patch_size
         if round(min(image.size) * min(scales)) < patch_size:
-            raise ValueError(
+            raise InputError(
                 f"picture {name_of(source)} is smaller than a patch: {size[0]} x {size[1]} pixels (height x width)"
                 + (f", worked on at {image.height} x {image.width}" if size != (image.height, image.width) else "")
                 + f", at scale {min(scales)}; expected at least {patch_size} x {patch_size}, enlarge it first."
@@ -391,7 +392,7 @@ class PseudoMaskPipeline(Pipeline):
             candidate_labels = [candidate_labels]
         labels = list(candidate_labels)
         if any(isinstance(label, list | tuple | set) for label in labels):
-            raise ValueError(
+            raise InputError(
                 f"candidate_labels must be the class names of one picture, got {candidate_labels!r}; give pictures "
                 'with different labels as [{"image": ..., "candidate_labels": [...]}, ...].'
             )
@@ -411,18 +412,18 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     for name in ("threshold", "label_threshold"):
         if name in options and not 0 <= options[name] <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {options[name]}.")
+            raise InputError(f"{name} must be in [0, 1], got {options[name]}.")
     if "scales" in options and (len(options["scales"]) == 0 or min(options["scales"]) <= 0):
-        raise ValueError(f"scales must be one or more factors above 0, such as (1.0, 0.75), got {options['scales']}.")
+        raise InputError(f"scales must be one or more factors above 0, such as (1.0, 0.75), got {options['scales']}.")
     if options.get("refine_steps", 1) < 1:
-        raise ValueError(f"refine_steps must be at least 1, got {options['refine_steps']}.")
+        raise InputError(f"refine_steps must be at least 1, got {options['refine_steps']}.")
     if options.get("max_side") is not None and options["max_side"] < 1:
-        raise ValueError(f"max_side must be at least 1 pixel, got {options['max_side']}.")
+        raise InputError(f"max_side must be at least 1 pixel, got {options['max_side']}.")
     if "mode" in options and options["mode"] not in CAM_FUSIONS:
-        raise ValueError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {options['mode']!r}.")
+        raise InputError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {options['mode']!r}.")
     refiner = options.get("refiner")
     if refiner is not None and not callable(refiner) and refiner not in REFINERS:
-        raise ValueError(f"refiner must be None, {', '.join(map(repr, REFINERS))} or a function, got {refiner!r}.")
+        raise InputError(f"refiner must be None, {', '.join(map(repr, REFINERS))} or a function, got {refiner!r}.")
 
 
 # ---- Refiners.
@@ -466,7 +467,7 @@ def refined_scores(refiner: str | Refiner, image: np.ndarray, scores: torch.Tens
     refine = REFINERS[refiner] if isinstance(refiner, str) else refiner
     refined = np.asarray(refine(image, scores.numpy()), dtype=np.float32)
     if refined.shape != scores.shape:
-        raise ValueError(f"the refiner returned scores of shape {refined.shape}, expected {tuple(scores.shape)}.")
+        raise InputError(f"the refiner returned scores of shape {refined.shape}, expected {tuple(scores.shape)}.")
     return torch.from_numpy(refined)
 
 
@@ -498,20 +499,20 @@ class DatasetRows(Dataset[dict[str, Any]]):
 def _items_of_rows(rows: Any) -> Iterator[dict[str, Any]]:
     """The same for a streamed data set, which has no length."""
     if rows.features is None:
-        raise ValueError("the streamed data set does not say its columns; cast it to features with an image column.")
+        raise InputError("the streamed data set does not say its columns; cast it to features with an image column.")
     label_column, names = _label_column(rows.features)
     return (_item_of_row(row, label_column, names) for row in rows)
 
 
 def _label_column(features: Mapping[str, Any]) -> tuple[str | None, Sequence[str] | None]:
     if "image" not in features:
-        raise ValueError(f"the data set has the columns {', '.join(features)}, expected one called image; rename it.")
+        raise InputError(f"the data set has the columns {', '.join(features)}, expected one called image; rename it.")
     for column in ("candidate_labels", "labels"):
         if column in features:
             inner = getattr(features[column], "feature", None)
             names = getattr(inner, "names", None)
             if names is None and getattr(inner, "dtype", None) != "string":
-                raise ValueError(
+                raise InputError(
                     f"the column {column!r} is {features[column]!r}, expected lists of class names or of ClassLabel; "
                     "cast it or take it out."
                 )

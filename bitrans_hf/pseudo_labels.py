@@ -12,6 +12,7 @@ from datasets import Dataset
 from PIL import Image
 
 from .crf import dense_crf
+from .errors import InputError
 from .labels import BACKGROUND, IGNORE_INDEX, palette
 from .par import pixel_adaptive_refinement
 from .seeds import Seeds
@@ -40,13 +41,13 @@ def with_background(maps: np.ndarray, *, threshold: float | None = None, alpha: 
     """
     maps = np.asarray(maps, dtype=np.float32)
     if (threshold is None) == (alpha is None):
-        raise ValueError(f"give either a threshold or alpha, got threshold {threshold} and alpha {alpha}.")
+        raise InputError(f"give either a threshold or alpha, got threshold {threshold} and alpha {alpha}.")
     if threshold is not None:
         _check_threshold("threshold", threshold)
         background = np.full(maps.shape[1:], threshold, dtype=np.float32)
     else:
         if not 0 < alpha < float("inf"):  # type: ignore[operator]  # one of both is given
-            raise ValueError(f"alpha must be a positive number, got {alpha}.")
+            raise InputError(f"alpha must be a positive number, got {alpha}.")
         background = (1 - np.clip(maps.max(axis=0, initial=0.0), 0, 1)) ** np.float32(alpha)
     return np.concatenate([background[None], maps])
 
@@ -127,7 +128,7 @@ def label_map_with_ignore_band(class_ids: np.ndarray, maps: np.ndarray, *, low: 
     _check_threshold("low", low)
     _check_threshold("high", high)
     if low > high:
-        raise ValueError(f"the low threshold must not exceed the high one, got {low} and {high}.")
+        raise InputError(f"the low threshold must not exceed the high one, got {low} and {high}.")
     scores = with_background(maps, threshold=high)
     label_map = scores_to_label_map(class_ids, scores)
     label_map[(label_map == BACKGROUND) & (scores[1:].max(axis=0, initial=0.0) > low)] = IGNORE_INDEX
@@ -152,7 +153,7 @@ def confident_label_map(class_ids: np.ndarray, low: np.ndarray, high: np.ndarray
         ValueError: the two stacks differ in shape, or as for `scores_to_label_map`.
     """
     if low.shape != high.shape:
-        raise ValueError(f"scores of both alphas must have one shape, got {low.shape} and {high.shape}.")
+        raise InputError(f"scores of both alphas must have one shape, got {low.shape} and {high.shape}.")
     label_map = scores_to_label_map(class_ids, low)
     label_map[label_map == BACKGROUND] = IGNORE_INDEX
     label_map[scores_to_label_map(class_ids, high) == BACKGROUND] = BACKGROUND
@@ -163,20 +164,20 @@ def confident_label_map(class_ids: np.ndarray, low: np.ndarray, high: np.ndarray
 def _label_ids(class_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Return the label id of each row, (1 + K,) uint8."""
     if scores.ndim != 3 or len(scores) != 1 + len(class_ids):
-        raise ValueError(
+        raise InputError(
             f"scores of {len(class_ids)} classes and background must be ({1 + len(class_ids)}, H, W), "
             f"got {scores.shape}."
         )
     if len(class_ids) and not 0 <= np.min(class_ids) <= np.max(class_ids) < IGNORE_INDEX - 1:
-        raise ValueError(f"a PNG holds the class ids 0 to {IGNORE_INDEX - 2}, got {np.max(class_ids)}.")
+        raise InputError(f"a PNG holds the class ids 0 to {IGNORE_INDEX - 2}, got {np.max(class_ids)}.")
     if np.isnan(scores).any():
-        raise ValueError("the scores hold NaN; look at the network that made them.")
+        raise InputError("the scores hold NaN; look at the network that made them.")
     return np.concatenate([[BACKGROUND], np.asarray(class_ids) + 1]).astype(np.uint8)
 
 
 def _check_threshold(name: str, value: float) -> None:
     if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}.")
+        raise InputError(f"{name} must be in [0, 1], got {value}.")
 
 
 # ---- Files.
@@ -190,7 +191,7 @@ def write_label_png(path: Path, label_map: np.ndarray) -> None:
         OSError: no room on the disk, among others; nothing is left at `path`.
     """
     if label_map.ndim != 2 or label_map.dtype != np.uint8:
-        raise ValueError(f"a label map is (H, W) uint8, got {label_map.shape} {label_map.dtype}.")
+        raise InputError(f"a label map is (H, W) uint8, got {label_map.shape} {label_map.dtype}.")
     image = Image.fromarray(label_map)
     image.putpalette(palette())
     with atomic_write(path) as temporary:

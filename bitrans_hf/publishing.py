@@ -27,6 +27,7 @@ from transformers import ImageSegmentationPipeline, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from .data import write_parquet
+from .errors import InputError
 from .hub_errors import hub_error_sentence
 from .image_processing_bitrans import BiTransImageProcessor
 from .modeling_bitrans import BiTransModel
@@ -36,7 +37,7 @@ from .pipeline_bitrans import TASK, PseudoMaskPipeline
 Kind = Literal["model", "dataset", "space"]
 
 
-class PublishError(RuntimeError):
+class PublishError(InputError):
     """Something is not fit to be published, or the Hub did not take it; the message says why and what to do."""
 
 

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from .errors import InputError
+
 Affinity = torch.Tensor | Sequence[torch.Tensor]
 """W of one image, dense or sparse (N, N); of B images, dense (B, N, N) or a list of B sparse (N, N)."""
 
@@ -41,9 +43,9 @@ def propagate(cams: torch.Tensor, affinity: Affinity, *, beta: float = 8.0, num_
     """
     _check_walk(beta, num_doublings)
     if cams.dim() not in (3, 4):
-        raise ValueError(f"scores must be (C, h, w) or (B, C, h, w), got {tuple(cams.shape)}.")
+        raise InputError(f"scores must be (C, h, w) or (B, C, h, w), got {tuple(cams.shape)}.")
     if not torch.isfinite(cams).all():
-        raise ValueError("the scores hold NaN or infinity; look at the image and the network that made them.")
+        raise InputError("the scores hold NaN or infinity; look at the image and the network that made them.")
     affinities = _one_for_each_image(cams, affinity)
     if cams.numel() == 0:
         return cams.clone()
@@ -89,7 +91,7 @@ def propagate_scores(
         ValueError: see `propagate`.
     """
     if scores.dim() not in (3, 4):
-        raise ValueError(f"scores must be (L, H, W) or (B, L, H, W), got {tuple(scores.shape)}.")
+        raise InputError(f"scores must be (L, H, W) or (B, L, H, W), got {tuple(scores.shape)}.")
     height, width = scores.shape[-2:]
     maps = scores.to(torch.promote_types(scores.dtype, torch.float32)).flatten(0, -3).unsqueeze(1)  # L may be 0
     cells = F.avg_pool2d(F.pad(maps, (0, -width % stride, 0, -height % stride)), stride)
@@ -109,7 +111,7 @@ def transition_matrix(affinity: torch.Tensor, *, beta: float = 8.0, num_doubling
     """
     _check_walk(beta, num_doublings)
     if affinity.dim() != 2 or affinity.shape[0] != affinity.shape[1]:
-        raise ValueError(f"the affinity must be a square matrix (N, N), got {tuple(affinity.shape)}.")
+        raise InputError(f"the affinity must be a square matrix (N, N), got {tuple(affinity.shape)}.")
     transition = _dense_transition(affinity, beta)
     for _ in range(num_doublings):
         transition = transition @ transition
@@ -118,9 +120,9 @@ def transition_matrix(affinity: torch.Tensor, *, beta: float = 8.0, num_doubling
 
 def _check_walk(beta: float, num_doublings: int) -> None:
     if not 0 < beta < float("inf"):
-        raise ValueError(f"beta must be a positive number, got {beta}.")
+        raise InputError(f"beta must be a positive number, got {beta}.")
     if num_doublings < 0:
-        raise ValueError(f"num_doublings must be 0 or more (2 ** num_doublings steps), got {num_doublings}.")
+        raise InputError(f"num_doublings must be 0 or more (2 ** num_doublings steps), got {num_doublings}.")
 
 
 def _one_for_each_image(cams: torch.Tensor, affinity: Affinity) -> list[torch.Tensor]:
@@ -132,29 +134,29 @@ def _one_for_each_image(cams: torch.Tensor, affinity: Affinity) -> list[torch.Te
         expected_dim = 2 if single else 3
         if affinity.dim() != expected_dim:
             shape = wanted if single else f"({count}, {h * w}, {h * w}) or a list of {count} matrices {wanted}"
-            raise ValueError(
+            raise InputError(
                 f"scores {tuple(cams.shape)} need an affinity {shape}, got one tensor {tuple(affinity.shape)}."
             )
         if affinity.layout != torch.strided and not single:
-            raise ValueError(f"give the sparse affinities of {count} images as a list of {count} matrices {wanted}.")
+            raise InputError(f"give the sparse affinities of {count} images as a list of {count} matrices {wanted}.")
         matrices = [affinity] if single else list(affinity)
     else:
         if single:
-            raise ValueError(
+            raise InputError(
                 f"scores {tuple(cams.shape)} are of one image and need one affinity {wanted}, "
                 f"got a list of {len(affinity)}; add a batch axis to the scores or pick one of the list."
             )
         matrices = list(affinity)
     if len(matrices) != count:
-        raise ValueError(f"scores of {count} images need as many affinities, got {len(matrices)}.")
+        raise InputError(f"scores of {count} images need as many affinities, got {len(matrices)}.")
     for matrix in matrices:
         if matrix.shape != (h * w, h * w):
-            raise ValueError(
+            raise InputError(
                 f"scores on a {h}x{w} grid need an affinity {wanted}, got {tuple(matrix.shape)}; bring the scores to "
                 "the affinity network's grid first."
             )
         if matrix.device != cams.device:
-            raise ValueError(
+            raise InputError(
                 f"scores are on {cams.device}, the affinity is on {matrix.device}; move them to one device."
             )
     return matrices
@@ -191,14 +193,14 @@ def _sparse_inflow(affinities: list[torch.Tensor], beta: float, dtype: torch.dty
 
 def _check_values(affinity: torch.Tensor) -> None:
     if not torch.isfinite(affinity).all():
-        raise ValueError("the affinity holds NaN or infinity; the network that made it has diverged.")
+        raise InputError("the affinity holds NaN or infinity; the network that made it has diverged.")
     if (affinity < 0).any():
-        raise ValueError(f"affinities must be in [0, 1], got {affinity.min().item():.4g}.")
+        raise InputError(f"affinities must be in [0, 1], got {affinity.min().item():.4g}.")
 
 
 def _check_sums(sums: torch.Tensor, beta: float) -> None:
     if (sums == 0).any():
-        raise ValueError(
+        raise InputError(
             f"column {int((sums == 0).nonzero()[0])} of the affinity is all zero after the power {beta:g}; "
             "a cell's affinity to itself (the diagonal) should be 1."
         )

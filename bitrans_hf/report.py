@@ -18,6 +18,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 
+from .errors import InputError
 from .labels import BACKGROUND, IGNORE_INDEX, palette
 from .seeds import Seeds
 from .store import atomic_write
@@ -133,7 +134,7 @@ def heat_overlay(image: Image.Image, cam: npt.NDArray[np.floating], strength: fl
     _check_size(image, cam, "class map")
     # Written so that nan fails too.
     if cam.size and not (cam.min() >= 0 and cam.max() <= 1):
-        raise ValueError(f"class map has values in [{cam.min():g}, {cam.max():g}]; normalise it to [0, 1] first.")
+        raise InputError(f"class map has values in [{cam.min():g}, {cam.max():g}]; normalise it to [0, 1] first.")
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
     heat = matplotlib.colormaps["jet"](cam)[..., :3] * 255
     return _to_image((1 - strength) * grey + strength * heat)
@@ -188,7 +189,7 @@ def gallery_row(row: GalleryRow) -> list[GalleryLine]:
             for class_id in class_ids
         ] or [GalleryLine("", {})]
     except ValueError as error:
-        raise ValueError(f"{row.image_id}: {error}") from error
+        raise InputError(f"{row.image_id}: {error}") from error
     return [GalleryLine(lines[0].class_name, {**whole, **lines[0].cells, **masks}), *lines[1:]]
 
 
@@ -203,7 +204,7 @@ def figure_grid(rows: Sequence[GalleryRow], height: int = 160) -> Image.Image:
         ValueError: there are no rows.
     """
     if not rows:
-        raise ValueError("figure_grid got no rows; give at least one image.")
+        raise InputError("figure_grid got no rows; give at least one image.")
     return _draw_grid([gallery_row(row) for row in rows], _columns(rows), height)
 
 
@@ -333,7 +334,7 @@ def confusion_picture(counts: npt.NDArray[np.integer], rows: Sequence[str], colu
         ValueError: the numbers of names and of counts differ.
     """
     if counts.shape != (len(rows), len(columns)):
-        raise ValueError(f"counts have shape {counts.shape}, expected {(len(rows), len(columns))} for these names.")
+        raise InputError(f"counts have shape {counts.shape}, expected {(len(rows), len(columns))} for these names.")
     total = counts.sum(axis=1, keepdims=True)
     shares = np.divide(100.0 * counts, total, out=np.full(counts.shape, np.nan), where=total > 0)
     few = len(columns) <= 25
@@ -668,7 +669,7 @@ def _save_png(image: Image.Image, path: Path) -> None:
 def _check_size(image: Image.Image, array: npt.NDArray[Any], name: str) -> None:
     width, height = image.size
     if array.shape != (height, width):
-        raise ValueError(
+        raise InputError(
             f"{name} has shape {array.shape} and the photo is {height} x {width} (height x width); bring the {name} "
             "to the photo's size first."
         )

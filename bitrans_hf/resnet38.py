@@ -8,6 +8,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from .errors import InputError
+
 TAPS = ("conv2", "conv3", "conv4", "conv5", "conv6")
 """Feature maps of `ResNet38.forward`, shallow to deep. PSA names conv4 to conv6; conv2 and conv3 go on downwards."""
 
@@ -114,7 +116,7 @@ class ResNet38(nn.Module):
     def __init__(self, width_multiplier: float = 1.0):
         super().__init__()
         if width_multiplier < 1 / 64:
-            raise ValueError(
+            raise InputError(
                 f"width_multiplier must be at least 1/64, where the first layer has one channel, got "
                 f"{width_multiplier}."
             )

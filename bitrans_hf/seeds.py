@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .errors import InputError
 from .image_processing_bitrans import CAM_FUSIONS as CAM_FUSIONS  # under this name also from here
 from .image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized
 from .image_processing_bitrans import refine_with_affinity as refine_with_affinity
@@ -101,7 +102,7 @@ def sum_over_views(
         name -> (B, C, H, W) or (B, C, h, w) float32, for all C classes.
     """
     if size is None and len(scaled_views) > 1:
-        raise ValueError(f"{len(scaled_views)} scales have {len(scaled_views)} token grids; give the size to sum at.")
+        raise InputError(f"{len(scaled_views)} scales have {len(scaled_views)} token grids; give the size to sum at.")
     totals: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for pixel_values in scaled_views:
@@ -170,9 +171,9 @@ def extract_seeds(
             patch.
     """
     if mode not in CAM_FUSIONS:
-        raise ValueError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
+        raise InputError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
     if len(scales) == 0 or scales[0] != 1.0:
-        raise ValueError(f"the first scale must be 1.0, which sets the size of the seeds; got {tuple(scales)}.")
+        raise InputError(f"the first scale must be 1.0, which sets the size of the seeds; got {tuple(scales)}.")
     class_ids = present_class_ids(image_labels, cast("Mapping[int, str]", model.config.id2label))
     size = (image.height, image.width)
     views = [view.to(device=model.device, dtype=model.dtype) for view in processor.scaled_views(image, scales)]
@@ -206,13 +207,13 @@ def present_class_ids(
         ids = {name: int(class_id) for class_id, name in id2label.items()}
         unknown = sorted({label for label in labels if label not in ids})
         if unknown:
-            raise ValueError(f"unknown class name {', '.join(map(repr, unknown))}; the model knows {', '.join(ids)}.")
+            raise InputError(f"unknown class name {', '.join(map(repr, unknown))}; the model knows {', '.join(ids)}.")
         return np.array(sorted({ids[label] for label in labels}), dtype=np.int64)
     if labels and len(labels) != len(id2label):
-        raise ValueError(
+        raise InputError(
             f"expected one 0/1 label for each of {len(id2label)} classes, or class names; got {len(labels)} values."
         )
     values = np.array([float(label) for label in labels])
     if not np.isin(values, (0.0, 1.0)).all():
-        raise ValueError(f"image labels must be 0 or 1, got {sorted(set(values.tolist()) - {0.0, 1.0})}.")
+        raise InputError(f"image labels must be 0 or 1, got {sorted(set(values.tolist()) - {0.0, 1.0})}.")
     return np.flatnonzero(values).astype(np.int64)

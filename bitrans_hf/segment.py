@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .errors import InputError
+
 
 class ViewOptions(TypedDict):
     """Which views of an image are passed through the network, and how their logits become one map.
@@ -130,7 +132,7 @@ def multi_scale_scores(
             the fusion is unknown, or window and stride do not fit together.
     """
     if fusion not in FUSIONS:
-        raise ValueError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}.")
+        raise InputError(f"fusion must be one of {', '.join(FUSIONS)}, got {fusion!r}.")
     views = view_logits(
         model,
         pixel_values,
@@ -157,20 +159,20 @@ def view_logits(
 ) -> Iterator[ViewLogits]:
     """Give the logits of every view of an image, one by one: the first half of `multi_scale_scores`."""
     if pixel_values.ndim != 3 or pixel_values.shape[0] != 3:
-        raise ValueError(
+        raise InputError(
             f"pixel_values must be one image (3, H, W), got shape {tuple(pixel_values.shape)}; pass the images of a "
             "batch one by one."
         )
     height, width = pixel_values.shape[1:]
     if not scales or not all(scale > 0 and min(int(height * scale), int(width * scale)) >= 1 for scale in scales):
-        raise ValueError(
+        raise InputError(
             f"scales must be factors above 0 that leave a pixel of {height} x {width}, at least one; got "
             f"{list(scales)}."
         )
     if window is not None:
         stride = max(1, 2 * window // 3) if stride is None else stride
         if not 1 <= stride <= window:
-            raise ValueError(
+            raise InputError(
                 f"stride must lie in [1, window = {window}], got {stride}; a larger one leaves pixels out."
             )
     return _view_logits(model, pixel_values, scales, flip, align_image, align_logits, window, stride)

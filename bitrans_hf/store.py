@@ -12,10 +12,11 @@ from urllib.parse import quote, unquote
 import numpy as np
 import torch
 
+from .errors import InputError
 from .seeds import Seeds, normalized_seeds
 
 
-class DiskFullError(OSError):
+class DiskFullError(InputError, OSError):
     """There is no room for a file; the message names it and says what to do."""
 
 
@@ -94,9 +95,9 @@ class SeedStore(ImageStore):
         arrays["size"] = np.array(size, dtype=np.int32)
         for variant, values in maps.items():
             if values.shape[0] != len(class_ids):
-                raise ValueError(f"{image_id}: {values.shape[0]} maps of {variant!r} for {len(class_ids)} classes.")
+                raise InputError(f"{image_id}: {values.shape[0]} maps of {variant!r} for {len(class_ids)} classes.")
             if not torch.isfinite(values).all():
-                raise ValueError(f"{image_id}: the maps of {variant!r} hold NaN or infinity; the model is broken.")
+                raise InputError(f"{image_id}: the maps of {variant!r} hold NaN or infinity; the model is broken.")
             scaled = normalized_seeds(class_ids, values, (values.shape[1], values.shape[2])).maps
             arrays[f"maps_{variant}"] = scaled.astype(np.float16)
         with atomic_write(self.path(image_id)) as temporary:
@@ -117,7 +118,7 @@ class SeedStore(ImageStore):
         with np.load(path, allow_pickle=False) as arrays:
             if f"maps_{variant}" not in arrays:
                 stored = ", ".join(name.removeprefix("maps_") for name in arrays if name.startswith("maps_"))
-                raise ValueError(f"{path} holds the variants {stored}, not {variant!r}.")
+                raise InputError(f"{path} holds the variants {stored}, not {variant!r}.")
             height, width = (int(side) for side in arrays["size"])
             maps = torch.from_numpy(arrays[f"maps_{variant}"].astype(np.float32))
             return normalized_seeds(arrays["class_ids"], maps, (height, width))
@@ -158,13 +159,13 @@ class LabelScoreStore(ImageStore):
         arrays: dict[str, Any] = {"class_ids": np.asarray(class_ids, dtype=np.int64)}
         for name, values in scores.items():
             if values.ndim != 3 or len(values) != 1 + len(class_ids):
-                raise ValueError(
+                raise InputError(
                     f"{image_id}: scores {name!r} of {len(class_ids)} classes and background must be "
                     f"({1 + len(class_ids)}, H, W), got {values.shape}."
                 )
             # NaN fails every comparison.
             if not ((values >= -1e-3) & (values <= 1 + 1e-3)).all():
-                raise ValueError(f"{image_id}: scores {name!r} must be in [0, 1] without NaN; refine them again.")
+                raise InputError(f"{image_id}: scores {name!r} must be in [0, 1] without NaN; refine them again.")
             arrays[f"scores_{name}"] = np.rint(255 * np.clip(values, 0, 1).astype(np.float32)).astype(np.uint8)
         with atomic_write(self.path(image_id)) as temporary:
             np.savez_compressed(temporary, allow_pickle=False, **arrays)

@@ -22,6 +22,7 @@ from .backbones import ResNet38Backbone, TimmFeatures
 from .configuration_affinitynet import AffinityNetConfig
 from .configuration_bitrans import BiTransConfig
 from .configuration_deeplab import DeepLabConfig
+from .errors import InputError
 from .modeling_affinitynet import AffinityNetModel
 from .modeling_bitrans import BiTransModel
 from .modeling_cam import CamModel
@@ -50,7 +51,7 @@ def from_timm(
         OSError: the weights are neither cached nor can be downloaded.
     """
     if not timm.is_model(name.split(".")[0]) or not timm.models.is_model_pretrained(name):
-        raise ValueError(
+        raise InputError(
             f"timm has no pretrained model {name!r}; name one such as 'deit_small_patch16_224.fb_in1k' "
             "(timm.list_pretrained('deit*') lists them)."
         )
@@ -102,7 +103,7 @@ def from_timm_state_dict(
     state = _state_dict(weights)
     cls_token, pos_embed = _required(state, "cls_token"), _required(state, "pos_embed")
     if cls_token.shape[1] != 1:
-        raise ValueError(
+        raise InputError(
             f"expected one class token, got {cls_token.shape[1]}; use from_mctformer for multi-class-token weights."
         )
     num_classes = len(id2label)
@@ -143,7 +144,7 @@ def from_mctformer(
     cls_token = _required(state, "cls_token")
     num_classes = cls_token.shape[1]
     if len(id2label) != num_classes:
-        raise ValueError(f"the checkpoint has {num_classes} classes, id2label names {len(id2label)}.")
+        raise InputError(f"the checkpoint has {num_classes} classes, id2label names {len(id2label)}.")
     if "pos_embed" in state:  # V2: one tensor, class part first
         class_position, patch_position = state["pos_embed"][:, :num_classes], state["pos_embed"][:, num_classes:]
     else:  # MCTformer+
@@ -171,7 +172,7 @@ def _state_dict(weights: StateDict | str | Path) -> dict[str, torch.Tensor]:
 
 def _required(state: StateDict, name: str) -> torch.Tensor:
     if name not in state:
-        raise ValueError(f"the weights have no {name!r}; expected a vision transformer in timm's names (DeiT).")
+        raise InputError(f"the weights have no {name!r}; expected a vision transformer in timm's names (DeiT).")
     return state[name]
 
 
@@ -190,7 +191,7 @@ def _model_from_shapes(
     }
     for name, value in sizes.items():
         if config.get(name, value) != value:
-            raise ValueError(f"{name} is {value} in the weights, got {config[name]}; leave it out.")
+            raise InputError(f"{name} is {value} in the weights, got {config[name]}; leave it out.")
     defaults = {"image_size": math.isqrt(patch_position.shape[1]) * patch_size}
     given = {name: value for name, value in config.items() if value is not None}
     heads = given.pop("num_attention_heads", max(1, hidden_size // 64))
@@ -219,7 +220,7 @@ def _loaded(model: BiTransModel, state: StateDict, new: tuple[str, ...]) -> BiTr
         if name in own:
             found[name] = value  # DeiT's final LayerNorm among them, where the model has one
         elif not re.match(r"(norm|fc_norm|cls_token|pos_embed|head_dist|dist_token)\b|pos_embed_", key):
-            raise ValueError(
+            raise InputError(
                 f"the weights hold {key!r}, which the model has no place for; expected a DeiT or MCTformer."
             )
     _fill(model, found, new)
@@ -231,10 +232,10 @@ def _fill(module: nn.Module, found: StateDict, new: Collection[str] = ()) -> Non
     own = module.state_dict()
     missing = [name for name in own if name not in found and name not in new]
     if missing:
-        raise ValueError(f"the weights lack {len(missing)} tensors, first {missing[0]!r}; the file is not complete.")
+        raise InputError(f"the weights lack {len(missing)} tensors, first {missing[0]!r}; the file is not complete.")
     for name, value in found.items():
         if value.shape != own[name].shape:
-            raise ValueError(
+            raise InputError(
                 f"{name} has shape {tuple(value.shape)} in the weights, expected {tuple(own[name].shape)}."
             )
     module.load_state_dict({**own, **found})
@@ -287,10 +288,10 @@ def deeplab_from_mctformer(
     state = _public_resnet38(_state_dict(weights))
     classifier = state.get("head.fc8_seg_conv2.weight")
     if classifier is None:
-        raise ValueError("the weights have no 'fc8_seg_conv2.weight'; expected MCTformer's segmentation network.")
+        raise InputError("the weights have no 'fc8_seg_conv2.weight'; expected MCTformer's segmentation network.")
     num_labels = len(classifier)
     if id2label is not None and len(id2label) != num_labels:
-        raise ValueError(f"the checkpoint has {num_labels} labels, id2label names {len(id2label)}.")
+        raise InputError(f"the checkpoint has {num_labels} labels, id2label names {len(id2label)}.")
     labels = {"num_labels": num_labels} if id2label is None else {"id2label": dict(id2label)}
     model = DeepLabForSemanticSegmentation(DeepLabConfig(backbone_config=_width(state), **labels, **config))
     _fill_public(model, state)
@@ -322,11 +323,11 @@ def load_backbone(
         trunk = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
         unknown = [name for name in trunk if name not in backbone.network.state_dict() and name != "fc8.weight"]
         if unknown:
-            raise ValueError(f"the weights hold {unknown[0]!r}, which ResNet38 has no place for.")
+            raise InputError(f"the weights hold {unknown[0]!r}, which ResNet38 has no place for.")
         trunk.pop("fc8.weight", None)  # the classifier of res38_cls
         _fill(backbone.network, trunk, _batch_counters(backbone.network))
     else:
-        raise ValueError(
+        raise InputError(
             f"backbone {model.config.backbone!r} takes no such weights; give a file for resnet38, and build one on a "
             "Bi-Trans encoder with from_bitrans."
         )
@@ -353,12 +354,12 @@ def read_mxnet_params(path: str | Path) -> dict[str, torch.Tensor]:
         raise FileNotFoundError(f"no weights file at {path}; expected a .params file of MXNet.")
     reader = _MxnetReader(path)
     if reader.numbers("<u8", 1) != [_MXNET_LIST]:
-        raise ValueError(f"{path.name} is no list of MXNet arrays: it does not start with 0x112.")
+        raise InputError(f"{path.name} is no list of MXNet arrays: it does not start with 0x112.")
     reader.numbers("<u8", 1)  # reserved
     arrays = [reader.array() for _ in range(reader.numbers("<u8", 1)[0])]
     names = [reader.text() for _ in range(reader.numbers("<u8", 1)[0])]
     if len(names) != len(arrays) or reader.rest():
-        raise ValueError(
+        raise InputError(
             f"{path.name} holds {len(arrays)} arrays, {len(names)} names and {reader.rest()} bytes more; expected a "
             "name for each array and nothing after."
         )
@@ -385,7 +386,7 @@ class _MxnetReader:
     def values(self, dtype: str, count: int) -> np.ndarray:
         size = np.dtype(dtype).itemsize * count
         if size > self.rest():
-            raise ValueError(
+            raise InputError(
                 f"{self.name} ends early: {size} bytes are missing after byte {self.position}, {self.rest()} are left."
             )
         part = self.bytes[self.position : self.position + size]
@@ -401,7 +402,7 @@ class _MxnetReader:
     def array(self) -> torch.Tensor:
         version = self.numbers("<u4", 1)[0]
         if version in (_MXNET_V2, _MXNET_V3) and self.numbers("<i4", 1) != [0]:
-            raise ValueError(f"{self.name} holds a sparse array; only dense ones are read.")
+            raise InputError(f"{self.name} holds a sparse array; only dense ones are read.")
         if version in (_MXNET_V1, _MXNET_V2, _MXNET_V3):
             dimensions, size_type = self.numbers("<i4", 1)[0], "<i8"
         else:
@@ -410,12 +411,12 @@ class _MxnetReader:
         if dimensions == unset:
             return torch.zeros(0)
         if not 0 <= dimensions <= 32:
-            raise ValueError(f"{self.name} holds an array of {dimensions} dimensions; expected at most 32.")
+            raise InputError(f"{self.name} holds an array of {dimensions} dimensions; expected at most 32.")
         shape = self.numbers(size_type, dimensions)
         self.numbers("<i4", 2)  # the device it was on
         kind = self.numbers("<i4", 1)[0]
         if kind not in _MXNET_TYPES:
-            raise ValueError(f"{self.name} holds an array of MXNet's type {kind}; expected 0 to 7.")
+            raise InputError(f"{self.name} holds an array of MXNet's type {kind}; expected 0 to 7.")
         return torch.from_numpy(self.values(_MXNET_TYPES[kind], math.prod(shape)).reshape(shape))
 
 
@@ -431,7 +432,7 @@ def _public_resnet38(state: StateDict) -> dict[str, torch.Tensor]:
         prefix = _HEADS.get(name.split(".")[0], _TRUNK)
         renamed[prefix + name] = value
     if f"{_TRUNK}conv1a.weight" not in renamed:
-        raise ValueError("the weights have no 'conv1a.weight'; expected a network on ResNet38 (PSA or MCTformer).")
+        raise InputError("the weights have no 'conv1a.weight'; expected a network on ResNet38 (PSA or MCTformer).")
     return renamed
 
 
@@ -467,7 +468,7 @@ def _fill_public(model: nn.Module, state: StateDict) -> None:
     unknown = [name for name in state if name not in model.state_dict()]
     if unknown:
         public = unknown[0].removeprefix(_TRUNK)
-        raise ValueError(f"the weights hold {public!r}, which a {type(model).__name__} has no place for.")
+        raise InputError(f"the weights hold {public!r}, which a {type(model).__name__} has no place for.")
     _fill(model, state, _batch_counters(model))
 
 
@@ -490,7 +491,7 @@ def _load_timm(
         try:
             whole: Any = timm.create_model(config.backbone, pretrained_cfg_overlay=overlay, num_classes=0, **options)
         except RuntimeError as error:
-            raise ValueError(f"the weights do not fit {config.backbone!r}: {error}") from error
+            raise InputError(f"the weights do not fit {config.backbone!r}: {error}") from error
         overlay = {"state_dict": whole.state_dict()}
     try:
         features: Any = timm.create_model(

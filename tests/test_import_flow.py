@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "bitrans_hf"
 
 # The package is read from top to bottom: a file imports only from those above it. `data` and `metrics` are folders.
 ORDER = (
+    "errors",
     "labels",
     "views",
     "configuration_bitrans",
@@ -50,6 +51,7 @@ ORDER = (
 # These files travel to the Hub as remote code, where neither this package nor its other dependencies are installed.
 HUB_FILES = frozenset(
     {
+        "errors",
         "labels",
         "views",
         "configuration_bitrans",

@@ -25,6 +25,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 from tqdm.auto import tqdm
 
 from bitrans_hf.data import class_names, open_image, open_mask
+from bitrans_hf.errors import InputError
 from bitrans_hf.report import VARIANT_TITLES, GalleryRow, Table, recipe_table, write_report
 from bitrans_hf.seeds import SEED_VARIANTS
 from bitrans_hf.store import SeedStore
@@ -107,26 +108,26 @@ class Ablation:
             ValueError: a name is of no row or no preset, a row is in no table, or seeds are missing or repeated.
         """
         if self.baseline not in self.variants:
-            raise ValueError(f"baseline {self.baseline!r} is no variant; there are {', '.join(self.variants)}.")
+            raise InputError(f"baseline {self.baseline!r} is no variant; there are {', '.join(self.variants)}.")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds must be different numbers, at least one, got {self.seeds}.")
+            raise InputError(f"seeds must be different numbers, at least one, got {self.seeds}.")
         if self.parallel < 1:
-            raise ValueError(f"parallel must be at least 1, got {self.parallel}.")
+            raise InputError(f"parallel must be at least 1, got {self.parallel}.")
         for row, changed in self.variants.items():
             if Path(row).name != row or row == "report":
-                raise ValueError(f"variant {row!r} cannot be the name of a folder beside report/; rename it.")
+                raise InputError(f"variant {row!r} cannot be the name of a folder beside report/; rename it.")
             for key in SET_BY_THE_ABLATION:
                 if key in changed:
-                    raise ValueError(f"variant {row!r} changes {key}, which must be set for the whole ablation.")
+                    raise InputError(f"variant {row!r} changes {key}, which must be set for the whole ablation.")
             self.preset_files(row)
         tables = {title: set(rows.values()) for title, rows in self.shown_tables().items()}
         for title, rows in {**tables, "gallery_rows": set(self.gallery_rows or ())}.items():
             unknown = sorted(rows - self.variants.keys())
             if unknown:
-                raise ValueError(f"{title} names the row {unknown[0]!r}; there are {', '.join(self.variants)}.")
+                raise InputError(f"{title} names the row {unknown[0]!r}; there are {', '.join(self.variants)}.")
         left_out = [row for row in self.variants if not any(row in rows for rows in tables.values())]
         if left_out:
-            raise ValueError(f"no table shows the row {left_out[0]!r}; name it under tables or drop it from variants.")
+            raise InputError(f"no table shows the row {left_out[0]!r}; name it under tables or drop it from variants.")
 
     @property
     def folder(self) -> Path:
@@ -155,7 +156,7 @@ class Ablation:
         for file in files:
             if file.parent != PRESETS or not file.is_file():
                 known = ", ".join(sorted(path.stem for path in PRESETS.glob("*.yaml"))) or "none"
-                raise ValueError(f"variant {variant!r} names the preset {file.stem!r}; there are: {known}.")
+                raise InputError(f"variant {variant!r} names the preset {file.stem!r}; there are: {known}.")
         return files
 
     def arguments(self, variant: str, seed: int) -> list[str]:
@@ -181,7 +182,7 @@ class Ablation:
         for variant, recipe in rows.items():
             for key, value in fixed_values(recipe).items():
                 if value != baseline[key]:
-                    raise ValueError(
+                    raise InputError(
                         f"variant {variant!r} changes {key} to {value!r}, which must be the same in every row; "
                         "put it under changes, or set it there if a preset sets it."
                     )

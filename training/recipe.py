@@ -18,6 +18,7 @@ from bitrans_hf.configuration_bitrans import BiTransConfig
 from bitrans_hf.configuration_cam import CamConfig
 from bitrans_hf.crf import find_preset
 from bitrans_hf.data import check_folder, load_coco, load_folder, load_voc, make_shapes
+from bitrans_hf.errors import InputError
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.modeling_cam import CamModel
 from bitrans_hf.seeds import seed_variants
@@ -563,17 +564,17 @@ class Recipe:
         for section, settings in sections.items():
             for name in ("epochs", "batch_size", "gradient_accumulation", "log_every"):
                 if settings is not None and getattr(settings, name) < 1:
-                    raise ValueError(f"{section}.{name} must be at least 1, got {getattr(settings, name)}.")
+                    raise InputError(f"{section}.{name} must be at least 1, got {getattr(settings, name)}.")
         if not self.seeds.scales or self.seeds.scales[0] != 1.0:
-            raise ValueError(f"seeds.scales must begin with 1.0, got {self.seeds.scales}.")
+            raise InputError(f"seeds.scales must begin with 1.0, got {self.seeds.scales}.")
         if self.seeds.refine_steps is not None and self.seeds.refine_steps < 1:
-            raise ValueError(f"seeds.refine_steps must be at least 1, got {self.seeds.refine_steps}.")
+            raise InputError(f"seeds.refine_steps must be at least 1, got {self.seeds.refine_steps}.")
         if not 0 <= self.seeds.threshold <= 1:
-            raise ValueError(f"seeds.threshold must be in [0, 1], got {self.seeds.threshold}.")
+            raise InputError(f"seeds.threshold must be in [0, 1], got {self.seeds.threshold}.")
         if self.data.source != "shapes" and self.data.root is None:
-            raise ValueError(f"data.root must name the folder of the {self.data.source} data, got null.")
+            raise InputError(f"data.root must name the folder of the {self.data.source} data, got null.")
         if self.report.split not in self.seeds.splits:
-            raise ValueError(
+            raise InputError(
                 f"report.split must be one of seeds.splits, {self.seeds.splits}, got {self.report.split!r}; the "
                 "report shows seeds."
             )
@@ -588,26 +589,26 @@ class Recipe:
         for each in dataclasses.fields(self.model):
             value = getattr(self.model, each.name)
             if each.name not in SHARED_KEYS and is_cnn != (each.name in CNN_KEYS) and value != each.default:
-                raise ValueError(
+                raise InputError(
                     f"model.{each.name} does not belong to model.architecture {self.model.architecture or 'bitrans'}, "
                     f"got {value!r}; set it to {'null' if each.default is None else each.default}."
                 )
         for section, names in TRANSFORMER_KEYS.items():
             for name in names:
                 if is_cnn and getattr(getattr(self, section), name) is not None:
-                    raise ValueError(f"{section}.{name} does not belong to model.architecture cam; set it to null.")
+                    raise InputError(f"{section}.{name} does not belong to model.architecture cam; set it to null.")
         made = variants_of(self)
         sections = {"seeds": self.seeds, "affinity": self.affinity, "pseudo_labels": self.pseudo_labels}
         for section, settings in sections.items():
             variant = settings.variant if settings is not None else None
             if variant is not None and variant not in made:
-                raise ValueError(
+                raise InputError(
                     f"{section}.variant must be {' or '.join(made)} for model.architecture cam, got {variant!r}; a "
                     "CNN has no attention, so its class activation maps are its only seeds."
                 )
         momentum = self.train.momentum
         if momentum is not None and (self.train.optimizer != "sgd" or not 0 <= momentum < 1):
-            raise ValueError(
+            raise InputError(
                 f"train.momentum must be in [0, 1) and is for train.optimizer sgd, got {momentum} for "
                 f"{self.train.optimizer or 'adamw'}."
             )
@@ -621,14 +622,14 @@ class Recipe:
         for name in ("num_images", "crop_size", "low_alpha", "high_alpha"):
             value = getattr(affinity, name)
             if value is not None and value <= 0:
-                raise ValueError(f"affinity.{name} must be above 0, got {value}.")
+                raise InputError(f"affinity.{name} must be above 0, got {value}.")
         for name in ("foreground_threshold", "background_threshold"):
             _check_threshold(f"affinity.{name}", getattr(affinity, name))
         for alpha, threshold in (("low_alpha", "foreground_threshold"), ("high_alpha", "background_threshold")):
             if getattr(affinity, alpha) is not None and getattr(affinity, threshold) is not None:
-                raise ValueError(f"affinity.{alpha} and affinity.{threshold} exclude each other; set one to null.")
+                raise InputError(f"affinity.{alpha} and affinity.{threshold} exclude each other; set one to null.")
         if affinity.weights == "trained" and affinity.backbone != "bitrans":
-            raise ValueError(
+            raise InputError(
                 'affinity.weights "trained" is for the backbone bitrans, got the backbone '
                 f'{affinity.backbone!r}; give a file of weights, "timm" for weights from the Hub, or "scratch".'
             )
@@ -639,7 +640,7 @@ class Recipe:
             return
         find_preset(labels.crf_preset)
         if not labels.splits:
-            raise ValueError("pseudo_labels.splits is empty; name the splits to make pseudo labels for.")
+            raise InputError("pseudo_labels.splits is empty; name the splits to make pseudo labels for.")
         for split in labels.splits:
             self._check_seeds_are_made("pseudo_labels.splits", split)
         if not isinstance(labels.threshold, str):
@@ -647,13 +648,13 @@ class Recipe:
         for name in ("alpha", "output_stride", "beta", "batch_size"):
             value = getattr(labels, name)
             if value is not None and value <= 0:
-                raise ValueError(f"pseudo_labels.{name} must be above 0, got {value}.")
+                raise InputError(f"pseudo_labels.{name} must be above 0, got {value}.")
         if labels.num_doublings is not None and labels.num_doublings < 0:
-            raise ValueError(f"pseudo_labels.num_doublings must be 0 or more, got {labels.num_doublings}.")
+            raise InputError(f"pseudo_labels.num_doublings must be 0 or more, got {labels.num_doublings}.")
         if labels.method == "refiner" and labels.refiner == "none":
-            raise ValueError('pseudo_labels.method "refiner" needs pseudo_labels.refiner crf or par, got none.')
+            raise InputError('pseudo_labels.method "refiner" needs pseudo_labels.refiner crf or par, got none.')
         if labels.method == "random_walk" and self.affinity is None and labels.network is None:
-            raise ValueError(
+            raise InputError(
                 'pseudo_labels.method "random_walk" needs an affinity network: add the section affinity, name one '
                 'with pseudo_labels.network, or choose the method "refiner".'
             )
@@ -665,18 +666,18 @@ class Recipe:
         for name in ("val_every", "num_images"):
             value = getattr(segmentation, name)
             if value is not None and value < 1:
-                raise ValueError(f"segmentation.{name} must be at least 1, got {value}.")
+                raise InputError(f"segmentation.{name} must be at least 1, got {value}.")
         if segmentation.labels == "pseudo_labels":
             made = self.pseudo_labels.splits if self.pseudo_labels else None
             if made is not None and segmentation.split not in made:
-                raise ValueError(
+                raise InputError(
                     f"segmentation.split names {segmentation.split!r}, which gets no pseudo labels; add it to "
                     f"pseudo_labels.splits {made}."
                 )
         if segmentation.labels == "seeds":
             self._check_seeds_are_made("segmentation.split", segmentation.split)
         if segmentation.weights == "trained" and segmentation.backbone != "bitrans":
-            raise ValueError(
+            raise InputError(
                 'segmentation.weights "trained" is for the backbone bitrans, got the backbone '
                 f'{segmentation.backbone!r}; give a file of weights, "timm" for weights from the Hub, or "scratch".'
             )
@@ -686,29 +687,29 @@ class Recipe:
         if prediction is None:
             return
         if not prediction.splits:
-            raise ValueError("prediction.splits is empty; name the splits to predict.")
+            raise InputError("prediction.splits is empty; name the splits to predict.")
         if prediction.crf_preset is not None:
             find_preset(prediction.crf_preset)
         if prediction.scales is not None and not (prediction.scales and min(prediction.scales) > 0):
-            raise ValueError(f"prediction.scales must be factors above 0, got {prediction.scales}.")
+            raise InputError(f"prediction.scales must be factors above 0, got {prediction.scales}.")
         if self.segmentation is None and prediction.network is None:
-            raise ValueError(
+            raise InputError(
                 "prediction needs a network: add the section segmentation, or name one with prediction.network."
             )
         if prediction.pack and (self.data.source != "voc" or self.data.classes is not None):
-            raise ValueError(
+            raise InputError(
                 "prediction.pack is for the VOC server, which wants all 20 classes in VOC's order: it needs "
                 f"data.source voc and no data.classes, got {self.data.source} and {self.data.classes}."
             )
 
     def _check_seeds_are_made(self, key: str, split: str | None) -> None:
         if split not in self.seeds.splits:
-            raise ValueError(f"{key} names {split!r}, which has no seeds; add it to seeds.splits {self.seeds.splits}.")
+            raise InputError(f"{key} names {split!r}, which has no seeds; add it to seeds.splits {self.seeds.splits}.")
 
 
 def _check_threshold(key: str, threshold: float | None) -> None:
     if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"{key} must be in [0, 1], got {threshold}.")
+        raise InputError(f"{key} must be in [0, 1], got {threshold}.")
 
 
 @dataclass(frozen=True)
@@ -783,7 +784,7 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
     if data.source == "voc":
         assert data.root is not None  # checked by Recipe
         if split is None:
-            raise ValueError("VOC has no images without a split; name a list such as train, val or train_aug.")
+            raise InputError("VOC has no images without a split; name a list such as train, val or train_aug.")
         return load_voc(
             data.root,
             split,
@@ -796,7 +797,7 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
     if data.source == "coco":
         assert data.root is not None
         if split is None:
-            raise ValueError("COCO has no images without a split; name one such as train2014 or val2014.")
+            raise InputError("COCO has no images without a split; name one such as train2014 or val2014.")
         written = None if data.mask_folder is None else Path(data.mask_folder) / split
         return load_coco(
             data.root,
@@ -811,7 +812,7 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
         assert data.root is not None
         return load_folder(data.root, data.table, split=split, classes=data.classes, masks=None if masks else False)
     if split not in SHAPE_SPLITS:
-        raise ValueError(f"shapes have the splits {', '.join(SHAPE_SPLITS)}, got {split!r}.")
+        raise InputError(f"shapes have the splits {', '.join(SHAPE_SPLITS)}, got {split!r}.")
     size = data.num_train if split == "train" else data.num_val
     seed = len(SHAPE_SPLITS) * data.seed + SHAPE_SPLITS.index(split)
     scenes = make_shapes(size, seed, image_size=data.image_size)
@@ -868,7 +869,7 @@ def build_cam(model: ModelRecipe, id2label: dict[int, str], seed: int) -> CamMod
     fields = {key: value for key, value in given.items() if value is not None} | (model.options or {})
     config = CamConfig(id2label=id2label, **fields)
     if model.weights == "scratch" and (config.num_frozen_stages or config.freeze_batch_statistics):
-        raise ValueError(
+        raise InputError(
             "model.weights scratch leaves nothing to freeze, got num_frozen_stages "
             f"{config.num_frozen_stages} and freeze_batch_statistics {config.freeze_batch_statistics}; take them out "
             "of model.options, or give weights."

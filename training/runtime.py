@@ -21,13 +21,14 @@ from accelerate.state import AcceleratorState, is_initialized
 from tqdm.auto import tqdm
 
 import bitrans_hf
+from bitrans_hf.errors import InputError
 from bitrans_hf.store import atomic_write
 from recipe import LoopSettings, Recipe, RunOptions
 
 T = TypeVar("T")
 
 
-class StageError(RuntimeError):
+class StageError(InputError):
     """A stage cannot run, or has to stop; the message says why and what to do."""
 
 

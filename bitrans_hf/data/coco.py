@@ -17,6 +17,7 @@ import numpy as np
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from ..errors import InputError
 from ..labels import BACKGROUND, IGNORE_INDEX
 from ..store import atomic_write
 from .common import (
@@ -68,7 +69,7 @@ class CocoMaskRule:
     def __post_init__(self) -> None:
         for name, known in (("overlap", OVERLAPS), ("crowd", CROWDS)):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
 
     def __str__(self) -> str:
         return f"COCO instances, {OVERLAPS[self.overlap]}; {CROWDS[self.crowd]}"

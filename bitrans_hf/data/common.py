@@ -20,6 +20,7 @@ from datasets.table import InMemoryTable
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
+from ..errors import InputError
 from ..image_processing_bitrans import DECODING_ERRORS, to_rgb
 from ..labels import BACKGROUND, IGNORE_INDEX, palette
 
@@ -38,7 +39,7 @@ COCO_REFERENCE = "coco:"
 _Opened = TypeVar("_Opened")
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A data set that cannot be used as it is: what was found, what was expected, what to do.
 
     Attributes:

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import InputError
 from .common import DataError
 
 # Type codes of plain numbers, as numpy writes them: booleans, integers and floats of one to eight bytes.
@@ -186,12 +187,12 @@ def _array(value: Any) -> Any:
     if not isinstance(value, _Array):
         return value
     if not isinstance(value.dtype, _Dtype):
-        raise ValueError("it holds an array without a dtype")
+        raise InputError("it holds an array without a dtype")
     if value.dtype.code in ("O8", "O"):
         if value.shape == () and isinstance(value.content, list) and len(value.content) == 1:
             return value.content[0]
-        raise ValueError("it holds an array of objects")
+        raise InputError("it holds an array of objects")
     if not isinstance(value.content, bytes | bytearray):
-        raise ValueError("it holds an array whose content is not bytes")
+        raise InputError("it holds an array whose content is not bytes")
     flat = np.frombuffer(value.content, dtype=np.dtype(value.dtype.code).newbyteorder(value.dtype.byte_order))
     return flat.reshape(value.shape, order="F" if value.fortran_order else "C")

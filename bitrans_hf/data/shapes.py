@@ -18,6 +18,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from PIL import Image
 
+from ..errors import InputError
 from .common import index_png, row_features
 
 FloatArray = NDArray[np.float32]
@@ -161,7 +162,7 @@ def make_shapes(
         ('shapes-0-1', (64, 64))
     """
     if n < 1:
-        raise ValueError(f"n must be at least 1 scene, got {n}; ask for one scene or more.")
+        raise InputError(f"n must be at least 1 scene, got {n}; ask for one scene or more.")
     _check_seed(seed)
     features = row_features(SHAPE_CLASSES)
     stream = "-".join(map(str, (*_stream(objects), seed)))
@@ -194,14 +195,14 @@ def draw_scene(
     """
     _check_seed(seed)
     if index < 0:
-        raise ValueError(f"index must be 0 or greater, got {index}; scenes of a seed are counted from 0.")
+        raise InputError(f"index must be 0 or greater, got {index}; scenes of a seed are counted from 0.")
     if image_size < MIN_IMAGE_SIZE:
-        raise ValueError(
+        raise InputError(
             f"image_size must be at least {MIN_IMAGE_SIZE} pixels, got {image_size}; "
             "smaller scenes cannot show their shapes."
         )
     if not 1 <= objects[0] <= objects[1]:
-        raise ValueError(f"objects must be (fewest, most) with 1 <= fewest <= most, got {objects}.")
+        raise InputError(f"objects must be (fewest, most) with 1 <= fewest <= most, got {objects}.")
     # A spawn key keeps streams apart for every pair (seed, index); a plain list [seed, index] does not.
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index, *_stream(objects))))
     shapes, mask = _place_objects(rng, image_size, objects)
@@ -219,7 +220,7 @@ def draw_scene(
 
 def _check_seed(seed: int) -> None:
     if seed < 0:
-        raise ValueError(f"seed must be 0 or greater, got {seed}; any other number gives other scenes.")
+        raise InputError(f"seed must be 0 or greater, got {seed}; any other number gives other scenes.")
 
 
 def _stream(objects: tuple[int, int]) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Image
 
+from ..errors import InputError
 from ..store import atomic_write
 from .common import COCO_REFERENCE, DataError, UnreadableImageError, index_png, open_mask
 
@@ -51,7 +52,7 @@ def write_parquet(
     if len(dataset) == 0:
         raise DataError("the data set is empty, expected one image or more to write.")
     if rows_per_file < 1:
-        raise ValueError(f"rows_per_file must be 1 or greater, got {rows_per_file}.")
+        raise InputError(f"rows_per_file must be 1 or greater, got {rows_per_file}.")
     if there := sorted(folder.glob(f"{split}-*.parquet")):
         raise DataError(
             f"{folder} holds the split {split!r} already ({there[0].name}); delete it or choose another name."

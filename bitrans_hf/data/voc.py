@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image as PILImage
 
+from ..errors import InputError
 from ..labels import BACKGROUND, IGNORE_INDEX, VOC_CLASSES
 from ..store import atomic_write
 from .common import (
@@ -341,9 +342,9 @@ def write_reduced_voc(
     """
     root, copy = _devkit_folder(Path(root)), ReducedVoc(Path(target), max_side)
     if max_side < 1:
-        raise ValueError(f"max_side must be at least 1 pixel, got {max_side}.")
+        raise InputError(f"max_side must be at least 1 pixel, got {max_side}.")
     if copy.root.resolve() == root.resolve():
-        raise ValueError(f"the copy would lie over the original, {root}; name another folder.")
+        raise InputError(f"the copy would lie over the original, {root}; name another folder.")
     for folder in ("ImageSets", "Annotations"):
         for path in sorted((root / folder).rglob("*")):
             if path.is_file():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from .mean_iou.confusion import Scores, mean_over_labels
 
 if TYPE_CHECKING:
@@ -63,13 +64,13 @@ def _check_image_scores(
     if score_table.dtype.kind != "f":
         score_table = score_table.astype(np.float64)
     if score_table.ndim != 2 or score_table.shape != label_table.shape:
-        raise ValueError(
+        raise InputError(
             f"scores have shape {score_table.shape} and labels {label_table.shape}; both must be (images, classes)."
         )
     if np.isnan(score_table).any():
-        raise ValueError("scores hold nan, which has no rank; look for a training run that has diverged.")
+        raise InputError("scores hold nan, which has no rank; look for a training run that has diverged.")
     if not np.isin(label_table, (0, 1)).all():
-        raise ValueError(f"labels must be 0 or 1, got values up to {label_table.max():g}; use multi-hot rows.")
+        raise InputError(f"labels must be 0 or 1, got values up to {label_table.max():g}; use multi-hot rows.")
     return score_table, label_table.astype(np.bool_)
 
 

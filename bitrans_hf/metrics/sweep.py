@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import InputError
 from ..labels import BACKGROUND, IGNORE_INDEX
 from .mean_iou.confusion import AbsentRule, Counts, Scores, integer_map, iou_from_counts, miou_from_counts
 
@@ -68,7 +69,7 @@ class ThresholdSweep:
             ValueError: `num_classes` is not in [1, 254] or the thresholds are not as described.
         """
         if not 1 <= num_classes < IGNORE_INDEX:
-            raise ValueError(
+            raise InputError(
                 f"num_classes must be in [1, {IGNORE_INDEX - 1}], got {num_classes}; it counts object classes, "
                 "without background."
             )
@@ -79,7 +80,7 @@ class ThresholdSweep:
         # Nine tenths, because float32 rounds the gaps.
         spaced = bool((gaps >= 0.9 * _MIN_THRESHOLD_GAP).all())
         if not (levels.size and spaced and levels[0] >= 0 and levels[-1] <= 1):
-            raise ValueError(
+            raise InputError(
                 f"thresholds must be numbers in [0, 1] that increase by at least {_MIN_THRESHOLD_GAP:g}, got "
                 f"{self.thresholds.tolist()}; sort them and drop repeated ones."
             )
@@ -106,7 +107,7 @@ class ThresholdSweep:
         class_ids = np.asarray(seeds.class_ids, dtype=np.intp)
         maps = np.asarray(seeds.maps, dtype=np.float32)
         if maps.shape != (class_ids.size, *true.shape) and not (class_ids.size == 0 == maps.size):
-            raise ValueError(
+            raise InputError(
                 f"seeds have maps of shape {maps.shape} for {class_ids.size} classes and a target of shape "
                 f"{true.shape}; expected ({class_ids.size}, {', '.join(map(str, true.shape))}), resize the maps first."
             )
@@ -117,13 +118,13 @@ class ThresholdSweep:
             self.counts[:, 0, 0] += np.bincount(true.astype(np.intp), minlength=1 + self.num_classes)
             return
         if class_ids.min() < 0 or class_ids.max() >= self.num_classes or np.unique(class_ids).size < class_ids.size:
-            raise ValueError(
+            raise InputError(
                 f"seeds have class ids {class_ids.tolist()}; they must differ and lie in [0, {self.num_classes}), "
                 "background is not one of them."
             )
         # Written so that nan fails too.
         if maps.size and not (maps.min() >= 0 and maps.max() <= 1):
-            raise ValueError(
+            raise InputError(
                 f"seeds have map values in [{maps.min():g}, {maps.max():g}]; expected [0, 1], normalise the maps of "
                 "each class first."
             )
@@ -141,7 +142,7 @@ class ThresholdSweep:
             ValueError: the two sweeps differ in classes or thresholds.
         """
         if other.num_classes != self.num_classes or not np.array_equal(other.thresholds, self.thresholds):
-            raise ValueError(
+            raise InputError(
                 f"cannot merge a sweep over {other.num_classes} classes and {other.thresholds.size} thresholds into "
                 f"one over {self.num_classes} classes and {self.thresholds.size} thresholds; make both the same way."
             )
@@ -164,7 +165,7 @@ class ThresholdSweep:
             ValueError: nothing was counted.
         """
         if not self.counts.any():
-            raise ValueError("the sweep has counted no pixel; add pictures with known masks first.")
+            raise InputError("the sweep has counted no pixel; add pictures with known masks first.")
         confusions = [self.confusion(index) for index in range(self.thresholds.size)]
         miou = np.array([100.0 * miou_from_counts(counts, absent) for counts in confusions])
         best = int(miou.argmax())
@@ -212,7 +213,7 @@ def _check_label_range(target: npt.NDArray[np.integer], num_classes: int) -> Non
     """Refuse label ids (P,) outside [0, 1 + num_classes)."""
     if target.size and (target.min() < BACKGROUND or target.max() > num_classes):
         wrong = target.min() if target.min() < BACKGROUND else target.max()
-        raise ValueError(
+        raise InputError(
             f"target holds label id {int(wrong)}; expected ids in [0, {1 + num_classes}) or {IGNORE_INDEX} (ignored) "
             f"for {num_classes} object classes, background is 0 and object class c is c + 1. Check the number of "
             "classes and the mask."
