@@ -7,6 +7,7 @@ import gc
 import io
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +33,12 @@ _PALETTE = palette()
 _MASK_RULE = "masks: "
 
 _DRIVE = re.compile("[A-Za-z]:")
+
+_INVISIBLE = str.maketrans("", "", "\u00ad\u200b\u200e\u200f\u2060\ufeff")
+"""Soft hyphen, zero-width blanks, marks of direction and the byte order mark: no one sees them in a name."""
+
+_JOINERS = str.maketrans("", "", "\u200c\u200d")
+"""They shape letters in some scripts, so that names keep them."""
 
 COCO_REFERENCE = "coco:"
 """How a mask cell begins that names COCO instances to be painted in place of a file."""
@@ -337,16 +344,62 @@ def read_class_file(path: Path) -> list[str]:
     return check_classes([line.strip() for line in read_text(path).splitlines() if line.strip()], str(path))
 
 
+def tidy_name(name: str) -> str:
+    """Return a name as it is compared and stored: Unicode NFC, single blanks, none outside, none invisible."""
+    return " ".join(unicodedata.normalize("NFC", name).translate(_INVISIBLE).split())
+
+
+def folded_name(name: str) -> str:
+    """Return what is the same for names that look alike: case, full-width letters and ligatures make no difference."""
+    plain = unicodedata.normalize("NFKC", tidy_name(name).translate(_JOINERS)).casefold()
+    return tidy_name(unicodedata.normalize("NFKC", plain))
+
+
+def is_background(name: str) -> bool:
+    """Return whether a class name means background, in any case: `background`, `_background_`, `bg`."""
+    return folded_name(name).strip("_-.()[]<> ") in ("background", "bg")
+
+
+def first_alike(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first two different names that look alike, or None."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if (earlier := seen.setdefault(folded_name(name), name)) != name:
+            return earlier, name
+    return None
+
+
 def check_classes(names: Sequence[str], source: str) -> list[str]:
-    """Return `names` as a list after refusing an empty list and repeated names; `source` says where they are from."""
+    """Return the object classes that a list names, in the order of their ids; `source` says where it is from.
+
+    Background is no class. A list may begin with it, since it has the label id 0 in any case, and it is left out.
+
+    Raises:
+        DataError: no class is named, one is named twice or two look alike, or background stands after another class,
+            where it would leave the ids of the classes behind it unclear.
+    """
     if isinstance(names, str):
         raise DataError(f"{source} is the text {names!r}, expected a list of class names such as [{names!r}].")
-    if not names:
+    if wrong := [name for name in names if not isinstance(name, str) or not tidy_name(name)]:
+        raise DataError(f"{source} holds {wrong[0]!r}, expected class names; write numbers in quotes.")
+    classes = [tidy_name(name) for name in names]
+    if classes and is_background(classes[0]):
+        del classes[0]
+    if not classes:
         raise DataError(f"{source} names no class, expected one name or more; background does not count.")
-    repeated = sorted({name for name in names if list(names).count(name) > 1})
+    if late := [name for name in classes if is_background(name)]:
+        raise DataError(
+            f"{source} names {late[0]!r} among the classes, expected object classes alone: background has the label "
+            "id 0 and no class id; take it out, and number the masks accordingly."
+        )
+    repeated = sorted({name for name in classes if classes.count(name) > 1})
     if repeated:
         raise DataError(f"{source} names {repeated[0]!r} more than once; give each class once, in the order of ids.")
-    return list(names)
+    if pair := first_alike(classes):
+        raise DataError(
+            f"{source} names {pair[0]!r} and {pair[1]!r}, which look alike; give each class once, in one spelling."
+        )
+    return classes
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
