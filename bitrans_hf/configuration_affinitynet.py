@@ -122,3 +122,7 @@ class AffinityNetConfig(PreTrainedConfig):
             raise InputError("backbone must be resnet38, bitrans or a timm network, got an empty name.")
         if self.num_frozen_stages is not None and self.num_frozen_stages < -1:
             raise InputError(f"num_frozen_stages must be -1 (all) or at least 0, got {self.num_frozen_stages}.")
+
+
+# A saved folder carries this code, so that it opens, with trust_remote_code, where the package is not installed.
+AffinityNetConfig.register_for_auto_class()

@@ -154,3 +154,7 @@ class BiTransConfig(PreTrainedConfig):
             raise InputError(
                 f"attention_map_mode must be one of {', '.join(ATTENTION_MAP_MODES)}, got {self.attention_map_mode!r}."
             )
+
+
+# A saved folder carries this code, so that it opens, with trust_remote_code, where the package is not installed.
+BiTransConfig.register_for_auto_class()

@@ -138,3 +138,7 @@ class DeepLabConfig(PreTrainedConfig):
             raise InputError(f"num_frozen_stages must be -1 (all) or at least 0, got {self.num_frozen_stages}.")
         if self.head_dilation is not None and self.head_dilation < 1:
             raise InputError(f"head_dilation must be at least 1 cell, got {self.head_dilation}.")
+
+
+# A saved folder carries this code, so that it opens, with trust_remote_code, where the package is not installed.
+DeepLabConfig.register_for_auto_class()

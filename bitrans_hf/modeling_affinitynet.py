@@ -480,3 +480,7 @@ def boundary_to_matrices(boundary: torch.Tensor, radius: int) -> list[torch.Tens
 
 
 __all__ = ["AffinityNetModel", "AffinityNetOutput"]
+
+
+# A saved folder carries this code, so that it opens, with trust_remote_code, where the package is not installed.
+AffinityNetModel.register_for_auto_class()

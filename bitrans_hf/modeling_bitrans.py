@@ -484,3 +484,7 @@ class BiTransModel(PreTrainedModel):
 
 
 __all__ = ["BiTransModel", "BiTransOutput"]
+
+
+# A saved folder carries this code, so that it opens, with trust_remote_code, where the package is not installed.
+BiTransModel.register_for_auto_class()

@@ -223,3 +223,7 @@ class DeepLabForSemanticSegmentation(PreTrainedModel):
 
 
 __all__ = ["DeepLabForSemanticSegmentation"]
+
+
+# A saved folder carries this code, so that it opens, with trust_remote_code, where the package is not installed.
+DeepLabForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")

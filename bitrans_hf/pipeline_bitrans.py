@@ -20,14 +20,13 @@ from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
 from .errors import InputError
+from .image_decoding import DECODING_ERRORS, to_rgb
 from .image_processing_bitrans import (
     CAM_FUSIONS,
-    DECODING_ERRORS,
     BiTransImageProcessor,
     min_max_normalized,
     resized,
     strongest_row,
-    to_rgb,
 )
 from .modeling_bitrans import BiTransModel
 from .par import pixel_adaptive_refinement

@@ -20,7 +20,7 @@ from stage_processes import forget_processes, kill_everything, launch
 from torch.optim.lr_scheduler import PolynomialLR
 
 from bitrans_hf.data import UnreadableImageError, make_shapes, open_mask
-from bitrans_hf.data.common import build_dataset
+from bitrans_hf.data.rows import build_dataset
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.modeling_affinitynet import AffinityNetModel
 from bitrans_hf.pseudo_labels import scores_to_label_map

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from tiny_models import picture, tiny_model
 
-from bitrans_hf import BiTransImageProcessor, PseudoMaskPipeline
+from bitrans_hf import BiTransImageProcessor, PseudoMaskPipeline, cli, pipeline_bitrans
 from bitrans_hf.cli import main
 from bitrans_hf.labels import palette
 
@@ -155,7 +155,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_masks(model_folder: Path, t
         picture(40, 48, seed=index).save(folder / f"{index:03}.png")
     command = masks_command(model_folder, folder, out, "--batch-size", "1", "--scales", "1.0", "2.0")
     process = subprocess.Popen(
-        [sys.executable, "-m", "bitrans_hf.cli", *command], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "bitrans_hf", *command], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
     while len(list(out.glob("[!.]*.png"))) < 5 and process.poll() is None and time.monotonic() < deadline:
@@ -282,3 +282,7 @@ def test_the_installed_command_is_this_one():
     scripts = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["scripts"]
     module, _, function = scripts["bitrans"].partition(":")
     assert getattr(importlib.import_module(module), function) is main
+
+
+def test_the_command_offers_the_refiners_of_the_pipeline():
+    assert list(cli.REFINERS) == sorted(pipeline_bitrans.REFINERS)

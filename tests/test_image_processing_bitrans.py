@@ -11,7 +11,8 @@ from tiny_models import picture, pixels, tiny_model
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from bitrans_hf import BiTransImageProcessor, extract_seeds
-from bitrans_hf.image_processing_bitrans import scaled, to_rgb
+from bitrans_hf.image_decoding import to_rgb
+from bitrans_hf.image_processing_bitrans import scaled
 from bitrans_hf.pseudo_labels import seeds_to_label_map
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])

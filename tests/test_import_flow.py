@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from tiny_models import tiny_model
 from transformers.dynamic_module_utils import get_relative_import_files
+
+import bitrans_hf.data
 
 PACKAGE = Path(__file__).parents[1] / "bitrans_hf"
 
 # The package is read from top to bottom: a file imports only from those above it. `data` and `metrics` are folders.
 ORDER = (
+    "lazy",
     "errors",
+    "image_decoding",
     "labels",
     "views",
     "configuration_bitrans",
@@ -36,6 +43,7 @@ ORDER = (
     "pseudo_labels",
     "configuration_deeplab",
     "modeling_deeplab",
+    "auto_classes",
     "segment",
     "weights",
     "metrics",
@@ -45,13 +53,16 @@ ORDER = (
     "cards",
     "publishing",
     "app",
+    "mask_folder",
     "cli",
+    "__main__",
 )
 
 # These files travel to the Hub as remote code, where neither this package nor its other dependencies are installed.
 HUB_FILES = frozenset(
     {
         "errors",
+        "image_decoding",
         "labels",
         "views",
         "configuration_bitrans",
@@ -161,3 +172,65 @@ def test_importing_the_package_prints_nothing_and_leaves_evaluate_alone(tmp_path
     code = "import sys, bitrans_hf, bitrans_hf.metrics; assert 'evaluate' not in sys.modules"
     result = subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["masks", "--help"], ["masks"], ["check", "FOLDER", "--quiet"], ["check", "no such folder"]],
+    ids=" ".join,
+)
+def test_help_and_check_answer_without_importing_torch_transformers_or_datasets(arguments: list[str], tmp_path: Path):
+    for name, color in (("cat", "red"), ("dog", "blue")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8), color).save(tmp_path / "photos" / name / "a.png")
+    words = [str(tmp_path / "photos") if word == "FOLDER" else word for word in arguments]
+    code = f"""
+import sys
+from bitrans_hf.cli import main
+try:
+    main({words!r})
+finally:
+    print("heavy:", sorted({{"torch", "transformers", "datasets", "pandas", "pyarrow"}} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1] == "heavy: []", result.stderr
+
+
+def test_every_public_name_is_imported_when_it_is_used_and_typed_as_what_it_is():
+    for package in (bitrans_hf, bitrans_hf.data):
+        typed = {
+            alias.name: f"{package.__name__}.{node.module}"
+            for node in ast.walk(ast.parse(Path(package.__file__).read_text(encoding="utf-8")))
+            if isinstance(node, ast.ImportFrom) and node.level and node.module not in {"lazy", "auto_classes"}
+            for alias in node.names
+        }
+        assert sorted(typed) == sorted(package.__all__)
+        for name, module in typed.items():
+            assert getattr(package, name) is getattr(importlib.import_module(module), name)
+        assert set(package.__all__) <= set(dir(package))
+        with pytest.raises(AttributeError, match="has no attribute 'Dense'"):
+            _ = package.Dense
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import bitrans_hf\nfrom transformers import AutoModel, pipeline",
+        "from transformers import AutoModel, pipeline\nimport bitrans_hf",
+        "from bitrans_hf.pipeline_bitrans import PseudoMaskPipeline\nfrom transformers import AutoModel, pipeline",
+    ],
+    ids=["ours first", "transformers first", "one of our modules first"],
+)
+def test_the_auto_classes_know_the_models_in_whatever_order_the_libraries_are_imported(imports: str, tmp_path: Path):
+    tiny_model().save_pretrained(tmp_path)
+    (tmp_path / "modeling_bitrans.py").unlink()  # so that only the installed package can open the folder
+    code = f"""
+{imports}
+model = AutoModel.from_pretrained({str(tmp_path)!r})
+from bitrans_hf import BiTransImageProcessor, BiTransModel
+assert type(model) is BiTransModel
+BiTransImageProcessor().save_pretrained({str(tmp_path)!r})
+print(type(pipeline("pseudo-mask-generation", model={str(tmp_path)!r})).__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout.splitlines()[-1:] == ["PseudoMaskPipeline"], result.stderr

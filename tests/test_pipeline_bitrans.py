@@ -23,7 +23,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 from bitrans_hf import BiTransImageProcessor, DeepLabForSemanticSegmentation, PseudoMaskPipeline, extract_seeds
 from bitrans_hf.crf import dense_crf
 from bitrans_hf.data import load_voc, make_shapes
-from bitrans_hf.image_processing_bitrans import to_rgb
+from bitrans_hf.image_decoding import to_rgb
 from bitrans_hf.par import pixel_adaptive_refinement
 from bitrans_hf.pipeline_bitrans import open_picture
 from bitrans_hf.pseudo_labels import seeds_to_label_map

@@ -1,22 +1,44 @@
 """Loaders: every data set becomes a `datasets.Dataset` with `image_id`, `image`, `labels` and `mask`."""
 
-from .coco import CocoMaskRule, load_coco, write_coco_masks
-from .common import (
-    DataError,
-    UnreadableImageError,
-    class_names,
-    colours_to_ids,
-    image_size,
-    mask_rule,
-    open_image,
-    open_mask,
-    require_labels,
+from typing import TYPE_CHECKING
+
+from ..lazy import lazy_names
+
+if TYPE_CHECKING:
+    from .coco import CocoMaskRule, load_coco, write_coco_masks
+    from .common import DataError, UnreadableImageError, colours_to_ids, image_size, open_image, open_mask
+    from .folder import load_folder
+    from .folder_report import FolderReport, check_folder
+    from .rows import class_names, mask_rule, require_labels
+    from .shapes import make_shapes
+    from .sharing import write_parquet
+    from .voc import load_voc, prepare_voc, write_reduced_voc
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "CocoMaskRule": "coco",
+        "DataError": "common",
+        "FolderReport": "folder_report",
+        "UnreadableImageError": "common",
+        "check_folder": "folder_report",
+        "class_names": "rows",
+        "colours_to_ids": "common",
+        "image_size": "common",
+        "load_coco": "coco",
+        "load_folder": "folder",
+        "load_voc": "voc",
+        "make_shapes": "shapes",
+        "mask_rule": "rows",
+        "open_image": "common",
+        "open_mask": "common",
+        "prepare_voc": "voc",
+        "require_labels": "rows",
+        "write_coco_masks": "coco",
+        "write_parquet": "sharing",
+        "write_reduced_voc": "voc",
+    },
 )
-from .folder import load_folder
-from .folder_report import FolderReport, check_folder
-from .shapes import make_shapes
-from .sharing import write_parquet
-from .voc import load_voc, prepare_voc, write_reduced_voc
 
 __all__ = [
     "CocoMaskRule",

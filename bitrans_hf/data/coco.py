@@ -23,7 +23,6 @@ from ..store import atomic_write
 from .common import (
     COCO_REFERENCE,
     DataError,
-    build_dataset,
     chosen_classes,
     collector_paused,
     index_png,
@@ -33,6 +32,7 @@ from .common import (
     missing_files,
     without_suffix,
 )
+from .rows import build_dataset
 
 OVERLAPS: Mapping[str, str] = {
     "later": "later objects over earlier ones, in the order of the file",

@@ -7,12 +7,10 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from datasets import Dataset
+from typing import TYPE_CHECKING
 
 from .common import (
     DataError,
-    build_dataset,
     check_classes,
     chosen_classes,
     collector_paused,
@@ -23,6 +21,9 @@ from .common import (
     without_suffix,
 )
 from .tables import OWN_COLUMNS, Problem, Row, class_names_of_rows, read_rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +79,8 @@ def load_folder(
     Raises:
         DataError: something is missing, ambiguous or does not fit; the message names the row and the file.
     """
+    from .rows import build_dataset  # here: `check_folder`, which looks through folders too, starts without `datasets`
+
     found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty)
     if found.problems:
         first = found.problems[0]

@@ -14,7 +14,8 @@ from PIL import Image as PILImage
 
 from ..image_processing_bitrans import BiTransImageProcessor
 from ..labels import BACKGROUND, IGNORE_INDEX
-from .common import DataError, ImageCell, class_names, open_image, open_mask
+from .common import DataError, ImageCell, open_image, open_mask
+from .rows import class_names
 from .training_set import TrainingSet
 
 LABEL_MAP = "label_map"

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import InputError
-from .common import index_png, row_features
+from .common import index_png
+from .rows import row_features
 
 FloatArray = NDArray[np.float32]
 

@@ -11,9 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
-
 from .common import DataError, inner_path, read_text, suggest
 
 OWN_COLUMNS = ("file_name", "labels", "split", "image_id", "mask_file_name")
@@ -133,6 +130,9 @@ def _read_jsonl(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict
 
 
 def _read_parquet(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa  # type: ignore[import-untyped]  # here: only this kind of table needs it
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
     try:
         rows = pq.read_table(path).to_pylist()
     except (pa.ArrowException, OSError) as error:

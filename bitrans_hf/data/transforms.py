@@ -16,7 +16,8 @@ from torchvision import transforms
 
 from ..image_processing_bitrans import BiTransImageProcessor
 from ..labels import class_ids_to_multi_hot
-from .common import DataError, class_names, open_image, require_labels
+from .common import DataError, open_image
+from .rows import class_names, require_labels
 from .training_set import TrainingSet
 
 Transform: TypeAlias = Callable[[PILImage.Image], torch.Tensor]

@@ -17,7 +17,6 @@ from ..labels import BACKGROUND, IGNORE_INDEX, VOC_CLASSES
 from ..store import atomic_write
 from .common import (
     DataError,
-    build_dataset,
     chosen_classes,
     image_size,
     index_png,
@@ -28,6 +27,7 @@ from .common import (
     suggest,
 )
 from .label_files import read_label_file
+from .rows import build_dataset
 from .sbd import SBD_SPLITS, read_sbd_mask, sbd_folder, sbd_ids
 
 logger = logging.getLogger(__name__)
