@@ -23,6 +23,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from .errors import InputError
+from .files import lies_in
 from .image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized, strongest_row
 from .labels import palette
 from .modeling_bitrans import BiTransOutput
@@ -570,20 +571,22 @@ def write_space(folder: str | Path, model: str) -> Path:
         The folder.
 
     Raises:
-        ValueError: `model` is not the name of a repository.
+        InputError: `model` is not the name of a repository, or the folder holds other files.
     """
     if Path(model).exists() or model.count("/") != 1:
         raise InputError(
             f"a Space needs a model on the Hub such as 'org/bitrans-voc', got {model!r}; publish it first."
         )
-    folder = Path(folder)
+    folder, package = Path(folder), Path(__file__).parent
+    page = folder / "app.py"
+    first_line = f"from {package.name}.app import serve\n"
+    ours = page.is_file() and page.read_text(encoding="utf-8").startswith(first_line)
+    if lies_in(package, folder) or (folder.is_dir() and any(folder.iterdir()) and not ours):
+        raise InputError(f"{folder} holds files that are no Space of ours; name a new or an empty folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    package = Path(__file__).parent
     shutil.rmtree(folder / package.name, ignore_errors=True)
     shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    (folder / "app.py").write_text(
-        f'from {package.name}.app import serve\n\nserve("{model}", host="0.0.0.0")\n', encoding="utf-8"
-    )
+    page.write_text(f'{first_line}\nserve("{model}", host="0.0.0.0")\n', encoding="utf-8")
     needed = [line for line in importlib.metadata.requires("bitrans-hf") or [] if "extra" not in line]
     needed += [f"gradio=={gr.__version__}"]
     (folder / "requirements.txt").write_text("\n".join(needed) + "\n", encoding="utf-8")

@@ -16,8 +16,10 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .data import load_folder
-from .data.folder import IMAGE_SUFFIXES, TABLE_NAMES
+from .data.common import without_suffix
+from .data.folder import IMAGE_SUFFIXES, TABLE_NAMES, images_in
 from .errors import InputError
+from .files import OUTPUT_MARK, mark_output, refuse_overwriting, refuse_same_folder
 from .pipeline_bitrans import LocalisedPicture, PseudoMaskPipeline, Refiner
 from .pseudo_labels import write_label_png
 from .store import atomic_write
@@ -30,6 +32,9 @@ def run_masks(options: argparse.Namespace) -> None:
         transformers.utils.logging.disable_progress_bar()
     if not options.images.is_dir():
         raise InputError(f"{options.images} is not a folder; give the folder that holds the pictures.")
+    if (options.images / OUTPUT_MARK).is_file():
+        raise InputError(f"{options.images} holds masks that bitrans wrote; give the folder that holds the images.")
+    refuse_same_folder(options.out, options.images, "--out")
     pipe = LabelMapPipeline.from_pretrained(options.model, options.device)
     pictures = pictures_with_labels(options.images, options.labels, pipe.class_names)
     settings = {
@@ -49,6 +54,13 @@ def run_masks(options: argparse.Namespace) -> None:
         "scales": options.scales,
     }
     record["label_ids"] = {"background": 0, **{name: index + 1 for index, name in enumerate(pipe.class_names)}}
+    masks = [mask_path(options.out, picture) for picture in pictures]
+    refuse_overwriting(masks, (Path(picture.path) for picture in pictures), "--out")
+    if not (options.out / "masks.json").is_file() and (
+        other := next((path for path in masks if path.is_file()), None)
+    ):
+        raise InputError(f"{other} is there and is no mask that bitrans wrote; give another --out.")
+    mark_output(options.out)
     write_record(options.out / "masks.json", record, overwrite=options.overwrite)
     todo = [picture for picture in pictures if options.overwrite or not mask_path(options.out, picture).is_file()]
 
@@ -156,10 +168,7 @@ def pictures_with_labels(folder: Path, table: Path | None, class_names: Sequence
         unused = [name for name in TABLE_NAMES if (folder / name).is_file()]
         if unused:
             say(f"note: {folder / unused[0]} is not used; --labels {unused[0]} uses its labels.", sys.stderr)
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-        pictures = [
-            PictureFile(path.relative_to(folder).with_suffix("").as_posix(), str(path), None) for path in files
-        ]
+        pictures = [PictureFile(without_suffix(name), str(folder / name), None) for name in sorted(images_in(folder))]
     if not pictures:
         raise InputError(
             f"{folder} holds no pictures; looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."

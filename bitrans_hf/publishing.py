@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from .data import write_parquet
 from .errors import InputError
+from .files import lies_in
 from .hub_errors import hub_error_sentence
 from .image_processing_bitrans import BiTransImageProcessor
 from .modeling_bitrans import BiTransModel
@@ -78,8 +79,11 @@ def write_model_folder(
         picture: A picture that the card shows by its file name; copied.
 
     Raises:
-        PublishError: opened in a clean process, the folder does not compute what the model does.
+        PublishError: the model was loaded from this folder, or, opened in a clean process, the folder does not compute what the model does.
     """
+    source = model.name_or_path
+    if source and lies_in(Path(source), Path(folder)):
+        raise PublishError(f"{folder} holds the model itself, loaded from {source}; name another folder.")
     with replaced_folder(Path(folder)) as temporary:
         if isinstance(model, BiTransModel):
             # The pipeline saves its own code and says in the configuration that it is there.

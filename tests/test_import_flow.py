@@ -19,6 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "bitrans_hf"
 ORDER = (
     "lazy",
     "errors",
+    "files",
     "image_decoding",
     "labels",
     "views",

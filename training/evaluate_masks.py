@@ -24,6 +24,7 @@ from PIL import Image
 
 from bitrans_hf.data import DataError, class_names, mask_rule, open_image, open_mask
 from bitrans_hf.data.coco import CocoMaskRule
+from bitrans_hf.files import mark_output, refuse_same_folder
 from bitrans_hf.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES
 from bitrans_hf.metrics import MeanIoU, SweepResult, ThresholdSweep
 from bitrans_hf.pseudo_labels import seeds_to_label_map
@@ -84,6 +85,9 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
     started, made_with = time.perf_counter(), provenance()
     accelerator = make_accelerator(recipe, options)
     folder = Path(evaluation.predictions)
+    output = Path(evaluation.output or f"{folder}_scores")
+    for read in (folder, *([Path(evaluation.targets)] if evaluation.targets else [])):
+        refuse_same_folder(output, read, "--output")
     truth = ground_truth(recipe, evaluation)
     predictions = open_predictions(folder, recipe, evaluation, len(truth.classes))
     known, missing = matching(truth, predictions, folder, evaluation)
@@ -102,8 +106,8 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
             "of it. Give the folder that the network wrote."
         )
 
-    output = Path(evaluation.output or f"{folder}_scores")
     if accelerator.is_main_process:
+        mark_output(output)
         record = {
             **summary(metric, images, truth.classes, evaluation),
             "predictions": str(folder),

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 import bitrans_hf
 from bitrans_hf.errors import InputError
+from bitrans_hf.files import mark_output
 from bitrans_hf.store import atomic_write
 from recipe import LoopSettings, Recipe, RunOptions
 
@@ -91,6 +92,8 @@ class Stage:
         self._started = time.perf_counter()
         self._made_with = provenance()  # now: the checkout may be edited while a long stage runs
         path = self.folder / "recipe.json"
+        if is_main:
+            mark_output(self.folder.parent)  # data.root may be the folder that the runs are in
         if path.is_file():
             stored = json.loads(path.read_text())
             different = sorted(recipe_differences(stored, self.recipe))

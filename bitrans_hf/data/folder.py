@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import OUTPUT_MARK
 from .common import (
     DataError,
     check_classes,
@@ -284,7 +285,7 @@ def _folder_of_names(rows: Sequence[Row], tables: Mapping[Path, str | None], ima
 
 def _rows_of_class_folders(folder: Path, mask_folder: Path | None, split: str | None) -> list[Row]:
     """Return a row for each picture in `<class>/` or in `<split>/<class>/`, in alphabetical order."""
-    names = sorted(name for name in _pictures_in(folder, mask_folder) if "/" in name)
+    names = sorted(name for name in images_in(folder, mask_folder) if "/" in name)
     first_parts = {name.partition("/")[0] for name in names}
     has_splits = bool(first_parts) and (first_parts <= SPLIT_FOLDERS or split in first_parts)
     rows = []
@@ -298,8 +299,12 @@ def _rows_of_class_folders(folder: Path, mask_folder: Path | None, split: str | 
     return rows
 
 
-def _pictures_in(folder: Path, excluded: Path | None) -> Iterator[str]:
+def images_in(folder: Path, excluded: Path | None = None) -> Iterator[str]:
+    """Give the images of a folder by their names in it, without hidden folders, `excluded` and what we wrote."""
     for place, folders, files in os.walk(folder):
+        if OUTPUT_MARK in files:
+            folders.clear()
+            continue
         here = Path(place)
         folders[:] = [name for name in folders if here / name != excluded and not name.startswith(".")]
         inside = here.relative_to(folder).as_posix()
@@ -323,7 +328,7 @@ def _rows_of_split(rows: Sequence[Row], split: str | None, source: str) -> list[
 def _find_ids_and_pictures(content: FolderContent, mask_folder: Path | None) -> None:
     """Fill in ids; note rows for one image, pictures that are missing, pictures without a row."""
     folder = content.folder
-    present = set(_pictures_in(folder, mask_folder))
+    present = set(images_in(folder, mask_folder))
     by_lower_case = {name.lower(): name for name in present}
     first_row: dict[str, Row] = {}
     for row in content.rows:

@@ -13,6 +13,7 @@ from datasets import Dataset
 from PIL import Image as PILImage
 
 from ..errors import InputError
+from ..files import lies_in
 from ..labels import BACKGROUND, IGNORE_INDEX, VOC_CLASSES
 from ..store import atomic_write
 from .common import (
@@ -343,7 +344,7 @@ def write_reduced_voc(
     root, copy = _devkit_folder(Path(root)), ReducedVoc(Path(target), max_side)
     if max_side < 1:
         raise InputError(f"max_side must be at least 1 pixel, got {max_side}.")
-    if copy.root.resolve() == root.resolve():
+    if lies_in(copy.root, root) or lies_in(root, copy.root):
         raise InputError(f"the copy would lie over the original, {root}; name another folder.")
     for folder in ("ImageSets", "Annotations"):
         for path in sorted((root / folder).rglob("*")):

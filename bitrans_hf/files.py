@@ -1,0 +1,61 @@
+"""One rule for every command that writes files: it never writes over what it reads, nor reads what it wrote before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import InputError
+
+OUTPUT_MARK = ".bitrans_output"
+"""Name of the file in folders that we wrote; no list of images looks into such a folder."""
+
+
+def mark_output(folder: Path) -> None:
+    """Make a folder for results that is never read as a folder of images, even if it lies among them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / OUTPUT_MARK).is_file():
+        (folder / OUTPUT_MARK).write_text("bitrans wrote this folder and does not read images from it.\n")
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Return whether `path` is `folder` or below it, whether it exists or not.
+
+    Folders are compared as the disk knows them, so that links, relative paths and letter case make no difference.
+    """
+    if not folder.exists():
+        return False
+    resolved = path.resolve()
+    return any(place.exists() and place.samefile(folder) for place in (resolved, *resolved.parents))
+
+
+def refuse_same_folder(output: Path, inputs: Path, option: str) -> None:
+    """Check that results do not go into the folder that is read.
+
+    Args:
+        output: Where results go.
+        inputs: A folder that is read.
+        option: How the caller said `output`: "--out".
+
+    Raises:
+        InputError: they are one folder.
+    """
+    if output.exists() and inputs.exists() and output.samefile(inputs):
+        raise InputError(
+            f"{option} {output} is the folder that is read, so results would mix with or replace its files; give "
+            f"another folder, such as {output / 'results'}."
+        )
+
+
+def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path], option: str) -> None:
+    """Check that no file to be written is one that is read; arguments as for `refuse_same_folder`, for files.
+
+    Raises:
+        InputError: one is.
+    """
+    read = {(status.st_dev, status.st_ino) for status in (path.stat() for path in inputs if path.exists())}
+    for path in outputs:
+        if path.exists() and ((status := path.stat()).st_dev, status.st_ino) in read:
+            raise InputError(
+                f"{option} would replace {path}, which is one of the files to be read; give another folder."
+            )
