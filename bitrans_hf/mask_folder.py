@@ -56,10 +56,9 @@ def run_masks(options: argparse.Namespace) -> None:
     record["label_ids"] = {"background": 0, **{name: index + 1 for index, name in enumerate(pipe.class_names)}}
     masks = [mask_path(options.out, picture) for picture in pictures]
     refuse_overwriting(masks, (Path(picture.path) for picture in pictures), "--out")
-    if not (options.out / "masks.json").is_file() and (
-        other := next((path for path in masks if path.is_file()), None)
-    ):
-        raise InputError(f"{other} is there and is no mask that bitrans wrote; give another --out.")
+    there = [] if (options.out / "masks.json").is_file() else [path for path in masks if path.is_file()]
+    if there:
+        raise InputError(f"{there[0]} is there and is no mask that bitrans wrote; give another --out.")
     mark_output(options.out)
     write_record(options.out / "masks.json", record, overwrite=options.overwrite)
     todo = [picture for picture in pictures if options.overwrite or not mask_path(options.out, picture).is_file()]

@@ -79,7 +79,8 @@ def write_model_folder(
         picture: A picture that the card shows by its file name; copied.
 
     Raises:
-        PublishError: the model was loaded from this folder, or, opened in a clean process, the folder does not compute what the model does.
+        PublishError: the model was loaded from this folder; or the folder, opened in a clean process, does not compute
+            what the model does.
     """
     source = model.name_or_path
     if source and lies_in(Path(source), Path(folder)):

@@ -67,7 +67,7 @@ def test_masks_are_not_written_into_the_folder_of_images_itself(
         out.symlink_to(images, target_is_directory=True)
     monkeypatch.chdir(images.parent)
     before = content(images)
-    with pytest.raises(SystemExit, match="error: --out .* is the folder that is read"):
+    with pytest.raises(SystemExit, match=r"error: --out .* is the folder that is read"):
         write_masks(model_folder, images, out, *more)
     assert content(images) == before
 
