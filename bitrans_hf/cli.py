@@ -82,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     masks.add_argument(
         "--labels", type=Path, metavar="TABLE", help="CSV, JSONL or Parquet; without it the model predicts the classes"
     )
+    masks.add_argument("--separator", metavar="TEXT", help="what separates class names in the table (found out)")
     masks.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the masks go")
     masks.add_argument("--threshold", type=float, default=0.4, help="background score, 0 to 1 (%(default)s)")
     masks.add_argument(
@@ -123,6 +124,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     check.add_argument("folder", type=Path, help="folder with the pictures and the table of labels")
     check.add_argument("--labels", type=Path, metavar="TABLE", help="the table, if its name is not labels or metadata")
+    check.add_argument("--separator", metavar="TEXT", help="what separates class names in the table (found out)")
+    check.add_argument(
+        "--allow-empty", action="store_true", help="an empty cell of labels means that the image shows no class"
+    )
     check.add_argument("--quiet", action="store_true", help="no progress bar")
     check.set_defaults(run=run_check)
 
@@ -167,6 +172,9 @@ def run_check(options: argparse.Namespace) -> None:
     report = check_folder(
         options.folder,
         options.labels,
+        separator=options.separator,
+        allow_empty=options.allow_empty,
+        caller="check",
         progress=lambda images, total: tqdm(images, total=total, desc="check", unit="image", disable=not bar),
     )
     print(report)

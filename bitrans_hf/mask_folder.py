@@ -16,8 +16,9 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .data import load_folder
-from .data.common import without_suffix
-from .data.folder import IMAGE_SUFFIXES, TABLE_NAMES, images_in
+from .data.common import is_background, without_suffix
+from .data.folder import TABLE_NAMES
+from .data.image_files import list_images
 from .errors import InputError
 from .files import OUTPUT_MARK, mark_output, refuse_overwriting, refuse_same_folder
 from .pipeline_bitrans import LocalisedPicture, PseudoMaskPipeline, Refiner
@@ -36,7 +37,7 @@ def run_masks(options: argparse.Namespace) -> None:
         raise InputError(f"{options.images} holds masks that bitrans wrote; give the folder that holds the images.")
     refuse_same_folder(options.out, options.images, "--out")
     pipe = LabelMapPipeline.from_pretrained(options.model, options.device)
-    pictures = pictures_with_labels(options.images, options.labels, pipe.class_names)
+    pictures = pictures_with_labels(options.images, options.labels, pipe.class_names, options.separator)
     settings = {
         "threshold": options.threshold,
         "label_threshold": options.label_threshold,
@@ -149,7 +150,9 @@ class LabelMapPipeline(PseudoMaskPipeline):
         return label_map
 
 
-def pictures_with_labels(folder: Path, table: Path | None, class_names: Sequence[str]) -> list[PictureFile]:
+def pictures_with_labels(
+    folder: Path, table: Path | None, class_names: Sequence[str], separator: str | None = None
+) -> list[PictureFile]:
     """List the pictures of a folder: the rows of a table with their labels, or else all pictures, whatever they show.
 
     Raises:
@@ -158,20 +161,24 @@ def pictures_with_labels(folder: Path, table: Path | None, class_names: Sequence
     """
     if table is not None:
         table = table.absolute() if table.is_file() else table
-        rows = load_folder(folder, table, masks=False, classes=class_names, allow_empty=True)
+        objects = [name for name in class_names if not is_background(name)]
+        rows = load_folder(
+            folder, table, masks=False, classes=objects, separator=separator, allow_empty=True, caller="masks"
+        )
         pictures = [
-            PictureFile(row["image_id"], row["image"]["path"], tuple(class_names[index] for index in row["labels"]))
+            PictureFile(row["image_id"], row["image"]["path"], tuple(objects[index] for index in row["labels"]))
             for row in rows
         ]
     else:
         unused = [name for name in TABLE_NAMES if (folder / name).is_file()]
         if unused:
             say(f"note: {folder / unused[0]} is not used; --labels {unused[0]} uses its labels.", sys.stderr)
-        pictures = [PictureFile(without_suffix(name), str(folder / name), None) for name in sorted(images_in(folder))]
+        listing = list_images(folder)
+        for note in listing.left_out():
+            say(f"note: {note}", sys.stderr)
+        pictures = [PictureFile(without_suffix(name), f"{folder}/{name}", None) for name in listing.names]
     if not pictures:
-        raise InputError(
-            f"{folder} holds no pictures; looked for files ending in {', '.join(sorted(IMAGE_SUFFIXES))}."
-        )
+        raise InputError(f"{folder} holds no images, expected files such as .jpg, .png, .tif or .webp.")
     by_id: dict[str, PictureFile] = {}
     for picture in pictures:
         if (other := by_id.setdefault(picture.image_id, picture)) is not picture:

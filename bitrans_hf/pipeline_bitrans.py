@@ -477,8 +477,9 @@ class DatasetRows(Dataset[dict[str, Any]]):
     """The rows of a `datasets.Dataset` as the pipeline reads them: pictures with the names of their classes.
 
     Args:
-        rows: With a column `image`, and labels in a column `candidate_labels` or `labels`: lists of class names, or of
-            ids of a `ClassLabel`. Without such a column the model predicts the classes.
+        rows: With a column `image`, and labels in a column `candidate_labels`, `labels` or `label`: class names or ids
+            of a `ClassLabel`, in lists or one for each row, as imagefolder gives them. Without such a column the model
+            predicts the classes.
 
     Raises:
         ValueError: there is no column `image`, or ids have no names.
@@ -506,14 +507,14 @@ def _items_of_rows(rows: Any) -> Iterator[dict[str, Any]]:
 def _label_column(features: Mapping[str, Any]) -> tuple[str | None, Sequence[str] | None]:
     if "image" not in features:
         raise InputError(f"the data set has the columns {', '.join(features)}, expected one called image; rename it.")
-    for column in ("candidate_labels", "labels"):
+    for column in ("candidate_labels", "labels", "label"):
         if column in features:
-            inner = getattr(features[column], "feature", None)
+            inner = getattr(features[column], "feature", features[column])
             names = getattr(inner, "names", None)
-            if names is None and getattr(inner, "dtype", None) != "string":
+            if names is None and getattr(inner, "dtype", None) not in ("string", "large_string"):
                 raise InputError(
-                    f"the column {column!r} is {features[column]!r}, expected lists of class names or of ClassLabel; "
-                    "cast it or take it out."
+                    f"the column {column!r} is {features[column]!r}, expected class names or ids of a ClassLabel, in "
+                    "lists or one for each row; cast it or take it out."
                 )
             return column, names
     return None, None
@@ -523,6 +524,8 @@ def _item_of_row(row: Mapping[str, Any], label_column: str | None, names: Sequen
     if label_column is None:
         return {"image": row["image"]}
     labels = row[label_column]
+    if isinstance(labels, int | str):
+        labels = None if labels == -1 else [labels]  # -1 is how datasets say that a label is not known
     if labels is not None and names is not None:
         labels = [names[class_id] for class_id in labels]
     return {"image": row["image"], "candidate_labels": labels}

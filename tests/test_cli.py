@@ -256,7 +256,7 @@ def test_two_pictures_of_one_name_are_refused(model_folder: Path, photos: Path, 
 
 def test_an_empty_folder_is_refused(model_folder: Path, tmp_path: Path):
     (tmp_path / "photos").mkdir()
-    with pytest.raises(SystemExit, match=r"photos holds no pictures; looked for files ending in .bmp"):
+    with pytest.raises(SystemExit, match=r"photos holds no images, expected files such as"):
         main(masks_command(model_folder, tmp_path / "photos", tmp_path / "masks"))
 
 

@@ -24,6 +24,7 @@ from PIL import Image
 
 from bitrans_hf.data import DataError, class_names, mask_rule, open_image, open_mask
 from bitrans_hf.data.coco import CocoMaskRule
+from bitrans_hf.data.common import read_text
 from bitrans_hf.files import mark_output, refuse_same_folder
 from bitrans_hf.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES
 from bitrans_hf.metrics import MeanIoU, SweepResult, ThresholdSweep
@@ -176,7 +177,7 @@ def ground_truth(recipe: Recipe, evaluation: EvaluationOptions) -> GroundTruth:
     """
     wanted = None
     if evaluation.ids is not None:
-        wanted = {line.strip() for line in Path(evaluation.ids).read_text().splitlines() if line.strip()}
+        wanted = {line.strip() for line in read_text(Path(evaluation.ids)).splitlines() if line.strip()}
     if evaluation.targets is not None:
         folder = Path(evaluation.targets)
         paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.png"))}

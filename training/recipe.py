@@ -5,6 +5,7 @@ wrong type are errors. The resolved recipe is written beside every result.
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from transformers import set_seed
 from bitrans_hf.configuration_bitrans import BiTransConfig
 from bitrans_hf.configuration_cam import CamConfig
 from bitrans_hf.crf import find_preset
-from bitrans_hf.data import check_folder, load_coco, load_folder, load_voc, make_shapes
+from bitrans_hf.data import check_folder, class_names, load_coco, load_folder, load_voc, make_shapes
+from bitrans_hf.data.folder import note_on_contrast
 from bitrans_hf.errors import InputError
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.modeling_cam import CamModel
@@ -79,6 +81,8 @@ class DataRecipe:
         classes: Object classes in the order of their ids; null for all that the source has.
         label_file: voc: image-level labels when there is no Annotations folder (`cls_labels.npy`, `.npz`).
         table: folder: the label table, when it does not have one of the usual names.
+        separator: folder: what separates class names in the table, when it cannot be found out.
+        allow_empty: folder: an empty cell of labels means that the image shows no class; null refuses empty cells.
         num_train: shapes: number of scenes to train on.
         num_val: shapes: number of scenes in each other split.
         image_size: shapes: side of a scene in pixels.
@@ -107,6 +111,8 @@ class DataRecipe:
     mask_overlap: Literal["later", "smaller", "ignore"] | None = None
     mask_crowd: Literal["background", "ignore", "object"] | None = None
     drop_empty: bool | None = None
+    separator: str | None = None
+    allow_empty: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -810,7 +816,16 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
         )
     if data.source == "folder":
         assert data.root is not None
-        return load_folder(data.root, data.table, split=split, classes=data.classes, masks=None if masks else False)
+        return load_folder(
+            data.root,
+            data.table,
+            split=split,
+            classes=data.classes,
+            masks=None if masks else False,
+            separator=data.separator,
+            allow_empty=bool(data.allow_empty),
+            caller="recipe",
+        )
     if split not in SHAPE_SPLITS:
         raise InputError(f"shapes have the splits {', '.join(SHAPE_SPLITS)}, got {split!r}.")
     size = data.num_train if split == "train" else data.num_val
@@ -827,8 +842,25 @@ def describe_folder(data: DataRecipe, split: str | None) -> str | None:
     if data.source != "folder":
         return None
     assert data.root is not None  # checked by Recipe
-    report = check_folder(data.root, data.table, split=split, classes=data.classes, masks=False, decode=False)
+    report = check_folder(
+        data.root,
+        data.table,
+        split=split,
+        classes=data.classes,
+        masks=False,
+        separator=data.separator,
+        allow_empty=bool(data.allow_empty),
+        caller="recipe",
+        decode=False,
+    )
     return report.summary()
+
+
+def describe_contrast(images: Dataset) -> str | None:
+    """Say which classes every image shows, so that nothing tells them from what surrounds them; None for no class."""
+    classes = class_names(images)
+    counts = Counter(classes[class_id] for ids in images["labels"] for class_id in set(ids))
+    return note_on_contrast(classes, counts, len(images))
 
 
 def variants_of(recipe: Recipe) -> dict[str, tuple[str, bool]]:

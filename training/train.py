@@ -32,6 +32,7 @@ from recipe import (
     TrainRecipe,
     build_cam,
     build_model,
+    describe_contrast,
     describe_folder,
     load_images,
     parse_recipe,
@@ -63,6 +64,9 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     images = load_images(recipe.data, recipe.data.train_split, masks=False)
     validation = load_images(recipe.data, recipe.data.val_split, masks=False) if recipe.data.val_split else None
     id2label = dict(enumerate(class_names(images)))
+    # A folder's own description says it already.
+    if recipe.data.source != "folder" and (note := describe_contrast(images)):
+        say(accelerator, f"note: {note}")
 
     # ---- Model and optimiser
     build = build_cam if recipe.model.architecture == "cam" else build_model

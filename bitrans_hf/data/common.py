@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import gc
 import io
 import os
@@ -235,11 +236,13 @@ def read_class_file(path: Path) -> list[str]:
     return check_classes([line.strip() for line in read_text(path).splitlines() if line.strip()], str(path))
 
 
+@functools.lru_cache(maxsize=1 << 16)  # a table says the same few names many times
 def tidy_name(name: str) -> str:
     """Return a name as it is compared and stored: Unicode NFC, single blanks, none outside, none invisible."""
     return " ".join(unicodedata.normalize("NFC", name).translate(_INVISIBLE).split())
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def folded_name(name: str) -> str:
     """Return what is the same for names that look alike: case, full-width letters and ligatures make no difference."""
     plain = unicodedata.normalize("NFKC", tidy_name(name).translate(_JOINERS)).casefold()

@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import OUTPUT_MARK
 from .common import (
     DataError,
     check_classes,
     chosen_classes,
     collector_paused,
+    folded_name,
     inner_path,
+    is_background,
     masks_in_order,
     read_class_file,
+    read_text,
     suggest,
+    tidy_name,
     without_suffix,
 )
-from .tables import OWN_COLUMNS, Problem, Row, class_names_of_rows, read_rows
+from .image_files import ImageFinder, ImageListing, list_images
+from .tables import OWN_COLUMNS, Caller, Problem, Row, RowLabels, labels_of_rows, option, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
-TABLE_NAMES = tuple(f"{stem}{suffix}" for stem in ("labels", "metadata") for suffix in (".csv", ".jsonl", ".parquet"))
+TABLE_NAMES = tuple(
+    f"{stem}{suffix}" for stem in ("labels", "metadata") for suffix in (".csv", ".tsv", ".jsonl", ".parquet")
+)
 """Names under which a table is found by itself: in the folder, in its images folder, or in each of its subfolders."""
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
-"""What counts as a picture when looking for pictures without a row; a row may name a file with any suffix."""
-
-SPLIT_FOLDERS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
-"""Without a table, folders of these names hold class folders and are none."""
+SPLIT_FOLDERS = frozenset(
+    {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation", "holdout"}
+    | {"unlabeled", "unlabelled"}
+)
+"""Without a table, folders of these names, in any case, hold class folders and are none."""
 
 
 def load_folder(
@@ -48,12 +55,16 @@ def load_folder(
     classes: Sequence[str] | None = None,
     separator: str | None = None,
     allow_empty: bool = False,
+    caller: Caller = "python",
 ) -> Dataset:
     """Load a folder of pictures with image labels from a table, or from the names of the folders they are in.
 
-    The table has a column `file_name` and either a column `labels` (a list of class names, text with a separator, or
-    a list of class ids where the classes are given) or one 0/1 column for each class. Columns `split`, `image_id` and
-    `mask_file_name` are optional; a `metadata.jsonl` for `datasets`' imagefolder is read as it is. Without a table,
+    The table has a column `file_name` and either a column `labels` or one 0/1 column for each class. A cell of
+    `labels` is text with a separator; a list of class names, or of class ids where the classes are given; the text of
+    such a list as Python, numpy or JSON write it; or an object of a label tool. Names that differ in blanks or
+    Unicode form alone are one name; other names that look alike are refused, unless a list of classes says which
+    spelling counts. Background is no class. A file name may lack the suffix of its image. Columns `split`,
+    `image_id` and `mask_file_name` are optional; a `metadata.jsonl` for imagefolder is read as it is. Without a table,
     pictures in `<class>/` or `<split>/<class>/` have that class. Pictures are not opened here. Pictures without a
     row are counted in a log message and left out. `check_folder` lists all that is wrong with a folder.
 
@@ -70,8 +81,11 @@ def load_folder(
         classes: Class names in the order of their ids; default: `classes.txt` in `root`, else all names of the table
             in alphabetical order. With a `classes.txt` this may be a part of it in any order: labels of other
             classes are dropped and the masks, drawn in the order of the file, are given the new ids.
-        separator: What separates names in a text of `labels`; default: found out among `;`, `|` and `,`.
-        allow_empty: Accept rows without any class (true negatives) instead of refusing them.
+        separator: What separates names in a text of `labels`; default: found out among `;`, `|`, `,` and line breaks,
+            and blanks too where the classes are given.
+        allow_empty: Read an empty cell of `labels` as "none of the classes" instead of refusing it. Rows that say so
+            themselves (zeros in all columns, an empty list, background alone) need no permission.
+        caller: Whose options the advice in messages names.
 
     Returns:
         A dataset in the order of the table: `image_id` (the column, else the file name without suffix), `image`
@@ -82,12 +96,15 @@ def load_folder(
     """
     from .rows import build_dataset  # here: `check_folder`, which looks through folders too, starts without `datasets`
 
-    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty)
+    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty, caller)
     if found.problems:
         first = found.problems[0]
         number = sum(problem.kind == first.kind for problem in found.problems)
-        more = f" ({number} such problems in {len(found.rows)} rows; check_folder lists all.)" if number > 1 else ""
+        lister = option(caller, "every problem")
+        more = f" ({number} such problems in {len(found.rows)} rows; {lister}.)" if number > 1 else ""
         raise DataError(first.message + more)
+    for note in found.notes:
+        logger.warning("%s: %s", root, note)
     if found.unlisted:
         shown = shown_names(found.unlisted, 3)
         logger.warning(
@@ -128,6 +145,7 @@ class FolderContent:
         kept: Positions of the rows of the split that was asked for.
         unlisted: Pictures without a row.
         unused_columns: Columns of the tables that mean nothing here.
+        notes: What was found and is no fault, in sentences.
     """
 
     root: Path
@@ -143,6 +161,7 @@ class FolderContent:
     kept: list[int] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
     unused_columns: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 @collector_paused()
@@ -155,6 +174,7 @@ def look_through(
     classes: Sequence[str] | None,
     separator: str | None,
     allow_empty: bool,
+    caller: Caller = "python",
 ) -> FolderContent:
     """Find rows, classes, pictures and masks, for `load_folder` and `check_folder`, whose arguments these are.
 
@@ -163,6 +183,8 @@ def look_through(
     """
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the folder that holds the images and the table of labels.")
+    if separator == "":
+        raise DataError("separator is empty, expected what stands between class names, such as a semicolon.")
     images_folder = _images_folder(root, images)
     mask_folder = _mask_folder(root, masks)
     class_file = root / "classes.txt"
@@ -172,39 +194,55 @@ def look_through(
         known = check_classes(classes, "classes")
 
     problems: list[Problem] = []
-    tables = _find_tables(root, images_folder, table)
+    notes: list[str] = []
+    tables = _find_tables(root, images_folder, table, caller)
+    # Masks are no images, wanted or not.
+    excluded = (mask_folder or root / "masks",)
     if tables:
         where = ", ".join(str(path) for path in tables)
         rows = _rows_of_tables(tables, problems)
         folder = _folder_of_names(rows, tables, images_folder, root)
+        listing = list_images(folder, excluded=excluded)
     else:
         where, folder = f"the names of the folders in {images_folder}", images_folder
-        rows = _rows_of_class_folders(images_folder, mask_folder, split)
+        listing = list_images(folder, excluded=excluded)
+        rows = _rows_of_class_folders(listing, split, notes)
+    notes += listing.left_out()
     if not rows:
         nothing = f"{where} has no rows, expected one for each image with file_name and labels."
         if not tables:
             nothing = (
                 f"{root} holds no table of labels, looked for {', '.join(TABLE_NAMES)}, and no folders of images "
-                "named by class; write a table with the columns file_name and labels, or pass table=."
+                "named by class; write a table with the columns file_name and labels, or name it with "
+                f"{option(caller, 'table')}." + (f" ({notes[0]})" if notes else "")
             )
         raise DataError(problems[0].message if problems else nothing)
+    rows = _rows_with_found_images(rows, folder, ImageFinder(listing.names), problems)
 
-    content = FolderContent(root, where, rows, problems, folder)
-    content.names = class_names_of_rows(rows, known, separator, where, problems)
+    content = FolderContent(root, where, rows, problems, folder, notes=notes)
+    labels = labels_of_rows(rows, known, separator, where, problems, caller)
+    content.names = labels.names
+    notes += labels.notes
+    if has_class_file and is_background(_first_line(class_file)):
+        notes.append(f"{class_file} begins with background, which is no class; it has the label id 0 in masks.")
+        _refuse_ids_with_background(rows, class_file)
     if known is None:
-        if problems and not any(content.names):
+        named = {name for names in labels.names for name in names}
+        if problems and not named:
             raise DataError(problems[0].message)
-        known = check_classes(sorted({name for names in content.names for name in names}), where)
+        if not named:
+            raise DataError(f"no row of {where} names a class, expected one name or more; background does not count.")
+        known = sorted(labels.columns or named)
     content.classes = known
     content.chosen = chosen_classes(classes, known, str(class_file) if has_class_file else "classes")
     content.kept = _rows_of_split(rows, split, where)
-    used = OWN_COLUMNS if any("labels" in row.cells for row in rows) else (*OWN_COLUMNS, *known)
+    used = (*OWN_COLUMNS, *labels.columns)
     content.unused_columns = [
         name for name in dict.fromkeys(key for row in rows for key in row.cells) if name not in used
     ]
-    _find_ids_and_pictures(content, mask_folder)
+    _find_ids(content, listing)
     _find_masks(content, mask_folder, masks is not False)
-    _check_labels(content, class_file if has_class_file else "classes", allow_empty)
+    _check_labels(content, labels, class_file if has_class_file else "classes", allow_empty, caller)
     return content
 
 
@@ -232,27 +270,29 @@ def _mask_folder(root: Path, masks: str | Path | bool | None) -> Path | None:
     raise DataError(f"mask folder {folder} is not there; give masks= relative to {root}, or False for no masks.")
 
 
-def _find_tables(root: Path, images_folder: Path, table: str | Path | None) -> dict[Path, str | None]:
+def _find_tables(root: Path, images_folder: Path, table: str | Path | None, caller: Caller) -> dict[Path, str | None]:
     """Return the table; or those in subfolders, one in each, with the name of the subfolder; or nothing."""
     if table is not None:
         path = root / table
         if not path.is_file() and Path(table).is_file():
             path = Path(table)
         if not path.is_file():
-            raise DataError(f"table {path} is not there; give table= relative to {root}.")
+            raise DataError(
+                f"table {path} is not there; give its name relative to {root} with {option(caller, 'table')}."
+            )
         return {path: None}
     for folder in dict.fromkeys((root, images_folder)):
-        if found := _tables_in(folder):
+        if found := _tables_in(folder, caller):
             return {found[0]: None}
-    subfolders = sorted(path for path in root.iterdir() if path.is_dir())
-    return {path: folder.name for folder in subfolders for path in _tables_in(folder)}
+    subfolders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return {path: folder.name for folder in subfolders for path in _tables_in(folder, caller)}
 
 
-def _tables_in(folder: Path) -> list[Path]:
-    found = [folder / name for name in TABLE_NAMES if (folder / name).is_file()]
+def _tables_in(folder: Path, caller: Caller) -> list[Path]:
+    found = sorted(path for path in folder.iterdir() if path.name.lower() in TABLE_NAMES and path.is_file())
     if len(found) > 1:
         names = " and ".join(path.name for path in found)
-        raise DataError(f"{folder} holds {names}; say which one has the labels with table=.")
+        raise DataError(f"{folder} holds {names}; say which one has the labels with {option(caller, 'table')}.")
     return found
 
 
@@ -283,58 +323,105 @@ def _folder_of_names(rows: Sequence[Row], tables: Mapping[Path, str | None], ima
     return there[0] if there else images_folder
 
 
-def _rows_of_class_folders(folder: Path, mask_folder: Path | None, split: str | None) -> list[Row]:
-    """Return a row for each picture in `<class>/` or in `<split>/<class>/`, in alphabetical order."""
-    names = sorted(name for name in images_in(folder, mask_folder) if "/" in name)
-    first_parts = {name.partition("/")[0] for name in names}
-    has_splits = bool(first_parts) and (first_parts <= SPLIT_FOLDERS or split in first_parts)
-    rows = []
+def _rows_with_found_images(
+    rows: Sequence[Row], folder: Path, images: ImageFinder, problems: list[Problem]
+) -> list[Row]:
+    """Return the rows with their images' names as the files have them; note images that are missing."""
+    found_rows = []
+    for row in rows:
+        found = images.found(row.file_name)
+        if found is not None and found != row.file_name:
+            row = Row(row.where, found, row.cells)
+        elif found is None and not (folder / row.file_name).is_file():
+            message = f"{row.where} names {row.file_name}, which is not in {folder}; {images.advice(row.file_name)}"
+            problems.append(Problem("missing", row.file_name, message))
+        found_rows.append(row)
+    return found_rows
+
+
+def _rows_of_class_folders(listing: ImageListing, split: str | None, notes: list[str]) -> list[Row]:
+    """Return a row for each image in `<class>/` or in `<split>/<class>/`, in alphabetical order."""
+    names = [name for name in listing.names if "/" in name]
+    has_splits = _are_splits(names, split)
+    rows, without_class = [], []
     for name in names:
         *folders, _ = name.split("/")
         if has_splits and len(folders) < 2:
-            continue  # beside the class folders of a split: no class
+            without_class.append(name)
+            continue
         label = folders[1] if has_splits else folders[0]
-        cells = {"labels": [label], **({"split": folders[0]} if has_splits else {})}
+        cells = {"labels": [tidy_name(label)], **({"split": folders[0]} if has_splits else {})}
         rows.append(Row(f"folder {'/'.join(folders)}", name, cells))
+    if rows and without_class:
+        notes.append(
+            f"{len(without_class):,} images lie in no class folder and are left out: {shown_names(without_class, 3)}"
+        )
     return rows
 
 
-def images_in(folder: Path, excluded: Path | None = None) -> Iterator[str]:
-    """Give the images of a folder by their names in it, without hidden folders, `excluded` and what we wrote."""
-    for place, folders, files in os.walk(folder):
-        if OUTPUT_MARK in files:
-            folders.clear()
-            continue
-        here = Path(place)
-        folders[:] = [name for name in folders if here / name != excluded and not name.startswith(".")]
-        inside = here.relative_to(folder).as_posix()
-        prefix = "" if inside == "." else f"{inside}/"
-        yield from (prefix + name for name in files if f".{name.rpartition('.')[2].lower()}" in IMAGE_SUFFIXES)
+def _are_splits(names: Sequence[str], split: str | None) -> bool:
+    """Return whether the first folders of images are splits, not classes.
+
+    Raises:
+        DataError: one of them may be either: a folder `train` with folders in it, beside folders of images.
+    """
+    inner: dict[str, set[str]] = {}
+    for name in names:
+        first, *rest = name.split("/")
+        inner.setdefault(first, set()).add(folded_name(rest[0]) if len(rest) > 1 else "")
+    if split is not None and folded_name(split) in {folded_name(first) for first in inner}:
+        return True
+    named = [first for first in inner if folded_name(first) in SPLIT_FOLDERS]
+    if not named or len(named) == len(inner):
+        return bool(named)
+    nested = [first for first in named if "" not in inner[first]]
+    others = [first for first in inner if first not in named]
+    if not nested:
+        return False  # a class that is called train, beside other classes
+    shared = set.union(*(inner[first] for first in nested)) & set.union(*(inner[first] for first in others))
+    if shared or len(nested) > 1:
+        return True
+    raise DataError(
+        f"the folder {nested[0]} holds folders as a split does, and {others[0]} beside it does not, so that "
+        f"{nested[0]} may be a split or a class; put class folders into every split, or rename {nested[0]}."
+    )
+
+
+def _first_line(path: Path) -> str:
+    return next((line for line in read_text(path).splitlines() if line.strip()), "")
+
+
+def _refuse_ids_with_background(rows: Sequence[Row], class_file: Path) -> None:
+    """Refuse class ids where the list of classes begins with background, which may or may not be counted."""
+    for row in rows:
+        cell = row.cells.get("labels")
+        if isinstance(cell, list) and any(isinstance(class_id, int) for class_id in cell):
+            raise DataError(
+                f"{row.where} gives class ids and {class_file} begins with background, so that 1 may mean its "
+                "first or its second class; take background out and count classes from 0, or write class names."
+            )
 
 
 def _rows_of_split(rows: Sequence[Row], split: str | None, source: str) -> list[int]:
-    """Return the positions of the rows of `split`."""
+    """Return the positions of the rows of `split`, in whatever case it is written."""
     if split is None:
         return list(range(len(rows)))
     if not all("split" in row.cells for row in rows):
         raise DataError(f"{source} has no column split to look for {split!r} in; add it or pass split=None.")
-    kept = [position for position, row in enumerate(rows) if row.text("split") == split]
+    kept = [position for position, row in enumerate(rows) if folded_name(row.text("split")) == folded_name(split)]
     if not kept:
         found = sorted({row.text("split") for row in rows})
         raise DataError(f"{source} has no row with split {split!r}, found {', '.join(found)}; choose one of them.")
     return kept
 
 
-def _find_ids_and_pictures(content: FolderContent, mask_folder: Path | None) -> None:
-    """Fill in ids; note rows for one image, pictures that are missing, pictures without a row."""
-    folder = content.folder
-    present = set(images_in(folder, mask_folder))
-    by_lower_case = {name.lower(): name for name in present}
+def _find_ids(content: FolderContent, listing: ImageListing) -> None:
+    """Fill in ids; note rows for one image, and images without a row."""
     first_row: dict[str, Row] = {}
     for row in content.rows:
         image_id = row.text("image_id") or without_suffix(row.file_name)
         content.image_ids.append(image_id)
-        earlier = first_row.setdefault(image_id, row)
+        earlier = first_row.setdefault(unicodedata.normalize("NFC", image_id), row)
         if earlier is not row:
             message = (
                 f"{earlier.where} names {earlier.file_name} and {row.where} names {row.file_name}, both with the id "
@@ -342,14 +429,9 @@ def _find_ids_and_pictures(content: FolderContent, mask_folder: Path | None) -> 
                 "or rename a file."
             )
             content.problems.append(Problem("duplicate", row.file_name, message))
-        if row.file_name not in present and not (folder / row.file_name).is_file():
-            hint = by_lower_case.get(row.file_name.lower())
-            advice = f"did you mean {hint!r}?" if hint else "add the file or take out the row."
-            message = f"{row.where} names {row.file_name}, which is not in {folder}; {advice}"
-            content.problems.append(Problem("missing", row.file_name, message))
     named = {row.file_name for row in content.rows}
     named |= {row.text("mask_file_name") for row in content.rows}
-    content.unlisted = sorted(present - named)
+    content.unlisted = [name for name in listing.names if name not in named]
 
 
 def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) -> None:
@@ -375,8 +457,10 @@ def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) 
         content.masks.append(path if path is not None and path.is_file() else None)
 
 
-def _check_labels(content: FolderContent, class_list: Path | str, allow_empty: bool) -> None:
-    """Note names of unknown classes, and rows of the split that name none."""
+def _check_labels(
+    content: FolderContent, labels: RowLabels, class_list: Path | str, allow_empty: bool, caller: Caller
+) -> None:
+    """Note names of unknown classes, and rows of the split that name none and do not say that there is none."""
     known, kept = set(content.classes), set(content.kept)
     bad = {problem.name for problem in content.problems if problem.kind == "labels"}
     for position, (row, names) in enumerate(zip(content.rows, content.names, strict=True)):
@@ -387,9 +471,32 @@ def _check_labels(content: FolderContent, class_list: Path | str, allow_empty: b
                     f"{suggest(name, content.classes)}"
                 )
                 content.problems.append(Problem("labels", row.file_name, message))
-        if not names and position in kept and not allow_empty and row.file_name not in bad:
+        empty = not names and not labels.stated[position] and position in kept
+        if empty and not allow_empty and row.file_name not in bad:
             message = (
-                f"{row.where} ({row.file_name}) names no class, expected one or more; fill it in, take the row out, "
-                "or pass allow_empty=True if the picture really shows none of the classes."
+                f"{row.where} ({row.file_name}) names no class, expected one or more; fill it in, take the row "
+                f"out, or give {option(caller, 'allow_empty')} if empty cells mean that an image shows no class."
             )
             content.problems.append(Problem("unlabelled", row.file_name, message))
+
+
+def notes_on_classes(content: FolderContent) -> list[str]:
+    """Say which classes no image shows, and which all images show."""
+    counts = Counter(name for position in content.kept for name in set(content.names[position]))
+    notes = []
+    if never := [name for name in content.chosen if not counts[name]]:
+        notes.append(f"no image shows {', '.join(map(repr, never[:5]))}{', ...' if len(never) > 5 else ''}.")
+    if note := note_on_contrast(content.chosen, counts, len(content.kept)):
+        notes.append(note)
+    return notes
+
+
+def note_on_contrast(classes: Sequence[str], counts: Mapping[str, int], images: int) -> str | None:
+    """Say which classes all images show, so that nothing tells them from what is around them; None for no class."""
+    always = [name for name in classes if images and counts.get(name, 0) == images]
+    if not always:
+        return None
+    return (
+        f"every image shows {', '.join(map(repr, always))}, so that training cannot tell it from what surrounds it; "
+        "add images that do not show it."
+    )

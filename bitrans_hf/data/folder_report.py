@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from ..labels import BACKGROUND, IGNORE_INDEX
-from .common import DataError, image_size, open_image, open_mask
-from .folder import FolderContent, look_through, shown_names
-from .tables import Problem
+from .common import DataError, folded_name, image_size, open_image, open_mask
+from .folder import FolderContent, look_through, notes_on_classes, shown_names
+from .tables import Caller, Problem
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class FolderReport:
         masks: Images with a mask.
         unused_columns: Columns of the table that mean nothing here.
         problems: Everything that is wrong, in the order of the table.
+        notes: What is no fault and should be known, in sentences: files left out, a class that every image shows.
     """
 
     root: Path
@@ -45,6 +46,7 @@ class FolderReport:
     masks: int
     unused_columns: tuple[str, ...]
     problems: tuple[Problem, ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -66,6 +68,7 @@ class FolderReport:
         yield "  labels for each image: " + ", ".join(f"{k} in {n:,}" for k, n in self.labels_per_image.items())
         if self.unused_columns:
             yield f"  columns without use: {', '.join(self.unused_columns)}"
+        yield from (f"  note: {note}" for note in self.notes)
         kinds: dict[str, list[Problem]] = {}
         for problem in self.problems:
             kinds.setdefault(problem.kind, []).append(problem)
@@ -88,6 +91,7 @@ def check_folder(
     classes: Sequence[str] | None = None,
     separator: str | None = None,
     allow_empty: bool = False,
+    caller: Caller = "python",
     decode: bool = True,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda checked, _: checked,
 ) -> FolderReport:
@@ -102,6 +106,7 @@ def check_folder(
         classes: See there.
         separator: See there.
         allow_empty: See there.
+        caller: See there.
         decode: Open every picture and mask completely. False: read the beginning of each picture, which is much
             faster and misses damage further inside, and touch no mask.
         progress: Wraps the iterator over checked images, given their number.
@@ -109,7 +114,7 @@ def check_folder(
     Raises:
         DataError: there is nothing to report on: no folder, no table, or one that cannot be read as such.
     """
-    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty)
+    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty, caller)
     problems = list(found.problems)
     problems += [
         Problem("unlisted", name, f"{name} has no row in {found.source} and is left out; add one or take it out.")
@@ -129,7 +134,12 @@ def check_folder(
             problems.append(Problem("copy", name, message))
     counts = Counter(name for position in found.kept for name in set(found.names[position]))
     sizes = Counter(len(set(found.names[position]) & set(found.chosen)) for position in found.kept)
-    splits = Counter(row.text("split") for row in found.rows if row.text("split"))
+    spelling: dict[str, str] = {}
+    splits = Counter(
+        spelling.setdefault(folded_name(row.text("split")), row.text("split"))
+        for row in found.rows
+        if row.text("split")
+    )
     return FolderReport(
         root=found.root,
         source=found.source,
@@ -141,6 +151,7 @@ def check_folder(
         masks=sum(found.masks[position] is not None for position in found.kept),
         unused_columns=tuple(found.unused_columns),
         problems=tuple(problems),
+        notes=(*found.notes, *notes_on_classes(found)),
     )
 
 

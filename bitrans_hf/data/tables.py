@@ -4,20 +4,56 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-from .common import DataError, inner_path, read_text, suggest
+from .common import DataError, first_alike, folded_name, inner_path, is_background, read_text, suggest, tidy_name
+from .label_cells import (
+    SEPARATORS,
+    UnclearCellError,
+    is_missing,
+    literal_names,
+    readings_with,
+    separators_in,
+    split_text,
+)
 
 OWN_COLUMNS = ("file_name", "labels", "split", "image_id", "mask_file_name")
 """Columns with a meaning of their own; where there is no column `labels`, every other one is a class."""
 
-_SEPARATORS = (";", "|", ",")
+# What pandas calls the column of row numbers that nobody named.
+_INDEX_COLUMN = re.compile(r"|Unnamed: \d+(?:\.\d+)?|__index_level_\d+__")
+
 _YES_NO = {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False}
+
+Caller: TypeAlias = Literal["python", "check", "masks", "recipe"]
+"""Who is advised: somebody who calls `load_folder`, `bitrans check`, `bitrans masks`, or a stage with a recipe."""
+
+_OPTIONS: Mapping[str, Mapping[Caller, str]] = {
+    "separator": {
+        "python": 'separator="{}"', "check": '--separator "{}"', "masks": '--separator "{}"',
+        "recipe": '--data.separator "{}"',
+    },
+    "allow_empty": {
+        "python": "allow_empty=True", "check": "--allow-empty", "recipe": "--data.allow_empty true",
+    },
+    "table": {"python": "table=", "check": "--labels", "masks": "--labels", "recipe": "--data.table"},
+    "every problem": {
+        "python": "check_folder lists all", "check": "bitrans check lists all", "masks": "bitrans check lists all",
+        "recipe": "bitrans check lists all",
+    },
+}  # fmt: skip
+
+
+def option(caller: Caller, name: str, value: str = "") -> str:
+    """Return an option of `load_folder` as the caller writes it: `separator=";"` or `--separator ";"`."""
+    return _OPTIONS[name][caller].replace("{}", "\\n" if value == "\n" else value)
 
 
 @dataclass(frozen=True)
@@ -71,7 +107,12 @@ def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
     if path.suffix.lower() not in readers:
         raise DataError(f"table {path} ends in {path.suffix!r}, expected one of {', '.join(readers)}; convert it.")
     rows: list[Row] = []
-    for where, cells in readers[path.suffix.lower()](path, problems):
+    columns: dict[tuple[str, ...], dict[str, str]] = {}
+    for where, written in readers[path.suffix.lower()](path, problems):
+        keys = tuple(written)
+        if keys not in columns:
+            columns[keys] = _tidy_columns(keys, path)
+        cells = {column: written[name] for column, name in columns[keys].items()}
         name = cells.get("file_name")
         if not isinstance(name, str) or not name.strip():
             has = "an empty file_name" if "file_name" in cells else f"the columns {', '.join(map(str, cells))}"
@@ -87,19 +128,51 @@ def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
     return rows
 
 
-def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
-    text = read_text(path)
-    header = text.partition("\n")[0]
-    # Spreadsheets write semicolons or tabs in many countries; the header tells, since column names hold neither.
-    delimiter = max(",;\t", key=header.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
-    columns = [name.strip() for name in next(reader, [])]
-    repeated = [name for name, count in Counter(columns).items() if count > 1]
+def _tidy_columns(written: Sequence[str], path: Path) -> dict[str, str]:
+    """Return the columns of a row and how they are written; columns of row numbers are left out.
+
+    Raises:
+        DataError: a column is there twice, or two look alike.
+    """
+    own = {folded_name(name): name for name in OWN_COLUMNS}
+    columns = [(own.get(folded_name(str(name)), tidy_name(str(name))), name) for name in written]
+    columns = [(column, name) for column, name in columns if not _INDEX_COLUMN.fullmatch(column)]
+    names = [column for column, _ in columns]
+    repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise DataError(f"{path} has the column {repeated[0]!r} more than once; rename one of them.")
+    if pair := first_alike(names):
+        raise DataError(f"{path} has the columns {pair[0]!r} and {pair[1]!r}, which look alike; rename one of them.")
+    return dict(columns)
+
+
+def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        yield from _csv_rows(path, problems)
+    except csv.Error as error:
+        raise DataError(f"{path} cannot be read as CSV ({error}); is a quote not closed?") from error
+
+
+def _csv_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+    text = read_text(path)
+    header = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
+    # Spreadsheets write semicolons or tabs in many countries; the header tells, since column names hold neither.
+    delimiter = max(",;\t|", key=header.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    header_cells = next(reader, [])
+    columns = [f"Unnamed: {place}" if not tidy_name(name) else name for place, name in enumerate(header_cells)]
+    if len(set(columns)) < len(columns):
+        repeated = [name.strip() for name, count in Counter(columns).items() if count > 1]
+        raise DataError(f"{path} has the column {repeated[0]!r} more than once; rename one of them.")
+    last_line = reader.line_num
     for cells in reader:
         where = f"{path.name} line {reader.line_num}"
+        lines, last_line = reader.line_num - last_line, reader.line_num
         if not any(cell.strip() for cell in cells):
+            continue
+        if lines > 1 and text.count('"') % 2:
+            message = f"{path.name} line {last_line - lines + 1} has a quote that is not closed; close or remove it."
+            problems.append(Problem("table", where, message))
             continue
         if len(cells) != len(columns):
             message = (
@@ -144,10 +217,35 @@ def _read_parquet(path: Path, problems: list[Problem]) -> Iterator[tuple[str, di
 # ---- Labels.
 
 
-def class_names_of_rows(
-    rows: Sequence[Row], known: Sequence[str] | None, separator: str | None, source: str, problems: list[Problem]
-) -> list[list[str]]:
-    """Return the class names that each row gives, in its own order; cells that give none are added to `problems`.
+@dataclass
+class RowLabels:
+    """What the rows of a table say, in their order.
+
+    Attributes:
+        names: Class names of each row, in its own order.
+        stated: Whether a row that names no class says so: by zeros, an empty list or background, not by an empty cell.
+        notes: What was found and is no fault, in sentences.
+        columns: 0/1 columns of classes; empty where a column `labels` gives them.
+    """
+
+    names: list[list[str]] = field(default_factory=list)
+    stated: list[bool] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+
+
+def labels_of_rows(
+    rows: Sequence[Row],
+    known: Sequence[str] | None,
+    separator: str | None,
+    source: str,
+    problems: list[Problem],
+    caller: Caller = "python",
+) -> RowLabels:
+    """Return the class names that each row gives; cells that give none are added to `problems`.
+
+    Names are in their one form, in the spelling of `known` where that is given. Background, which is no class, is
+    left out.
 
     Args:
         rows: One or more.
@@ -155,79 +253,285 @@ def class_names_of_rows(
         separator: Between the names in a text; None to find it out.
         source: The table in words.
         problems: Is added to.
+        caller: Whose options the advice names.
 
     Raises:
-        DataError: separators contradict each other, or columns fit neither way of giving labels.
+        DataError: it is not clear what separates names, or columns fit neither way of giving labels.
     """
+    found = RowLabels()
     if any("labels" in row.cells for row in rows):
-        texts = [row for row in rows if isinstance(row.cells.get("labels"), str)]
-        separator = separator or _find_separator(texts, known or (), source)
-        return [_names_in_cell(row, separator, known, problems) for row in rows]
-    columns = [name for name in rows[0].cells if name not in OWN_COLUMNS]
-    if known is None:
-        known = columns
-    absent = [name for name in known if name not in columns]
-    if absent or not known:
+        _read_cells(found, rows, known, separator, source, problems, caller)
+    else:
+        _read_columns(found, rows, known, source, problems)
+    background = 0
+    for position, names in enumerate(found.names):
+        objects = [name for name in names if not is_background(name)]
+        if len(objects) < len(names):
+            background += 1
+            found.names[position], found.stated[position] = objects, True
+    if background:
+        found.notes.append(
+            f"{background:,} rows name background, which is no class; a row that names nothing else shows no class."
+        )
+    return found
+
+
+def _read_columns(
+    found: RowLabels, rows: Sequence[Row], known: Sequence[str] | None, source: str, problems: list[Problem]
+) -> None:
+    """Read one 0/1 column for each class."""
+    columns = [name for name in dict.fromkeys(name for row in rows for name in row.cells) if name not in OWN_COLUMNS]
+    if backgrounds := [name for name in columns if is_background(name)]:
+        columns = [name for name in columns if name not in backgrounds]
+        found.notes.append(f"the column {backgrounds[0]!r} is left out: background is no class.")
+    by_fold = {folded_name(name): name for name in columns}
+    wanted = columns if known is None else known
+    absent = [name for name in wanted if folded_name(name) not in by_fold]
+    if absent or not wanted:
         raise DataError(
             f"{source} has the columns {', '.join(rows[0].cells)}, expected a column labels or a 0/1 column for each "
             "class" + (f"; the class {absent[0]!r} has none." if absent else "; add one.")
         )
-    unknown = [name for name in columns if name not in known]
+    column_of = {name: by_fold[folded_name(name)] for name in wanted}
+    unknown = [name for name in columns if name not in column_of.values()]
     if unknown:
         raise DataError(
             f"{source} has the column {unknown[0]!r} ({len(unknown)} such columns), which is neither a class nor "
-            f"one of {', '.join(OWN_COLUMNS)}: {suggest(unknown[0], [*known, *OWN_COLUMNS])}"
+            f"one of {', '.join(OWN_COLUMNS)}: {suggest(unknown[0], [*wanted, *OWN_COLUMNS])}"
         )
-    for name in known:  # before all rows are refused for one column that means something else
-        if _is_yes(rows[0], name) is None:
-            raise DataError(_no_yes_or_no(rows[0], name))
-    return [_names_in_columns(row, known, problems) for row in rows]
-
-
-def _find_separator(rows: Sequence[Row], known: Sequence[str], source: str) -> str:
-    """Return the separator that the texts use; a text that is a known class as a whole says nothing."""
-    used: dict[str, Row] = {}
+    for column in column_of.values():  # before all rows are refused for one column that means something else
+        if _is_yes(rows[0], column) is None:
+            raise DataError(_no_yes_or_no(rows[0], column))
+    found.columns = list(column_of.values())
     for row in rows:
-        text = row.cells["labels"]
-        if text.strip() not in known:
-            for candidate in _SEPARATORS:
-                if candidate in text:
-                    used.setdefault(candidate, row)
+        answers = {name: _is_yes(row, column) for name, column in column_of.items()}
+        problems += [
+            Problem("labels", row.file_name, _no_yes_or_no(row, column_of[name]))
+            for name, yes in answers.items()
+            if yes is None
+        ]
+        found.names.append([name for name, yes in answers.items() if yes])
+        found.stated.append(True)
+
+
+def _read_cells(
+    found: RowLabels,
+    rows: Sequence[Row],
+    known: Sequence[str] | None,
+    separator: str | None,
+    source: str,
+    problems: list[Problem],
+    caller: Caller,
+) -> None:
+    """Read a column of names: texts, lists and objects."""
+    by_fold = {folded_name(name): name for name in known or ()}
+    texts: list[tuple[int, Row, str]] = []
+    for position, row in enumerate(rows):
+        cell = row.cells.get("labels")
+        names: list[str] = []
+        if isinstance(cell, str) and folded_name(cell) in by_fold:
+            names = [by_fold[folded_name(cell)]]
+        elif not is_missing(cell):
+            try:
+                values = literal_names(cell)
+            except UnclearCellError as error:
+                message = (
+                    f"{row.where} ({row.file_name}) has the labels {_shown(cell)}, expected class names as text or "
+                    f'as a list of texts, but {error}; write names with a separator ("dog;person"), or a list '
+                    '(["dog", "person"]).'
+                )
+                problems.append(Problem("labels", row.file_name, message))
+            else:
+                if values is None:
+                    texts.append((position, row, str(cell)))
+                else:
+                    names = _names_of_values(values, row, known, by_fold, problems)
+        found.names.append(names)
+        found.stated.append(not is_missing(cell) and cell != {} and cell != "{}")
+    split = _texts_of_known if by_fold else _texts_of_unknown
+    for (position, _, _), names in zip(
+        texts, split(found, texts, by_fold, separator, source, problems, caller), strict=True
+    ):
+        found.names[position] = names
+    _report_alike(found.names, rows, problems)
+
+
+def _shown(cell: Any) -> str:
+    shown = repr(cell)
+    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+
+
+def _names_of_values(
+    values: Sequence[str | int],
+    row: Row,
+    known: Sequence[str] | None,
+    by_fold: Mapping[str, str],
+    problems: list[Problem],
+) -> list[str]:
+    """Return the names of a list: as they are written or as `known` writes them, or those of class ids."""
+    ids = [value for value in values if isinstance(value, int)]
+    if not ids:
+        return [by_fold.get(folded_name(name), name) for name in map(str, values)]
+    has = f"{row.where} ({row.file_name}) has the labels {_shown(row.cells['labels'])}, expected "
+    if known is None:
+        what = "class names as text or as a list of texts; write names, or say with classes.txt what the numbers mean."
+    elif not all(0 <= class_id < len(known) for class_id in ids):
+        what = f"class ids from 0 to {len(known) - 1}; background has none."
+    elif len(ids) == len(known) > len(set(ids)) and set(ids) <= {0, 1}:
+        what = "class ids, each once, but it looks like a 0/1 vector; write class names."
+    else:
+        return [known[class_id] for class_id in ids]
+    problems.append(Problem("labels", row.file_name, has + what))
+    return []
+
+
+_Texts: TypeAlias = Sequence[tuple[int, Row, str]]
+
+
+def _texts_of_known(
+    found: RowLabels,
+    texts: _Texts,
+    known: Mapping[str, str],
+    separator: str | None,
+    source: str,
+    problems: list[Problem],
+    caller: Caller,
+) -> list[list[str]]:
+    """Return the names in texts that known classes and separators make up; `known` is folded name -> name."""
+    if separator is not None:
+        return [_spelled(split_text(text, separator), known) for _, _, text in texts]
+    whole: dict[str, list[list[str]]] = {}
+    for candidate in (*SEPARATORS, " "):
+        read = [split_text(text, candidate) for _, _, text in texts]
+        if all(folded_name(name) in known or is_background(name) for names in read for name in names):
+            whole[candidate] = [_spelled(names, known) for names in read]
+    if whole:
+        (first, read), *others = whole.items()
+        for second, other in others:
+            if read != other:
+                place = next(place for place in range(len(read)) if read[place] != other[place])
+                _, row, text = texts[place]
+                raise DataError(
+                    f"{row.where} of {source} has the labels {text!r}, which may be read as "
+                    f"{' and '.join(map(repr, read[place]))} or as {' and '.join(map(repr, other[place]))}; say what "
+                    f"separates names: {option(caller, 'separator', first)} or "
+                    f"{option(caller, 'separator', second)}."
+                )
+        return read
+    usual = max(SEPARATORS, key=lambda sign: sum(sign in text for _, _, text in texts))
+    names_of_texts = []
+    for _, row, text in texts:
+        readings = readings_with(text, known, SEPARATORS) or readings_with(text, known, (*SEPARATORS, " "))
+        if len(readings) > 1:
+            message = (
+                f"{row.where} ({row.file_name}) has the labels {text!r}, which may be read as "
+                f"{' and '.join(map(repr, readings[0]))} or as {' and '.join(map(repr, readings[1]))}; separate names "
+                "by semicolons, or write a list."
+            )
+            problems.append(Problem("labels", row.file_name, message))
+        names_of_texts.append(readings[0] if readings else _spelled(split_text(text, usual), known))
+    return names_of_texts
+
+
+def _spelled(names: Sequence[str], known: Mapping[str, str]) -> list[str]:
+    return [known.get(folded_name(name), name) for name in names]
+
+
+def _texts_of_unknown(
+    found: RowLabels,
+    texts: _Texts,
+    known: Mapping[str, str],
+    separator: str | None,
+    source: str,
+    problems: list[Problem],
+    caller: Caller,
+) -> list[list[str]]:
+    """Return the names in texts of which only the separator tells where one ends."""
+    used: dict[str, Row] = {}
+    if separator is None:
+        for _, row, text in texts:
+            for candidate in separators_in(text):
+                used.setdefault(candidate, row)
     if len(used) > 1:
         (first, first_row), (second, second_row) = list(used.items())[:2]
         raise DataError(
-            f"the labels of {source} hold both {first!r} ({first_row.where}) and {second!r} ({second_row.where}); "
-            "say with separator= which one stands between class names."
+            f"the labels of {source} hold both {first!r} ({first_row.where}) and {second!r} ({second_row.where}); say "
+            f"which one stands between class names with {option(caller, 'separator', first)}, or list the classes in "
+            "classes.txt, one on each line."
         )
-    return next(iter(used), ";")
+    chosen = separator or next(iter(used), ";")
+    read = [split_text(text, chosen) for _, _, text in texts]
+    if separator is None and not used:
+        _refuse_unclear_blanks(read, texts, source, caller)
+    if separator is None and chosen == ",":
+        _refuse_unclear_commas(found, read, texts, source, caller)
+    return read
 
 
-def _names_in_cell(row: Row, separator: str, known: Sequence[str] | None, problems: list[Problem]) -> list[str]:
-    cell = row.cells.get("labels")
-    if cell is None:
-        return []
-    if isinstance(cell, str):
-        return [name.strip() for name in cell.split(separator) if name.strip()]
-    if isinstance(cell, list) and all(isinstance(name, str) for name in cell):
-        return [name.strip() for name in cell if name.strip()]
-    has = f"{row.where} ({row.file_name}) has the labels {cell!r}, expected "
-    if not isinstance(cell, list) or not all(isinstance(class_id, int) for class_id in cell) or known is None:
-        what = "class names as text or as a list of texts; write names, or say with classes.txt what the numbers mean."
-        problems.append(Problem("labels", row.file_name, has + what))
-        return []
-    if not all(0 <= class_id < len(known) for class_id in cell):
-        what = f"class ids from 0 to {len(known) - 1}; background has none."
-        problems.append(Problem("labels", row.file_name, has + what))
-        return []
-    return [known[class_id] for class_id in cell]
+def _refuse_unclear_blanks(read: Sequence[Sequence[str]], texts: _Texts, source: str, caller: Caller) -> None:
+    """Refuse texts such as "haze primary" beside "haze": the blanks may separate names or belong to them."""
+    places: dict[str, Row] = {}
+    for (_, row, _), names in zip(texts, read, strict=True):
+        for name in names:
+            places.setdefault(name, row)
+    words = {word for name in places for word in name.split()}
+    single = {folded_name(name) for name in places}
+    for name, row in places.items():
+        parts = name.split()
+        alone = [word for word in parts if folded_name(word) in single]
+        if len(parts) > 1 and (alone or len(places) > len(words)):
+            beside = f" and elsewhere {alone[0]!r} alone" if alone else ""
+            ways = f"{option(caller, 'separator', ' ')} or {option(caller, 'separator', ';')}"
+            raise DataError(
+                f"{row.where} of {source} has the labels {name!r}{beside}, so that blanks may separate class "
+                f"names or belong to them; say which: {ways}, or list the classes in "
+                " classes.txt, one on each line."
+            )
 
 
-def _names_in_columns(row: Row, known: Sequence[str], problems: list[Problem]) -> list[str]:
-    answers = {name: _is_yes(row, name) for name in known}
-    problems += [
-        Problem("labels", row.file_name, _no_yes_or_no(row, name)) for name, yes in answers.items() if yes is None
-    ]
-    return [name for name, yes in answers.items() if yes]
+def _refuse_unclear_commas(
+    found: RowLabels, read: Sequence[Sequence[str]], texts: _Texts, source: str, caller: Caller
+) -> None:
+    """Refuse texts such as "salt, coarse" whose pieces never occur apart: the commas may belong to a name."""
+    rows_of: dict[str, set[int]] = {}
+    for place, names in enumerate(read):
+        for name in names:
+            rows_of.setdefault(name, set()).add(place)
+    one_way = ""
+    for place, names in enumerate(read):
+        for first, second in itertools.pairwise(names):
+            if first != second and rows_of[first] == rows_of[second]:
+                raise DataError(
+                    f"{texts[place][1].where} of {source} has the labels {texts[place][2]!r}, and {first!r} and "
+                    f"{second!r} never occur apart, so that the comma may belong to a name; say which: "
+                    f"{option(caller, 'separator', ',')} or {option(caller, 'separator', ';')}, or list the classes "
+                    "in classes.txt, one on each line."
+                )
+            if rows_of[second] < rows_of[first] and not one_way:
+                one_way = (
+                    f"labels are cut at commas, and {second!r} never occurs without {first!r}; if a comma belongs to "
+                    "a name, list the classes in classes.txt, one on each line."
+                )
+    if one_way:
+        found.notes.append(one_way)
+
+
+def _report_alike(names_of_rows: Sequence[Sequence[str]], rows: Sequence[Row], problems: list[Problem]) -> None:
+    """Note class names that look alike and are not the same, once for each spelling."""
+    first_of: dict[str, tuple[str, Row]] = {}
+    seen: set[str] = set()
+    for names, row in zip(names_of_rows, rows, strict=True):
+        for name in names:
+            if name in seen:
+                continue
+            seen.add(name)
+            other, other_row = first_of.setdefault(folded_name(name), (name, row))
+            if other != name:
+                message = (
+                    f"{other_row.where} names the class {other!r} and {row.where} names {name!r}, which look alike; "
+                    "write one spelling everywhere, or list the classes in classes.txt, one on each line."
+                )
+                problems.append(Problem("labels", row.file_name, message))
 
 
 def _is_yes(row: Row, column: str) -> bool | None:

@@ -1,0 +1,190 @@
+"""Which files of a folder are images: one answer for loaders, `bitrans check` and `bitrans masks`."""
+
+from __future__ import annotations
+
+import functools
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, features
+
+from ..files import OUTPUT_MARK
+
+# Formats that Pillow only stands in for, or opens by another program: films, tables, drawings.
+_NO_PHOTOS = frozenset({"BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"})
+
+_LIBRARIES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "MPO": "jpg", "PNG": "zlib", "WEBP": "webp"}
+"""Format -> what Pillow must have been built with to read it."""
+
+_OTHER_SUFFIXES = frozenset(
+    {".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".exr", ".hdr", ".svg", ".svgz", ".dcm", ".nii", ".djvu"}
+    | {".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}
+)
+"""Images that Pillow does not read, unless a plug-in has been registered."""
+
+_FOREIGN_FOLDERS = frozenset(
+    {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
+)
+"""Folders that archives, disks and file servers leave behind, in lower case."""
+
+_RECORDS = frozenset({OUTPUT_MARK, "masks.json", "recipe.json"})
+"""What this package writes, and wrote before it had the mark, beside results: such images are not the user's."""
+
+
+@dataclass
+class ImageListing:
+    """The images in a folder and its subfolders.
+
+    Attributes:
+        names: Paths relative to the folder, with forward slashes, in alphabetical order.
+        unreadable_types: Those of images whose type cannot be read here.
+        results: Subfolders left out because they hold results of this package.
+    """
+
+    names: list[str] = field(default_factory=list)
+    unreadable_types: list[str] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+
+    def left_out(self) -> list[str]:
+        """Return a sentence for each kind of thing that was left out."""
+        said = []
+        if self.unreadable_types:
+            kinds = Counter(suffix_of(name) for name in self.unreadable_types)
+            counts = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(kinds.items()))
+            said.append(
+                f"{counts}: images of types that cannot be read here are left out, first {self.unreadable_types[0]}; "
+                "convert them to JPEG or PNG."
+            )
+        if self.results:
+            said.append(f"{', '.join(self.results)}: left out, since it holds results of this package.")
+        return said
+
+
+def suffix_of(name: str) -> str:
+    """Return what follows the last dot of a file name, with the dot and in lower case; "" where there is none."""
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122 - making 100,000 paths takes a second
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of images that this Pillow reads, with registered plug-ins: ".jpg" and others."""
+    Image.init()
+    readable = {
+        suffix
+        for suffix, kind in Image.registered_extensions().items()
+        if (kind in Image.OPEN or kind == "MPO") and kind not in _NO_PHOTOS
+        if kind not in _LIBRARIES or features.check(_LIBRARIES[kind])
+    }
+    return frozenset(readable)
+
+
+@functools.cache
+def unreadable_suffixes() -> frozenset[str]:
+    """Return the suffixes of images that this Pillow cannot read."""
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _LIBRARIES}
+    return (_OTHER_SUFFIXES | known) - image_suffixes()
+
+
+def list_images(folder: Path, *, excluded: Collection[Path | None] = ()) -> ImageListing:
+    """List the images in a folder and its subfolders, links to folders included.
+
+    Hidden files and folders are left out, and so are the folders that archives, disks and file servers add, results of
+    this package, and a folder that is reached a second time by a link.
+
+    Args:
+        folder: To look through.
+        excluded: Folders inside it to leave out.
+    """
+    listing = ImageListing()
+    readable, other = image_suffixes(), unreadable_suffixes()
+    root = folder.resolve()
+    left_out = {path.resolve() for path in excluded if path is not None}
+    seen: set[Path] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        here = Path(place)
+        inside = here.relative_to(folder).as_posix()
+        if inside != "." and not _RECORDS.isdisjoint(files):
+            listing.results.append(inside)
+            folders.clear()
+            continue
+        folders[:] = [
+            name
+            for name in sorted(folders)
+            if not name.startswith(".") and name.lower() not in _FOREIGN_FOLDERS
+            if not (here / name).is_symlink() or _leads_elsewhere((here / name).resolve(), root, seen)
+            if not left_out or (here / name).resolve() not in left_out
+        ]
+        prefix = "" if inside == "." else f"{inside}/"
+        for name in files:
+            if not name.startswith("."):
+                suffix = suffix_of(name)
+                if suffix in readable:
+                    listing.names.append(prefix + name)
+                elif suffix in other:
+                    listing.unreadable_types.append(prefix + name)
+    listing.names.sort()
+    listing.unreadable_types.sort()
+    return listing
+
+
+def _leads_elsewhere(target: Path, root: Path, seen: set[Path]) -> bool:
+    """Return whether a link leads to a folder that is not looked through without it, and note the folder."""
+    if target in seen or target.is_relative_to(root) or root.is_relative_to(target):
+        return False
+    seen.add(target)
+    return True
+
+
+class ImageFinder:
+    """Finds the file that a table means by a name.
+
+    Args:
+        names: The images that are there.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names = frozenset(names)
+        self._by_spelling = _grouped(names, _spelling)
+        self._by_case = _grouped(names, lambda name: _spelling(name).casefold())
+        self._by_stem = _grouped(names, lambda name: _spelling(_stem(name)))
+
+    def found(self, name: str) -> str | None:
+        """Return the one image that `name` means, in the spelling of its file, or None.
+
+        Unicode forms and blanks make no difference, and a name without the suffix of an image means the image with
+        that stem.
+        """
+        if name in self.names:
+            return name
+        candidates = self._by_spelling.get(_spelling(name), ())
+        if not candidates and suffix_of(name) not in image_suffixes():
+            candidates = self._by_stem.get(_spelling(name), ())
+        return candidates[0] if len(candidates) == 1 else None
+
+    def advice(self, name: str) -> str:
+        """Return what to do about a name that means no image, or several."""
+        stem = _spelling(_stem(name) if suffix_of(name) in image_suffixes() else name)
+        for group in (self._by_spelling.get(_spelling(name), ()), self._by_stem.get(stem, ())):
+            if len(group) > 1:
+                return f"there are {group[0]} and {group[1]}; write which one is meant."
+        alike = (*self._by_case.get(_spelling(name).casefold(), ()), *self._by_stem.get(stem, ()))
+        return f"did you mean {alike[0]!r}?" if alike else "add the file or take out the row."
+
+
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]  # noqa: PTH122
+
+
+def _spelling(name: str) -> str:
+    return "/".join(" ".join(part.split()) for part in unicodedata.normalize("NFC", name).split("/"))
+
+
+def _grouped(names: Sequence[str], key: Callable[[str], str]) -> Mapping[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(key(name), []).append(name)
+    return groups
