@@ -644,3 +644,173 @@ def test_colours_between_classes_are_refused_with_their_place(tmp_path: Path) ->
     PILImage.fromarray(pixels).save(tmp_path / "m.png")
     with pytest.raises(DataError, match=r"m\.png has the colour \(9, 9, 9\) at row 2, column 1, expected one of 2"):
         colours_to_ids(tmp_path / "m.png", [(0, 0, 0), (255, 255, 255)])
+
+
+# ---- What people's tables and folders look like.
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes", "expected"),
+    [
+        (("\"['dog', 'person']\"", "['cat']"), None, [["dog", "person"], ["cat"]]),
+        (('"{""choices"": [""dog"", ""person""]}"', "cat"), None, [["dog", "person"], ["cat"]]),
+        (
+            ('"salt, coarse;bread"', '"salt, coarse"'),
+            "bread\nsalt, coarse\n",
+            [["bread", "salt, coarse"], ["salt, coarse"]],
+        ),
+        (('"salt, coarse,bread"', "bread"), "bread\nsalt, coarse\n", [["bread", "salt, coarse"], ["bread"]]),
+        (
+            ("haze primary", "traffic light haze"),
+            "haze\nprimary\ntraffic light\n",
+            [["haze", "primary"], ["haze", "traffic light"]],
+        ),
+        (("'cat';'dog'", '"""cat"""'), None, [["cat", "dog"], ["cat"]]),
+        (("polar\u00a0 bear ", "polar bear;cafe\u0301"), None, [["polar bear"], ["caf\u00e9", "polar bear"]]),
+        (("Cat;DOG", "cat"), "cat\ndog\n", [["cat", "dog"], ["cat"]]),
+        (("Background", "cat;background"), None, [[], ["cat"]]),
+    ],
+)
+def test_labels_are_read_as_their_writer_meant_them(
+    make_folder: MakeFolder, cells: tuple[str, str], classes: str | None, expected: list[list[str]]
+) -> None:
+    root = make_folder(f"file_name,labels\na.png,{cells[0]}\nb.png,{cells[1]}\n", classes=classes)
+    assert [sorted(names) for names in names_of(load_folder(root))] == expected
+
+
+@pytest.mark.parametrize(
+    ("cells", "classes", "message"),
+    [
+        (
+            ("haze primary", "haze"),
+            None,
+            r"'haze primary' and elsewhere 'haze' alone, .*separator=\" \" or separator=\";\"",
+        ),
+        (
+            ('"salt, coarse"', "bread"),
+            None,
+            r"never occur apart, .*separator=\",\" or separator=\";\", or list the classes",
+        ),
+        (("Dog", "dog"), None, r"line 2 names the class 'Dog' and labels.csv line 3 names 'dog', which look alike"),
+        (("['dog'", "cat"), None, "but it is no complete list or object"),
+        (('"a,b"', "a;b"), None, r"hold both ';' .* and ',' .* with separator=\";\""),
+        (('"a,b"', "c"), "a\nb\nc\na,b\n", None),
+        (('"a,b,a"', "c"), "a\nb\nc\na,b\n", None),
+        (("nan", "cat"), None, r"line 2 \(a.png\) names no class, .* allow_empty=True"),
+    ],
+)
+def test_labels_that_may_mean_two_things_are_a_named_problem(
+    make_folder: MakeFolder, cells: tuple[str, str], classes: str | None, message: str | None
+) -> None:
+    root = make_folder(f"file_name,labels\na.png,{cells[0]}\nb.png,{cells[1]}\n", classes=classes)
+    if message is None:  # the whole cell is a class: there is one reading
+        assert names_of(load_folder(root))[0] == (["a,b"] if cells[0] == '"a,b"' else ["a", "b"])
+        return
+    with pytest.raises(DataError, match=message):
+        load_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("caller", "advice"),
+    [("check", '--separator ";"'), ("masks", '--separator ";"'), ("recipe", '--data.separator ";"')],
+)
+def test_advice_names_an_option_that_the_caller_has(make_folder: MakeFolder, caller: Any, advice: str) -> None:
+    root = make_folder('file_name,labels\na.png,"cat,dog"\nb.png,cat;dog\n')
+    with pytest.raises(DataError, match=re.escape(advice)):
+        check_folder(root, caller=caller)
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        ",file_name,labels\n0,a.png,cat\n1,b.png,cat;dog\n",
+        "Unnamed: 0,File_Name,Labels\n0,a.png,cat\n1,b.png,cat;dog\n",
+        "file_name,cat,dog,,\na.png,1,0,,\nb.png,1,1,,\n",
+        ",file_name,background,cat,dog\n0,a.png,1,1,0\n1,b.png,0,1,1\n",
+        'file_name;"cat";dog\na.png;1;0\nb.png;1;1\n',
+        "file_name,labels\na,cat\nB.PNG,cat;dog\n".replace("B.PNG", "b"),
+        "file_name|labels\na.png|cat\nb.png|cat;dog\n",
+    ],
+)
+def test_columns_and_names_that_tools_add_or_leave_out_change_nothing(make_folder: MakeFolder, table: str) -> None:
+    dataset = load_folder(make_folder(table))
+    assert class_names(dataset) == ["cat", "dog"]
+    assert dataset["image_id"][:] == ["a", "b"]
+    assert dataset["labels"][:] == [[0], [0, 1]]
+
+
+def test_file_names_in_two_unicode_forms_are_one_file(tmp_path: Path) -> None:
+    save_picture(tmp_path / "images" / "cafe\u0301.png")
+    (tmp_path / "labels.csv").write_text("file_name,labels\ncaf\u00e9.png,cup\n", encoding="utf-8")
+    assert load_folder(tmp_path)["image"][0]["path"].endswith("cafe\u0301.png")
+
+
+def test_a_name_without_suffix_that_fits_two_images_is_a_named_problem(make_folder: MakeFolder) -> None:
+    root = make_folder("file_name,labels\na,cat\n", pictures=("a.png", "a.jpg"))
+    with pytest.raises(DataError, match=r"names a, .* there are a\.jpg and a\.png; write which one is meant"):
+        load_folder(root)
+
+
+def test_a_row_of_zeros_is_a_statement_and_an_empty_cell_an_omission(make_folder: MakeFolder) -> None:
+    root = make_folder("file_name,crack\na.png,1\nb.png,0\n")
+    assert load_folder(root)["labels"][:] == [[0], []]
+    assert check_folder(root).labels_per_image == {0: 1, 1: 1}
+    (root / "labels.csv").write_text("file_name,labels\na.png,crack\nb.png,[]\n")
+    assert load_folder(root)["labels"][:] == [[0], []]
+    (root / "labels.csv").write_text("file_name,labels\na.png,crack\nb.png,\n")
+    save_picture(root / "images/b.png", (4, 4))  # another file than a.png
+    assert [problem.kind for problem in check_folder(root, caller="check").problems] == ["unlabelled"]
+    assert "--allow-empty" in str(check_folder(root, caller="check"))
+    assert check_folder(root, allow_empty=True).ok
+
+
+def test_class_ids_are_refused_where_the_list_begins_with_background(make_folder: MakeFolder) -> None:
+    row = json.dumps({"file_name": "a.png", "labels": [1]})
+    root = make_folder(row, "labels.jsonl", classes="background\ncat\ndog\n")
+    with pytest.raises(DataError, match="begins with background, so that 1 may mean its first or its second class"):
+        load_folder(root)
+    (root / "labels.jsonl").write_text(row.replace("[1]", '["dog"]'))
+    dataset = load_folder(root)
+    assert class_names(dataset) == ["cat", "dog"]
+    assert names_of(dataset) == [["dog"]]
+    assert any("begins with background" in note for note in check_folder(root).notes)
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "expected"),
+    [
+        (
+            ("Train/dog/a.png", "Train/cat/b.png", "Test/dog/c.png"),
+            "train",
+            {"Train/dog/a": "dog", "Train/cat/b": "cat"},
+        ),
+        (("train/dog/a.png", "unlabeled/dog/c.png"), None, {"train/dog/a": "dog", "unlabeled/dog/c": "dog"}),
+        (("train/dog/a.png", "pool/Dog/c.png"), None, {"train/dog/a": "dog", "pool/Dog/c": "Dog"}),
+        (("train/dog/a.png", "val/cat/b.png", "rest/c.png"), None, {"train/dog/a": "dog", "val/cat/b": "cat"}),
+        (("train/a.png", "bus/b.png"), None, {"train/a": "train", "bus/b": "bus"}),
+    ],
+)
+def test_folders_of_splits_are_no_classes(
+    tmp_path: Path, files: tuple[str, ...], split: str | None, expected: dict[str, str]
+) -> None:
+    for name in files:
+        save_picture(tmp_path / name)
+    if "pool/Dog/c" in expected:  # one class in two spellings
+        with pytest.raises(DataError, match="look alike"):
+            load_folder(tmp_path, split=split)
+        return
+    dataset = load_folder(tmp_path, split=split)
+    assert dict(zip(dataset["image_id"], (names[0] for names in names_of(dataset)), strict=True)) == expected
+
+
+def test_a_folder_that_may_be_a_split_or_a_class_is_refused(tmp_path: Path) -> None:
+    for name in ("train/steam/a.png", "bus/b.png"):
+        save_picture(tmp_path / name)
+    with pytest.raises(DataError, match="the folder train holds folders as a split does, and bus beside it does not"):
+        load_folder(tmp_path)
+
+
+def test_an_unclosed_quote_is_named_with_its_line(make_folder: MakeFolder) -> None:
+    root = make_folder('file_name,labels\na.png,"cat\nb.png,dog\n')
+    with pytest.raises(DataError, match=r"labels\.csv line 2 has a quote that is not closed"):
+        load_folder(root)

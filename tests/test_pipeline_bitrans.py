@@ -211,6 +211,18 @@ def test_a_data_set_is_read_row_by_row_with_its_labels():
         assert_same(ours, theirs)
 
 
+@pytest.mark.parametrize("feature", [datasets.ClassLabel(names=["horse", "cat"]), datasets.Value("string")])
+def test_one_label_for_each_row_is_read_as_imagefolder_gives_it(feature: Any):
+    labels = [1, 0, -1] if isinstance(feature, datasets.ClassLabel) else ["cat", "horse", None]
+    rows = datasets.Dataset.from_dict(
+        {"image": [picture(32, 40, seed=seed) for seed in range(3)], "label": labels},
+        features=datasets.Features({"image": datasets.Image(), "label": feature}),
+    )
+    *labelled, unknown = pipe()(rows)
+    assert [[entry["label"] for entry in masks] for masks in labelled] == [["cat"], ["horse"]]
+    assert_same(unknown, pipe()(picture(32, 40, seed=2)))
+
+
 def test_the_loaders_rows_and_a_key_dataset_work_too():
     shapes = make_shapes(3, seed=0)
     names = shapes.features["labels"].feature.names
@@ -489,6 +501,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
             {"image": datasets.Image(), "labels": datasets.List(datasets.Value("int64"))},
             "column 'labels' is .*expected",
         ),
+        ({"image": datasets.Image(), "label": datasets.Value("int64")}, "column 'label' is .*expected class names"),
     ],
 )
 def test_a_data_set_whose_columns_say_too_little_is_refused(features: dict[str, Any], words: str):

@@ -378,7 +378,7 @@ def _are_splits(names: Sequence[str], split: str | None) -> bool:
     others = [first for first in inner if first not in named]
     if not nested:
         return False  # a class that is called train, beside other classes
-    shared = set.union(*(inner[first] for first in nested)) & set.union(*(inner[first] for first in others))
+    shared = {name for first in nested for name in inner[first]} & {name for first in others for name in inner[first]}
     if shared or len(nested) > 1:
         return True
     raise DataError(
