@@ -693,7 +693,7 @@ def test_labels_are_read_as_their_writer_meant_them(
         ),
         (("Dog", "dog"), None, r"line 2 names the class 'Dog' and labels.csv line 3 names 'dog', which look alike"),
         (("['dog'", "cat"), None, "but it is no complete list or object"),
-        (('"a,b"', "a;b"), None, r"hold both ';' .* and ',' .* with separator=\";\""),
+        (('"a,b"', "a;b"), None, r"hold both ',' .* and ';' .* with separator=\";\""),
         (('"a,b"', "c"), "a\nb\nc\na,b\n", None),
         (('"a,b,a"', "c"), "a\nb\nc\na,b\n", None),
         (("nan", "cat"), None, r"line 2 \(a.png\) names no class, .* allow_empty=True"),

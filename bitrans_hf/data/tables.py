@@ -269,6 +269,7 @@ def labels_of_rows(
         if len(objects) < len(names):
             background += 1
             found.names[position], found.stated[position] = objects, True
+    _report_alike(found.names, rows, problems)
     if background:
         found.notes.append(
             f"{background:,} rows name background, which is no class; a row that names nothing else shows no class."
@@ -353,7 +354,6 @@ def _read_cells(
         texts, split(found, texts, by_fold, separator, source, problems, caller), strict=True
     ):
         found.names[position] = names
-    _report_alike(found.names, rows, problems)
 
 
 def _shown(cell: Any) -> str:
@@ -454,9 +454,10 @@ def _texts_of_unknown(
                 used.setdefault(candidate, row)
     if len(used) > 1:
         (first, first_row), (second, second_row) = list(used.items())[:2]
+        surest = min(used, key=SEPARATORS.index)
         raise DataError(
             f"the labels of {source} hold both {first!r} ({first_row.where}) and {second!r} ({second_row.where}); say "
-            f"which one stands between class names with {option(caller, 'separator', first)}, or list the classes in "
+            f"which one stands between class names with {option(caller, 'separator', surest)}, or list the classes in "
             "classes.txt, one on each line."
         )
     chosen = separator or next(iter(used), ";")
