@@ -106,7 +106,7 @@ def image_size(cell: ImageCell) -> tuple[int, int]:
 
 
 def open_mask(
-    cell: ImageCell, *, image_size: tuple[int, int] | None = None, num_classes: int | None = None
+    cell: ImageCell | None, *, image_size: tuple[int, int] | None = None, num_classes: int | None = None
 ) -> NDArray[np.uint8]:
     """Open a mask as label ids: 0 background, class id + 1 for objects, 255 ignored.
 
@@ -120,8 +120,10 @@ def open_mask(
 
     Raises:
         UnreadableImageError: the file is missing, damaged or no image.
-        DataError: the image is no index image, or its size or its ids do not fit.
+        DataError: the mask is not known (None), the image is no index image, or its size or its ids do not fit.
     """
+    if cell is None:
+        raise DataError("the mask of this image is not known, the cell is None; leave out rows without a mask.")
     name = _name(cell)
     if name.startswith(COCO_REFERENCE):
         from .coco import painted_mask  # here: that file builds on this one

@@ -1,0 +1,275 @@
+"""Outlines of objects as COCO files hold them, polygons or run lengths: checked number by number, then painted.
+
+Painting is NumPy alone and equals pycocotools' `annToMask` to the pixel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Region: TypeAlias = NDArray[np.bool_]
+"""(H, W), True on the pixels of an object."""
+
+_FINE = 5
+"""Steps of a pixel's side in which pycocotools follows the edges of polygons."""
+
+_FAR = 100_000
+"""Corners farther out than this, in pixels, are first brought to the edge of the image's surroundings."""
+
+_MOST_CHARACTERS = 7
+"""Of one compressed run length: 35 bits, more than any image needs."""
+
+
+class OutlineError(Exception):
+    """An outline that cannot be read; the message is what is wrong, without the place."""
+
+
+@dataclass
+class Outline:
+    """Where an object is: the union of its parts.
+
+    Attributes:
+        polygons: (N, 2) corners x, y of each, N >= 3, finite.
+        runs: (height, width) and lengths of the alternating runs, column by column, of each; they sum to height x
+            width.
+    """
+
+    polygons: list[NDArray[np.float64]] = field(default_factory=list)
+    runs: list[tuple[tuple[int, int], NDArray[np.int64]]] = field(default_factory=list)
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise OutlineError if run lengths are for another size than this of the image."""
+        for size, _ in self.runs:
+            if size != (height, width):
+                raise OutlineError(
+                    f"its segmentation has run lengths of size {list(size)}, its image is {[height, width]} (height, "
+                    "width)"
+                )
+
+    def paint(self, height: int, width: int) -> Region:
+        """Return the pixels (height, width) of the object.
+
+        Raises:
+            OutlineError: the run lengths are for another size.
+        """
+        self.check_size(height, width)
+        region = np.zeros((height, width), dtype=bool)
+        for _, lengths in self.runs:
+            inside = np.arange(len(lengths)) % 2 == 1
+            region |= np.repeat(inside, lengths).reshape(width, height).T
+        for corners in self.polygons:
+            _paint_polygon(region, corners)
+        return region
+
+
+def read_outline(segmentation: Any) -> Outline | None:
+    """Check and read a `segmentation`; None where there is none, as of objects that have a box alone.
+
+    Beside what COCO's own files hold (a list of polygons as flat lists of numbers, run lengths as numbers or as
+    compressed text) these are read: one flat polygon, corners as pairs, numbers as text. Parts of fewer than three
+    corners enclose nothing and are skipped beside others.
+
+    Raises:
+        OutlineError: it is something else, or does not fit together.
+    """
+    if _is_absent(segmentation):
+        return None
+    outline = Outline()
+    if isinstance(segmentation, Mapping):
+        outline.runs.append(_read_runs(segmentation))
+        return outline
+    if not isinstance(segmentation, list):
+        raise OutlineError(f"its segmentation is {_shown(segmentation)}, expected polygons or run lengths")
+    parts = segmentation
+    if all(isinstance(part, int | float | str) for part in parts):
+        parts = [parts]  # one polygon without the list around it
+    elif len(parts) > 2 and all(_is_pair(part) for part in parts):
+        parts = [parts]  # one polygon, its corners as pairs
+    thin: list[int] = []
+    for part in parts:
+        if isinstance(part, Mapping):
+            outline.runs.append(_read_runs(part))
+            continue
+        if not isinstance(part, list):
+            raise OutlineError(f"its segmentation holds {_shown(part)}, expected polygons or run lengths")
+        if part and all(_is_pair(corner) for corner in part):
+            part = [number for corner in part for number in corner]
+        numbers = _numbers(part, "a polygon")
+        if len(numbers) % 2:
+            raise OutlineError(
+                f"its segmentation has a polygon of {len(numbers)} numbers, expected an x and a y for each corner"
+            )
+        if len(numbers) < 6:
+            thin.append(len(numbers))
+        else:
+            outline.polygons.append(numbers.reshape(-1, 2))
+    if not outline.polygons and not outline.runs:
+        raise OutlineError(
+            f"its segmentation has a polygon of {thin[0]} numbers, expected 6 or more for three corners or more"
+        )
+    return outline
+
+
+def _is_absent(segmentation: Any) -> bool:
+    if isinstance(segmentation, float):
+        return math.isnan(segmentation)  # what pandas writes for an empty cell
+    if isinstance(segmentation, list):
+        return all(_is_absent(part) for part in segmentation)
+    return segmentation is None or segmentation == {} or (isinstance(segmentation, str) and not segmentation.strip())
+
+
+def _is_pair(part: Any) -> bool:
+    return isinstance(part, list) and len(part) == 2 and all(isinstance(number, int | float | str) for number in part)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _numbers(values: Sequence[Any], what: str) -> NDArray[np.float64]:
+    """Return finite numbers, also those written as text."""
+    numbers = np.empty(len(values))
+    for place, value in enumerate(values):
+        try:
+            if not isinstance(value, int | float | str) or isinstance(value, bool):
+                raise ValueError
+            numbers[place] = float(value)
+            if not math.isfinite(numbers[place]):
+                raise ValueError
+        except (ValueError, OverflowError) as error:
+            raise OutlineError(f"its segmentation has {what} that holds {_shown(value)}, expected numbers") from error
+    return numbers
+
+
+# ---- Run lengths.
+
+
+def _read_runs(part: Mapping[str, Any]) -> tuple[tuple[int, int], NDArray[np.int64]]:
+    """Return (height, width) and run lengths that fit it."""
+    counts, size = part.get("counts"), part.get("size")
+    if not isinstance(size, list) or len(size) != 2:
+        raise OutlineError(f"its segmentation has run lengths of size {_shown(size)}, expected [height, width]")
+    height, width = _whole(_numbers(size, "a size"), "a size").tolist()
+    if height < 1 or width < 1:
+        raise OutlineError(
+            f"its segmentation has run lengths of size {_shown(size)}, expected [height, width] above 0"
+        )
+    if isinstance(counts, str | bytes):
+        lengths = _decompressed(counts.encode() if isinstance(counts, str) else counts)
+    elif isinstance(counts, list):
+        lengths = _whole(_numbers(counts, "run lengths"), "run lengths")
+    else:
+        raise OutlineError(
+            f"its segmentation has the run lengths {_shown(counts)}, expected a list of numbers or compressed text"
+        )
+    if (lengths < 0).any():
+        raise OutlineError(f"its segmentation has the run length {lengths.min()}, expected none below 0")
+    total = sum(lengths.tolist())  # Python's numbers do not wrap around
+    if total != height * width:
+        raise OutlineError(
+            f"its segmentation has run lengths that sum to {total}, expected {height * width} = {height} x {width} "
+            "(height x width)"
+        )
+    return (height, width), lengths
+
+
+def _whole(numbers: NDArray[np.float64], what: str) -> NDArray[np.int64]:
+    wrong = numbers[(numbers != np.floor(numbers)) | (np.abs(numbers) > 2**53)]
+    if wrong.size:
+        raise OutlineError(f"its segmentation has {what} that holds {wrong[0]:g}, expected whole numbers")
+    return numbers.astype(np.int64)
+
+
+def _decompressed(text: bytes) -> NDArray[np.int64]:
+    """Return the run lengths of COCO's compressed text.
+
+    Each character holds five bits and whether more follow, the lowest first; from the fourth on, a number is the
+    difference to the one two places before.
+    """
+    codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
+    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise OutlineError(
+            f"its segmentation has the run lengths {_shown(text)}, expected a list of numbers or compressed text"
+        )
+    ends = np.flatnonzero(codes & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    sizes = ends - starts + 1
+    if sizes.max() > _MOST_CHARACTERS:
+        raise OutlineError(
+            f"its segmentation has the run lengths {_shown(text)}, expected a list of numbers or compressed text"
+        )
+    places = np.arange(len(codes)) - np.repeat(starts, sizes)
+    lengths = np.add.reduceat((codes & 31) << (5 * places), starts)
+    lengths -= np.where(codes[ends] & 16, np.int64(1) << (5 * sizes), 0)  # the sign
+    lengths[1::2] = np.cumsum(lengths[1::2])
+    lengths[2::2] = np.cumsum(lengths[2::2])
+    return lengths
+
+
+# ---- Polygons.
+
+
+def _paint_polygon(region: Region, corners: NDArray[np.float64]) -> None:
+    """Set the pixels of a polygon as pycocotools' `rleFrPoly` does.
+
+    The edges are followed in fifths of a pixel. Where they cross the middle of a column of pixels, inside and
+    outside change places in this column.
+    """
+    height, width = region.shape
+    corners = np.clip(corners, -1e9, 1e9)
+    if np.abs(corners).max() > _FAR:
+        corners = _clipped(corners, -2.0 * max(height, width), 3.0 * max(height, width))
+        if len(corners) < 3:
+            return
+    start = np.trunc(_FINE * corners + 0.5).astype(np.int64)
+    end = np.roll(start, -1, axis=0)
+    span = np.abs(end - start)
+    axis = (span[:, 0] < span[:, 1]).astype(np.int64)  # along which an edge is followed: 0 for x, 1 for y
+    edges = np.arange(len(start))
+    backwards = start[edges, axis] > end[edges, axis]
+    low, high = (np.where(backwards[:, None], one, other) for one, other in ((end, start), (start, end)))
+    length = span.max(axis=1)
+    slope = (high - low)[edges, 1 - axis] / np.maximum(length, 1)
+
+    edge = np.repeat(edges, length + 1)
+    step = np.arange(len(edge)) - np.repeat(np.cumsum(length + 1) - (length + 1), length + 1)
+    step = np.where(backwards[edge], length[edge] - step, step)
+    along = low[edge, axis[edge]] + step
+    across = np.trunc(low[edge, 1 - axis[edge]] + slope[edge] * step + 0.5).astype(np.int64)
+    x, y = np.where(axis[edge] == 0, (along, across), (across, along))
+
+    crossing = np.where(x[1:] < x[:-1], x[1:], x[1:] - 1)
+    column = crossing // _FINE
+    kept = (x[1:] != x[:-1]) & (crossing % _FINE == _FINE // 2) & (column >= 0) & (column < width)
+    if not kept.any():
+        return
+    column = column[kept]
+    row = np.clip((np.minimum(y[1:], y[:-1])[kept] + _FINE // 2) // _FINE, 0, height)
+    first, stop = int(column.min()), int(column.max()) + 1
+    changes = np.bincount((column - first) * height + row, minlength=(stop - first) * height + 1)
+    inside = np.cumsum(changes[:-1], dtype=np.uint8) % 2 == 1  # wrapping around keeps odd and even
+    region[:, first:stop] |= inside.reshape(stop - first, height).T
+
+
+def _clipped(corners: NDArray[np.float64], low: float, high: float) -> NDArray[np.float64]:
+    """Return the part of a polygon within [low, high] in x and y (Sutherland and Hodgman)."""
+    for axis in (0, 1):
+        for bound, sign in ((low, 1), (high, -1)):
+            inside = sign * (corners[:, axis] - bound) >= 0
+            kept: list[NDArray[np.float64]] = []
+            for place, corner in enumerate(corners):
+                following = (place + 1) % len(corners)
+                if inside[place]:
+                    kept.append(corner)
+                if inside[place] != inside[following]:
+                    share = (bound - corner[axis]) / (corners[following, axis] - corner[axis])
+                    kept.append(corner + share * (corners[following] - corner))
+            corners = np.array(kept).reshape(-1, 2)
+    return corners
