@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from datasets import Image
 from PIL import Image as PILImage
+from PIL import ImageOps
 from pycocotools.coco import COCO
 
 from bitrans_hf.data import (
@@ -281,17 +283,34 @@ def second_image(**values: Any) -> Callable[[dict[str, Any]], object]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda made: made.pop("categories"), "lacks a part .*categories"),
-        (lambda made: made.pop("annotations"), "lacks a part .*annotations"),
-        (lambda made: made["images"][0].pop("height"), "lacks a part .*height"),
-        (lambda made: made["annotations"][0].pop("image_id"), "lacks a part .*image_id"),
+        (lambda made: made.pop("categories"), "has no list 'categories'"),
+        (lambda made: made.pop("annotations"), "has no list 'annotations'"),
+        (lambda made: made["images"][0].pop("id"), r"images\[0\], has no 'id'"),
+        (lambda made: made["images"][1].pop("file_name"), r"images\[1\], has no 'file_name'"),
+        (second_image(file_name=3), "image 5, has the file_name 3, expected the name"),
+        (second_image(id=True), r"images\[1\], the id is True, expected a number or text"),
+        (lambda made: made["annotations"][0].pop("image_id"), "annotation 1, has no 'image_id'"),
+        (first_annotation(image_id=[9]), "annotation 1, has an image_id or category_id that is no id"),
+        (first_annotation(category_id=None), "annotation 1, the category_id is None, expected a number or text"),
+        (lambda made: made["annotations"].append(7), r"annotations\[4\], is 7, expected an object"),
+        (
+            lambda made: made["annotations"][1].pop("id") and made["annotations"][1].pop("category_id"),
+            r"annotations\[1\], has no 'category_id'",
+        ),
+        (lambda made: made["annotations"].append({"image_id": 9, "segments_info": []}), "is a panoptic file"),
         (lambda made: made.update(images=[], annotations=[]), "names no image"),
         (lambda made: made.update(categories=[]), "names no category"),
-        (lambda made: made["categories"][0].update(name="dog"), "names no category, or one twice"),
+        (
+            lambda made: made["categories"][0].update(name="Dog"),
+            "names the categories 'Dog' and 'dog', which look alike",
+        ),
+        (lambda made: made["categories"][0].update(name=" "), "category 7, has no name"),
+        (lambda made: made["categories"][0].update(id=18), "category 18, has the names 'train' and 'dog'"),
+        (lambda made: made["categories"][1].pop("name"), r"categories\[1\], has no 'name'"),
         (first_annotation(category_id=2), "annotation 1, has the category 2, which is not in its categories"),
         (first_annotation(image_id=8), "annotation 1, is of image 8, which is not there"),
         (second_image(id=9), "holds the image 9 .* twice"),
-        (second_image(file_name="COCO_val2014_000000000009.png"), "twice, expected each once"),
+        (second_image(file_name="COCO_val2014_000000000009.jpg"), "images 9 .* and 5 .* have one file"),
         (second_image(file_name="../secret.jpg"), r"image 5, names '\.\./secret\.jpg', which leads out"),
         (second_image(file_name="gone.jpg"), r"names gone\.jpg, which is not in .*val2014 \(1 of 3 images"),
     ],
@@ -303,26 +322,273 @@ def test_bad_files_are_refused_with_a_reason(
         load_coco(make_coco(change), "val2014")
 
 
+def test_two_files_that_differ_in_their_suffix_alone_are_refused(make_coco: Callable[..., Path]) -> None:
+    root = make_coco(second_image(file_name="COCO_val2014_000000000009.png"))
+    PILImage.new("RGB", (3, 4)).save(root / "val2014/COCO_val2014_000000000009.png")
+    with pytest.raises(DataError, match=r"images 9 \(.*jpg\) and 5 \(.*png\) have names that differ in their suffix"):
+        load_coco(root, "val2014")
+
+
 @pytest.mark.parametrize(
-    ("segmentation", "message"),
+    ("change", "message"),
     [
-        ("", "annotation 1, has a segmentation that cannot be read"),
-        (None, "annotation 1, has a segmentation that cannot be read"),
-        ([], "annotation 1, has a segmentation that cannot be read"),
-        ([[1, 2]], "annotation 1, has a segmentation that cannot be read"),
-        ({"counts": ["a"], "size": [6, 8]}, "annotation 1, has a segmentation that cannot be read"),
+        (first_annotation(segmentation=""), "annotation 1, it has no segmentation"),
+        (first_annotation(segmentation=None), "annotation 1, it has no segmentation"),
+        (first_annotation(segmentation=[[]]), "annotation 1, it has no segmentation"),
+        (first_annotation(segmentation=float("nan")), "annotation 1, it has no segmentation"),
+        (lambda made: made["annotations"][0].pop("segmentation"), "annotation 1, it has no segmentation"),
+        (first_annotation(segmentation=[[1, 2]]), "annotation 1, its segmentation has a polygon of 2 numbers"),
+        (first_annotation(segmentation=[[1, 2, 3, 4]]), "annotation 1, its segmentation has a polygon of 4 numbers"),
+        (first_annotation(segmentation=[[1, 2, 3, 4, 5, 6, 7]]), "a polygon of 7 numbers, expected an x and a y"),
+        (first_annotation(segmentation=[[1, 2, 3, 4, 5, "x"]]), "a polygon that holds 'x', expected numbers"),
+        (first_annotation(segmentation=[[1, 2, 3, 4, 5, float("inf")]]), "that holds inf, expected numbers"),
+        (first_annotation(segmentation={"counts": ["a"], "size": [6, 8]}), "run lengths that holds 'a'"),
         (
-            {"counts": [0, 48], "size": [8, 6]},
-            r"annotation 1, is \(8, 6\), its image \(6, 8\)",
+            first_annotation(segmentation={"counts": [0, 48], "size": [8, 6]}),
+            r"of size \[8, 6\], its image is \[6, 8\]",
         ),
+        (first_annotation(segmentation={"counts": [0, 47], "size": [6, 8]}), "sum to 47, expected 48 = 6 x 8"),
+        (
+            first_annotation(segmentation={"counts": [50, -2], "size": [6, 8]}),
+            "the run length -2, expected none below",
+        ),
+        (first_annotation(segmentation={"counts": [0.5, 47.5], "size": [6, 8]}), "0.5, expected whole numbers"),
+        (first_annotation(segmentation={"counts": [48]}), r"of size None, expected \[height, width\]"),
+        (first_annotation(segmentation={"counts": "not a run", "size": [6, 8]}), "'not a run', expected a list"),
+        (first_annotation(iscrowd="maybe"), "annotation 1, its iscrowd is 'maybe', expected 0 or 1"),
+        (lambda made: made["images"][0].update(height=7), r"image 9 .* is 7 x 8 .* in the JSON and 6 x 8 in the file"),
     ],
 )
-def test_damaged_segmentations_are_refused_when_they_are_painted(
-    make_coco: Callable[..., Path], segmentation: Any, message: str
+def test_an_image_whose_mask_is_not_known_is_told_and_keeps_its_labels(
+    make_coco: Callable[..., Path],
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[dict[str, Any]], object],
+    message: str,
 ) -> None:
-    dataset = load_coco(make_coco(first_annotation(segmentation=segmentation)), "val2014")
-    with pytest.raises(DataError, match=message):
+    root = make_coco(change)
+    dataset = load_coco(root, "val2014")
+    assert dataset["labels"][:] == [[0, 1, 2], [], [1]]
+    assert [cell is None for cell in dataset["mask"]] == [True, False, False]
+    assert open_mask(dataset[2]["mask"]).all()
+    assert "the masks of 1 of 3 images are not known, so these are not scored: 1 with" in caplog.text or (
+        "so these are not scored: 1 whose size in the JSON is not that of the file" in caplog.text
+    )
+    assert re.search(message, caplog.text)
+    with pytest.raises(DataError, match="the mask of this image is not known"):
         open_mask(dataset[0]["mask"])
+
+    write_coco_masks(root, "val2014", root / "m")  # the same where they are painted once
+    written = load_coco(root, "val2014", masks=root / "m")
+    assert [cell is None for cell in written["mask"]] == [True, False, False]
+    assert sorted(path.stem[-1] for path in (root / "m").glob("*.png")) == ["5", "6"]
+
+
+def test_what_is_said_of_a_file_is_said_once(make_coco: Callable[..., Path], caplog: pytest.LogCaptureFixture) -> None:
+    root = make_coco(first_annotation(segmentation=[]))
+    for _ in range(3):
+        load_coco(root, "val2014")
+    assert len(caplog.messages) == 2
+    assert "1 with objects that have no outline (boxes suffice for labels)" in caplog.messages[1]
+    assert "1 of 3 images have no annotation of the classes" in caplog.messages[0]
+    assert "drop_empty (--data.drop_empty true) leaves them out" in caplog.messages[0]
+
+
+def test_a_crowd_without_an_outline_matters_only_where_crowds_are_painted(make_coco: Callable[..., Path]) -> None:
+    root = make_coco(lambda made: made["annotations"][3].update(segmentation=[]))
+    assert load_coco(root, "val2014")[0]["mask"] is not None
+    assert load_coco(root, "val2014", crowd="ignore")[0]["mask"] is None
+
+
+# ---- Liberties that label tools take.
+
+
+def every_image(**values: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda made: [image.update(values) for image in made["images"]]
+
+
+def renamed(change: Callable[[str], str]) -> Callable[[dict[str, Any]], object]:
+    return lambda made: [image.update(file_name=change(image["file_name"])) for image in made["images"]]
+
+
+def text_ids(made: dict[str, Any]) -> None:
+    for image in made["images"]:
+        image["id"] = f"65f{image['id']}ab"
+    for annotation in made["annotations"]:
+        annotation["image_id"] = f"65f{annotation['image_id']}ab"
+
+
+def mixed_ids(made: dict[str, Any]) -> None:
+    for category in made["categories"]:
+        category["id"] = str(category["id"])
+    for place, annotation in enumerate(made["annotations"]):
+        annotation["image_id"] = str(annotation["image_id"]) if place % 2 else float(annotation["image_id"])
+        annotation["category_id"] = float(annotation["category_id"]) if place % 2 else f" {annotation['category_id']} "
+
+
+def huge_ids(made: dict[str, Any]) -> None:
+    for image in made["images"]:
+        image["id"] += 10**20
+    for annotation in made["annotations"]:
+        annotation["image_id"] += 10**20
+
+
+def text_sizes(made: dict[str, Any]) -> None:
+    for image in made["images"]:
+        image.update(width=f"{image['width']}", height=float(image["height"]))
+
+
+def without_ids(made: dict[str, Any]) -> None:
+    for annotation in made["annotations"]:
+        del annotation["id"]
+        if not annotation["iscrowd"]:
+            del annotation["iscrowd"]
+
+
+def other_form(made: dict[str, Any]) -> None:
+    flat = made["annotations"][0]["segmentation"][0]
+    made["annotations"][0]["segmentation"] = flat  # a polygon without the list around it
+    numbers = made["annotations"][2]["segmentation"][0]
+    made["annotations"][2]["segmentation"] = [[[f"{x}", y] for x, y in zip(numbers[::2], numbers[1::2], strict=True)]]
+    numbers = made["annotations"][1]["segmentation"][0]
+    made["annotations"][1]["segmentation"] = [*zip(numbers[::2], numbers[1::2], strict=True)]
+
+
+def same_keys_elsewhere(made: dict[str, Any]) -> None:
+    made["info"] = {"file_name": "result.json", "category_id": 3, "image_id": 1}
+    made["categories"][0]["file_name"] = "icon.png"
+    for annotation in made["annotations"]:
+        annotation["attributes"] = {"category_id": 3, "image_id": 77, "file_name": "x"}
+        annotation["file_name"] = "x.jpg"
+    for image in made["images"]:
+        image["category_ids"] = []
+
+
+LIBERTIES = {
+    "ids are text": text_ids,
+    "ids are mixed": mixed_ids,
+    "ids are huge": huge_ids,
+    "annotation ids repeat": lambda made: [annotation.update(id=1) for annotation in made["annotations"]],
+    "annotations have no ids": without_ids,
+    "sizes are missing": lambda made: [image.pop("height") for image in made["images"]],
+    "sizes are null": every_image(height=None, width=None),
+    "sizes are 0": every_image(height=0, width=0),
+    "sizes are -1": every_image(height=-1, width=-1),
+    "sizes are text": text_sizes,
+    "iscrowd is text": lambda made: [each.update(iscrowd=str(each["iscrowd"])) for each in made["annotations"]],
+    "iscrowd is a bool": lambda made: [each.update(iscrowd=bool(each["iscrowd"])) for each in made["annotations"]],
+    "iscrowd is null": lambda made: [each.update(iscrowd=None) for each in made["annotations"] if not each["iscrowd"]],
+    "polygons in other forms": other_form,
+    "a part of two corners": lambda made: made["annotations"][0]["segmentation"].append([1, 1, 5, 5]),
+    "keys stand elsewhere too": same_keys_elsewhere,
+    "names are of another machine": renamed(lambda name: f"/data/photos/{name}"),
+    "names are of Windows": renamed(lambda name: f"..\\..\\media\\{name}"),
+    "names have a drive": renamed(lambda name: f"C:\\photos\\{name}"),
+    "names have the split": renamed(lambda name: f"./val2014/{name}"),
+    "names are URLs": renamed(lambda name: f"https://example.org/data/{name.replace('_', '%5F')}?d=1"),
+    "names are in another case": renamed(str.upper),
+}
+
+
+@pytest.mark.parametrize("liberty", LIBERTIES.values(), ids=LIBERTIES)
+def test_liberties_of_label_tools_change_neither_labels_nor_masks(
+    make_coco: Callable[..., Path], liberty: Callable[[dict[str, Any]], object]
+) -> None:
+    expected = [open_mask(row["mask"]) for row in load_coco(make_coco(), "val2014", crowd="ignore")]
+    dataset = load_coco(make_coco(liberty), "val2014", crowd="ignore")
+    assert class_names(dataset) == ["person", "train", "dog"]
+    assert dataset["image_id"][:] == [f"COCO_val2014_00000000000{number}" for number in (9, 5, 6)]
+    assert dataset["labels"][:] == [[0, 1, 2], [], [1]]
+    for row, label_map in zip(dataset, expected, strict=True):
+        np.testing.assert_array_equal(open_mask(row["mask"]), label_map)
+        assert open_image(row["image"]).size == label_map.shape[::-1]
+
+
+def test_file_names_are_found_in_either_unicode_form_and_in_subfolders(make_coco: Callable[..., Path]) -> None:
+    root = make_coco(second_image(file_name="cafe\u0301.jpg"))
+    (root / "val2014/day 1").mkdir()
+    (root / "val2014/COCO_val2014_000000000005.jpg").rename(root / "val2014/day 1/caf\u00e9.jpg")
+    assert load_coco(root, "val2014")["image_id"][1] == "day 1/caf\u00e9"
+
+
+def test_a_name_that_fits_several_files_is_not_guessed(make_coco: Callable[..., Path]) -> None:
+    root = make_coco(second_image(file_name="0005.jpg"))
+    for folder in ("a", "b"):
+        (root / "val2014" / folder).mkdir()
+        PILImage.new("RGB", (3, 4)).save(root / "val2014" / folder / "0005.jpg")
+    with pytest.raises(DataError, match=r"names 0005\.jpg, which is not in"):
+        load_coco(root, "val2014")
+
+
+def test_masks_drawn_on_the_upright_view_are_turned_to_the_stored_pixels(make_coco: Callable[..., Path]) -> None:
+    for orientation in (5, 6, 7, 8):
+        root = make_coco()
+        upright = open_mask(load_coco(root, "val2014", overlap="smaller")[0]["mask"])
+        stored = PILImage.new("RGB", (6, 8))
+        exif = PILImage.Exif()
+        exif[0x0112] = orientation
+        stored.save(root / "val2014/COCO_val2014_000000000009.jpg", exif=exif)
+        turned = PILImage.fromarray(open_mask(load_coco(root, "val2014", overlap="smaller")[0]["mask"]))
+        assert turned.size == (6, 8)
+        turned.getexif()[0x0112] = orientation
+        np.testing.assert_array_equal(np.asarray(ImageOps.exif_transpose(turned)), upright)
+
+
+def test_a_root_category_background_and_repeated_names_are_no_classes_of_their_own(
+    make_coco: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    def as_roboflow(made: dict[str, Any]) -> None:
+        for category in made["categories"]:
+            category["supercategory"] = "things"
+        made["categories"].append({"id": 0, "name": "things", "supercategory": "none"})
+
+    root = make_coco(as_roboflow)
+    dataset = load_coco(root, "val2014")
+    assert class_names(dataset) == ["person", "train", "dog"]
+    assert "the category 'things' is the one above all others and has no annotation" in caplog.text
+    np.testing.assert_array_equal(open_mask(dataset[2]["mask"]), TRAIN)
+
+    def with_background(made: dict[str, Any]) -> None:
+        made["categories"] += [{"id": 0, "name": "_background_"}, {"id": 30, "name": "dog "}]
+        everywhere = {"image_id": 5, "category_id": 0, "segmentation": rectangle(0, 0, 4, 3)}
+        made["annotations"] += [everywhere, {"image_id": 6, "category_id": 30, "segmentation": rectangle(0, 0, 1, 3)}]
+
+    dataset = load_coco(make_coco(with_background), "val2014")
+    assert class_names(dataset) == ["person", "train", "dog"]
+    assert dataset["labels"][:] == [[0, 1, 2], [], [1, 2]]
+    assert not open_mask(dataset[1]["mask"]).any()
+    assert open_mask(dataset[2]["mask"]).tolist() == [[DOG] * 3, *[[TRAIN] * 3] * 3]
+    assert "the category '_background_' is no object; it is left out of the classes" in caplog.text
+    assert "the categories named 'dog' are one class" in caplog.text
+
+
+def test_of_more_than_254_categories_some_are_chosen(make_coco: Callable[..., Path]) -> None:
+    def many(made: dict[str, Any]) -> None:
+        made["categories"] += [{"id": number, "name": f"thing {number}"} for number in range(100, 400)]
+        made["annotations"][1]["category_id"] = 351  # its label would be 255
+
+    root = make_coco(many)
+    with pytest.raises(DataError, match=r"has 303 categories, expected at most 254; choose some .*--data\.classes"):
+        load_coco(root, "val2014")
+    dataset = load_coco(root, "val2014", classes=["thing 351", "dog"], overlap="ignore")
+    assert dataset["labels"][:] == [[1], [], [0]]
+    np.testing.assert_array_equal(open_mask(dataset[2]["mask"]), 1)
+    assert open_mask(dataset[0]["mask"])[0].tolist() == [2, 2, 255, 0, 0, 0, 0, 0]
+    with pytest.raises(DataError, match="has 303 categories, expected at most 254"):
+        write_coco_masks(root, "val2014", root / "m")
+
+
+def test_the_export_of_roboflow_is_a_split(make_coco: Callable[..., Path]) -> None:
+    root = make_coco()
+    (root / "val2014").rename(root / "valid")
+    (root / "annotations/instances_val2014.json").rename(root / "valid/_annotations.coco.json")
+    (root / "valid/_annotations.coco.json").write_bytes(
+        b"\xef\xbb\xbf" + (root / "valid/_annotations.coco.json").read_bytes()
+    )
+    assert load_coco(root, "valid")["labels"][:] == [[0, 1, 2], [], [1]]
+    write_coco_masks(root, "valid", root / "m")
+    assert open_mask(load_coco(root, "valid", masks=root / "m")[2]["mask"]).all()
+    with pytest.raises(DataError, match=r"no instances_train\.json, found valid; give the folder"):
+        load_coco(root, "train")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +601,11 @@ def test_damaged_segmentations_are_refused_when_they_are_painted(
         (lambda root: (root / "val2014").rename(root / "x"), {}, "no folder val2014 or images/val2014"),
         (lambda root: (root / "annotations").rename(root / "x"), {}, "found none"),
         (lambda root: (root / "annotations/instances_val2014.json").write_text("{"), {}, "is no valid JSON"),
-        (lambda root: (root / "annotations/instances_val2014.json").write_text("[]"), {}, "lacks a part"),
+        (
+            lambda root: (root / "annotations/instances_val2014.json").write_text("[]"),
+            {},
+            "is a list, expected an object with",
+        ),
         (lambda root: (root / "annotations/instances_val2014.json").write_bytes(b'{"\xe9'), {}, "is not UTF-8"),
         (
             lambda root: (root / "annotations/instances_val2017.json").write_text("{}"),
@@ -351,16 +621,6 @@ def test_bad_folders_and_options_are_refused_with_a_reason(
     damage(root)
     with pytest.raises(ValueError, match=message):
         load_coco(root, **{"split": "val2014", **options})
-
-
-def test_without_pycocotools_labels_load_and_masks_say_what_to_install(
-    make_coco: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
-    dataset = load_coco(make_coco(), "val2014")
-    assert dataset["labels"][:] == [[0, 1, 2], [], [1]]
-    with pytest.raises(DataError, match=r"need pycocotools; run pip install 'bitrans-hf\[coco\]'"):
-        open_mask(dataset[0]["mask"])
 
 
 # ---- Real COCO.
