@@ -14,6 +14,8 @@ import timm
 import torch
 import transformers
 
+from bitrans_hf.errors import ends_with_a_sentence
+
 from . import bench_data, bench_metrics, bench_model, bench_refine, bench_seeds, bench_segment
 from .harness import Options
 
@@ -86,4 +88,5 @@ def environment(options: Options) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    with ends_with_a_sentence():
+        main()

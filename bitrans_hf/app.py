@@ -236,7 +236,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
         try:
             maps = maps_of(path)
             guessed, sentence = guess(maps, names)
-        except ValueError as error:
+        except InputError as error:
             return {**cleared, status: say(without_path(str(error), path), bad=True)}
         h, w = maps.grid
         row, column = h // 2, w // 2

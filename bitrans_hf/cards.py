@@ -10,7 +10,7 @@ import jinja2
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from .errors import InputError
+from .errors import InputError, MissingFileError
 
 STAGES = ("train", "seeds", "affinity", "pseudo_labels", "segmentation", "predictions")
 """Folders of a run that a card reads, in the order they are made."""
@@ -85,7 +85,7 @@ class Run:
         """Read the finished stages of `runs/<name>`.
 
         Raises:
-            FileNotFoundError: the training stage is not finished there.
+            MissingFileError: the training stage is not finished there.
         """
         folder, stages = Path(folder), {}
         for name in STAGES:
@@ -95,7 +95,7 @@ class Run:
                     for part in ("recipe", "metrics")
                 }
         if "train" not in stages:
-            raise FileNotFoundError(f"{folder / 'train'} is not finished; run training/run_all.py first.")
+            raise MissingFileError(f"{folder / 'train'} is not finished; run training/run_all.py first.")
         config = json.loads((folder / "train" / "model" / "config.json").read_text())
         names = sorted(config["id2label"].items(), key=lambda item: int(item[0]))
         return cls(folder.resolve().name, [name for _, name in names], stages)

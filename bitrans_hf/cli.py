@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from .errors import MissingExtraError, ends_with_a_sentence
+
 REFINERS = ("crf", "par")
 """Those of the pipeline by name, whose module takes seconds to import."""
 
@@ -52,9 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = build_parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = options.run
     try:
-        run(options)
-    except (ValueError, OSError, ImportError) as error:
-        raise SystemExit(f"error: {error}") from error
+        with ends_with_a_sentence():
+            run(options)
     except KeyboardInterrupt as error:
         raise SystemExit("stopped; give the same command again to go on.") from error
 
@@ -189,7 +190,7 @@ def run_app(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
-        raise ImportError('the app needs gradio; install it with pip install "bitrans-hf[app]".') from error
+        raise MissingExtraError('the app needs gradio; install it with pip install "bitrans-hf[app]".') from error
 
     if options.space is not None:
         folder = write_space(options.space, options.model)

@@ -21,14 +21,14 @@ from typing import Generic, Self, TypeVar
 import numpy as np
 from tqdm.auto import tqdm
 
-from .errors import InputError
+from .errors import InputError, MissingExtraError, sentence_of
 from .store import DiskFullError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 
 
-class CrfNotInstalledError(InputError, ImportError):
+class CrfNotInstalledError(MissingExtraError):
     """The package that computes dense CRFs is absent; the message says how to install it."""
 
 
@@ -338,10 +338,14 @@ _DIED = (
 def _work(function: Callable[[Job], Result], image_id: str, job: Job) -> Outcome[Result]:
     try:
         return Outcome(image_id, function(job))
-    except DiskFullError:  # all others would fail alike
+    except (DiskFullError, MissingExtraError):  # all others would fail alike
         raise
-    except Exception as error:  # noqa: BLE001  one bad image must not stop the set, whatever is wrong with it
-        return Outcome(image_id, None, str(error) or type(error).__name__)
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None:  # a bug of ours, which no other image makes good
+            error.add_note(f"while working on the image {image_id}")
+            raise
+        return Outcome(image_id, None, sentence)
 
 
 def _succeeded(future: "Future[Outcome[Result]]") -> bool:

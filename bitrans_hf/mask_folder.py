@@ -123,7 +123,7 @@ class LabelMapPipeline(PseudoMaskPipeline):
         """Open a picture, or say why it cannot be opened."""
         try:
             return cast("dict[str, list[Any]]", super().preprocess(item, **options))
-        except ValueError as error:
+        except InputError as error:
             return {"pictures": [RefusedPicture(str(error))]}
 
     def _forward(self, inputs: dict[str, Any], **options: Any) -> dict[str, list[Any]]:  # type: ignore[override]

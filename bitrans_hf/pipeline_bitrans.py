@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
-from .errors import InputError
+from .errors import InputError, MissingExtraError
 from .image_decoding import DECODING_ERRORS, to_rgb
 from .image_processing_bitrans import (
     CAM_FUSIONS,
@@ -432,13 +432,13 @@ def crf_refiner(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
     """Sharpen scores with the dense CRF of the package's `crf` module.
 
     Raises:
-        ImportError: the package or pydensecrf is not installed, the latter said by the module itself.
+        MissingExtraError: the package or pydensecrf is not installed, the latter said by the module itself.
     """
     try:
         # By name: this file also runs from the Hub, where the package need not be installed.
         crf = importlib.import_module("bitrans_hf.crf")
     except ModuleNotFoundError as error:
-        raise ImportError(
+        raise MissingExtraError(
             'refiner "crf" needs the installed package with its extra crf: pip install "bitrans-hf[crf]"; without it '
             'choose refiner="par" or None.'
         ) from error

@@ -12,7 +12,7 @@ from datasets import Dataset
 from PIL import Image
 
 from .crf import dense_crf
-from .errors import InputError
+from .errors import InputError, MissingFileError
 from .labels import BACKGROUND, IGNORE_INDEX, palette
 from .par import pixel_adaptive_refinement
 from .seeds import Seeds
@@ -210,7 +210,7 @@ def pseudo_label_dataset(folder: str | Path, *, image_ids: list[str] | None = No
         kept by `save_to_disk` and `push_to_hub`. No pictures: their licences are their owners'.
 
     Raises:
-        FileNotFoundError: an image without a label map, or a folder without any.
+        MissingFileError: an image without a label map, or a folder without any.
     """
     folder = Path(folder)
     paths = {
@@ -219,12 +219,12 @@ def pseudo_label_dataset(folder: str | Path, *, image_ids: list[str] | None = No
         if not path.name.startswith(".")  # still being written, or left by a kill
     }
     if not paths:
-        raise FileNotFoundError(f"no pseudo labels (<image_id>.png) in {folder}; make them first.")
+        raise MissingFileError(f"no pseudo labels (<image_id>.png) in {folder}; make them first.")
     chosen = sorted(paths) if image_ids is None else image_ids
     missing = [image_id for image_id in chosen if image_id not in paths]
     if missing:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise FileNotFoundError(f"{len(missing)} of {len(chosen)} images have no pseudo label in {folder}: {shown}")
+        raise MissingFileError(f"{len(missing)} of {len(chosen)} images have no pseudo label in {folder}: {shown}")
     features = datasets.Features({"image_id": datasets.Value("string"), "pseudo_label": datasets.Image()})
     columns = {"image_id": chosen, "pseudo_label": [str(paths[image_id]) for image_id in chosen]}
     return Dataset.from_dict(columns, features=features)

@@ -188,7 +188,7 @@ def gallery_row(row: GalleryRow) -> list[GalleryLine]:
             )
             for class_id in class_ids
         ] or [GalleryLine("", {})]
-    except ValueError as error:
+    except InputError as error:
         raise InputError(f"{row.image_id}: {error}") from error
     return [GalleryLine(lines[0].class_name, {**whole, **lines[0].cells, **masks}), *lines[1:]]
 

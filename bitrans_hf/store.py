@@ -12,7 +12,7 @@ from urllib.parse import quote, unquote
 import numpy as np
 import torch
 
-from .errors import InputError
+from .errors import InputError, MissingFileError
 from .seeds import Seeds, normalized_seeds
 
 
@@ -107,12 +107,12 @@ class SeedStore(ImageStore):
         """Read one variant of an image's seeds at the image's size.
 
         Raises:
-            FileNotFoundError: the image has no seeds here.
+            MissingFileError: the image has no seeds here.
             ValueError: this variant was not stored.
         """
         path = self.path(image_id)
         if not path.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"no seeds of image {image_id!r} in {self.folder}; run training/make_seeds.py first."
             )
         with np.load(path, allow_pickle=False) as arrays:
@@ -174,11 +174,11 @@ class LabelScoreStore(ImageStore):
         """Read an image's scores.
 
         Raises:
-            FileNotFoundError: the image has no scores here.
+            MissingFileError: the image has no scores here.
         """
         path = self.path(image_id)
         if not path.is_file():
-            raise FileNotFoundError(f"no label scores of image {image_id!r} in {self.folder}; refine its seeds first.")
+            raise MissingFileError(f"no label scores of image {image_id!r} in {self.folder}; refine its seeds first.")
         with np.load(path, allow_pickle=False) as arrays:
             names = [name for name in arrays if name.startswith("scores_")]
             scores = {name.removeprefix("scores_"): arrays[name].astype(np.float32) / 255 for name in names}

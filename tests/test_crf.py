@@ -26,6 +26,7 @@ from bitrans_hf.crf import (
     crf_pool,
     dense_crf,
 )
+from bitrans_hf.errors import InputError
 from bitrans_hf.store import DiskFullError
 
 try:
@@ -248,7 +249,7 @@ def slow_first(number: int) -> int:
 
 def fails_on_three(number: int) -> int:
     if number == 3:
-        raise ValueError("three is not allowed")
+        raise InputError("three is not allowed")
     return number
 
 

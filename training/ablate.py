@@ -208,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     values.pop("config", None)
     try:
         ablation = Ablation(**values)
-    except ValueError as error:
+    except InputError as error:
         parser.error(str(error))
     ablate(ablation)
 

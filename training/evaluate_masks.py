@@ -25,6 +25,7 @@ from PIL import Image
 from bitrans_hf.data import DataError, class_names, mask_rule, open_image, open_mask
 from bitrans_hf.data.coco import CocoMaskRule
 from bitrans_hf.data.common import read_text
+from bitrans_hf.errors import InputError
 from bitrans_hf.files import mark_output, refuse_same_folder
 from bitrans_hf.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES
 from bitrans_hf.metrics import MeanIoU, SweepResult, ThresholdSweep
@@ -386,7 +387,7 @@ def best_threshold(
         image_id = truth.ids[position]
         try:
             sweep.add(predictions.store.read(image_id, predictions.variant), truth.label_map(position))
-        except ValueError as error:
+        except InputError as error:
             problems.append(f"{image_id}: {error}")
     stop_at_problems(problems, len(known))
     sweep.counts = np.sum(gather_object([sweep.counts]), axis=0)
@@ -420,7 +421,7 @@ def score(
                     f"{predictions.path(image_id)} is {prediction.shape[0]}x{prediction.shape[1]} (height x width) "
                     f"and the ground truth {target.shape[0]}x{target.shape[1]}; predict at the image's size."
                 )
-        except (ValueError, OSError) as error:
+        except InputError as error:
             problems.append(f"{image_id}: {error}")
             continue
         identical = bool(((prediction == target) | (target == IGNORE_INDEX)).all())

@@ -775,7 +775,7 @@ def parse_recipe_with(
 
     try:
         return made(Recipe), made(RunOptions), made(own_options)
-    except ValueError as error:
+    except InputError as error:
         parser.error(str(error))
 
 

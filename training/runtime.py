@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState, is_initialized
 from tqdm.auto import tqdm
 
 import bitrans_hf
-from bitrans_hf.errors import InputError
+from bitrans_hf.errors import InputError, ends_with_a_sentence
 from bitrans_hf.files import mark_output
 from bitrans_hf.store import atomic_write
 from recipe import LoopSettings, Recipe, RunOptions
@@ -35,10 +35,8 @@ class StageError(InputError):
 
 def run_script(main: Callable[[], None]) -> None:
     """Run a stage's `main`; an error that a person can mend ends the process with one sentence, not a traceback."""
-    try:
+    with ends_with_a_sentence():
         main()
-    except (StageError, ValueError, OSError, ImportError) as error:  # ImportError: an extra is not installed
-        raise SystemExit(f"error: {error}") from error
 
 
 def make_accelerator(

@@ -37,7 +37,7 @@ from recipe import (
     load_images,
     parse_recipe,
 )
-from runtime import Stage, make_accelerator, run_script, say
+from runtime import Stage, StageError, make_accelerator, run_script, say
 
 DEPENDS_ON = ("seed", "data", "model", "train")
 
@@ -187,6 +187,11 @@ def validate(
         columns = {branch: part.float().cpu().numpy() for branch, part in logits.items()} | {"labels": labels}
         rows += [{name: column[number] for name, column in columns.items()} for number in range(len(labels))]
     table = gather_object(rows)
+    if not table:
+        raise StageError(
+            f"none of the {len(images)} images of data.val_split can be read, so the model cannot be scored; mend the "
+            "files and run the same command again, or set data.val_split to null under another name."
+        )
     scores = {name: np.stack([row[name] for row in table]) for name in table[0]}
     truth = scores.pop("labels")
     precision = {f"map{branch}": 100 * mean_average_precision(part, truth)[0] for branch, part in scores.items()}

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..image_decoding import DECODING_ERRORS
 from ..labels import VOC_CLASSES
 from .common import DataError, read_id_list
 
@@ -67,7 +68,7 @@ def read_sbd_mask(path: Path) -> NDArray[np.uint8]:
         content = scipy.io.loadmat(path, variable_names=["GTcls"])
         mask: Any = content["GTcls"]["Segmentation"][0, 0]
     # scipy meets damaged files with errors of many kinds; nothing but numbers is ever built from the file.
-    except Exception as error:
+    except (*DECODING_ERRORS, NotImplementedError, scipy.io.matlab.MatReadError) as error:
         raise DataError(
             f"SBD mask {path} cannot be read ({type(error).__name__}: {error}); expected a MATLAB file with the "
             "structure GTcls, as in SBD's folder cls; unpack it again."
