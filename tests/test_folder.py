@@ -689,7 +689,7 @@ def test_labels_are_read_as_their_writer_meant_them(
         (
             ('"salt, coarse"', "bread"),
             None,
-            r"never occur apart, .*separator=\",\" or separator=\";\", or list the classes",
+            r"do not occur in other combinations, .*separator=\",\" or separator=\";\", or list the classes",
         ),
         (("Dog", "dog"), None, r"line 2 names the class 'Dog' and labels.csv line 3 names 'dog', which look alike"),
         (("['dog'", "cat"), None, "but it is no complete list or object"),
@@ -814,3 +814,33 @@ def test_an_unclosed_quote_is_named_with_its_line(make_folder: MakeFolder) -> No
     root = make_folder('file_name,labels\na.png,"cat\nb.png,dog\n')
     with pytest.raises(DataError, match=r"labels\.csv line 2 has a quote that is not closed"):
         load_folder(root)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (("haze primary", "clear primary", "clear water"), "'clear primary' and elsewhere each of its words"),
+        (("salt, coarse", "salt, fine", "bread"), "'salt, coarse', whose parts do not occur in other combinations"),
+        (("dog/cat", "dog", "cat"), "'dog/cat' and elsewhere 'dog' alone, so that '/' may separate"),
+        (("polar bear", "brown bear", "cat"), None),
+        (("dog, cat", "cat, cow", "cow, dog"), None),
+        (("dog, cat", "cat", "cow"), None),
+    ],
+)
+def test_the_words_of_a_table_show_whether_its_separator_is_clear(
+    make_folder: MakeFolder, labels: tuple[str, ...], message: str | None
+) -> None:
+    table = "".join(f'{name}.png,"{cell}"\n' for name, cell in zip("abc", labels, strict=True))
+    root = make_folder(f"file_name,labels\n{table}", pictures=("a.png", "b.png", "c.png"))
+    if message is None:
+        assert len(class_names(load_folder(root))) == 3
+    else:
+        with pytest.raises(DataError, match=message):
+            load_folder(root)
+
+
+def test_a_class_that_may_mean_nothing_is_noted(make_folder: MakeFolder) -> None:
+    root = make_folder("file_name,labels\na.png,none\nb.png,cat\n", classes='"cat"\nnone\n')
+    report = check_folder(root)
+    assert report.classes == ("cat", "none")
+    assert "'none' is a class like any other" in " ".join(report.notes)

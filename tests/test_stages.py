@@ -290,6 +290,23 @@ def test_an_unreadable_image_is_named_at_the_end_and_the_rest_is_done(
     assert len(list((tmp_path / "tiny" / "seeds" / "all_images" / "masks").glob("*.png"))) == 15
 
 
+def test_images_that_show_no_class_are_trained_on_and_their_masks_are_background(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    root = tmp_path / "photos"
+    (root / "images").mkdir(parents=True)
+    for number, row in enumerate(make_shapes(8, 5)):
+        (root / "images" / f"{number}.png").write_bytes(row["image"]["bytes"])
+    table = ["file_name,crack", *(f"{number}.png,{number % 2}" for number in range(8))]
+    (root / "labels.csv").write_text("\n".join(table) + "\n")
+    run_all_main(folder_arguments(tmp_path, root))
+    assert "labels for each image: 0 in 4, 1 in 4" in capsys.readouterr().out
+    masks = tmp_path / "tiny" / "seeds" / "all_images" / "masks"
+    shown = {path.stem: set(np.unique(np.asarray(Image.open(path)))) for path in masks.glob("*.png")}
+    assert len(shown) == 8
+    assert all(shown[str(number)] <= {0, 255} for number in range(0, 8, 2))
+
+
 def test_an_image_smaller_than_a_patch_is_named_and_the_rest_is_done(
     tmp_path: Path, folder_with_a_broken_image: Path, capsys: pytest.CaptureFixture[str]
 ):

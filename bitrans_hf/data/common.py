@@ -235,7 +235,11 @@ def read_class_file(path: Path) -> list[str]:
     Raises:
         DataError: the file is not UTF-8, names no class or names one twice.
     """
-    return check_classes([line.strip() for line in read_text(path).splitlines() if line.strip()], str(path))
+    lines = [tidy_name(line) for line in read_text(path).splitlines()]
+    quoted = [len(line) > 2 and line[0] == line[-1] and line[0] in "\"'" for line in lines]
+    return check_classes(
+        [line[1:-1] if cut else line for line, cut in zip(lines, quoted, strict=True) if line], str(path)
+    )
 
 
 @functools.lru_cache(maxsize=1 << 16)  # a table says the same few names many times

@@ -45,6 +45,10 @@ SPLIT_FOLDERS = frozenset(
 """Without a table, folders of these names, in any case, hold class folders and are none."""
 
 
+_NOTHING = frozenset({"none", "nothing", "no", "empty", "negative", "n/a", "na", "unlabeled", "unlabelled", "unknown"})
+"""Names by which people may mean that an image shows none of the classes."""
+
+
 def load_folder(
     root: str | Path,
     table: str | Path | None = None,
@@ -486,6 +490,11 @@ def notes_on_classes(content: FolderContent) -> list[str]:
     notes = []
     if never := [name for name in content.chosen if not counts[name]]:
         notes.append(f"no image shows {', '.join(map(repr, never[:5]))}{', ...' if len(never) > 5 else ''}.")
+    if empty := [name for name in content.chosen if folded_name(name) in _NOTHING]:
+        notes.append(
+            f"{empty[0]!r} is a class like any other; if it means that an image shows no class, write background "
+            "instead."
+        )
     if note := note_on_contrast(content.chosen, counts, len(content.kept)):
         notes.append(note)
     return notes

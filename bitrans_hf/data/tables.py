@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import itertools
 import json
 import re
 from collections import Counter
@@ -463,58 +462,67 @@ def _texts_of_unknown(
     chosen = separator or next(iter(used), ";")
     read = [split_text(text, chosen) for _, _, text in texts]
     if separator is None and not used:
-        _refuse_unclear_blanks(read, texts, source, caller)
+        _refuse_unclear_blanks(found, read, texts, source, caller)
     if separator is None and chosen == ",":
         _refuse_unclear_commas(found, read, texts, source, caller)
     return read
 
 
-def _refuse_unclear_blanks(read: Sequence[Sequence[str]], texts: _Texts, source: str, caller: Caller) -> None:
-    """Refuse texts such as "haze primary" beside "haze": the blanks may separate names or belong to them."""
+def _refuse_unclear_blanks(
+    found: RowLabels, read: Sequence[Sequence[str]], texts: _Texts, source: str, caller: Caller
+) -> None:
+    """Refuse texts such as "haze primary" beside "haze": the blank, or "/", may separate names or belong to them."""
     places: dict[str, Row] = {}
     for (_, row, _), names in zip(texts, read, strict=True):
         for name in names:
             places.setdefault(name, row)
-    words = {word for name in places for word in name.split()}
     single = {folded_name(name) for name in places}
-    for name, row in places.items():
-        parts = name.split()
-        alone = [word for word in parts if folded_name(word) in single]
-        if len(parts) > 1 and (alone or len(places) > len(words)):
-            beside = f" and elsewhere {alone[0]!r} alone" if alone else ""
-            ways = f"{option(caller, 'separator', ' ')} or {option(caller, 'separator', ';')}"
-            raise DataError(
-                f"{row.where} of {source} has the labels {name!r}{beside}, so that blanks may separate class "
-                f"names or belong to them; say which: {ways}, or list the classes in "
-                " classes.txt, one on each line."
+    for sign in (" ", "/", "+", "&"):
+        parts_of = {name: [part for part in map(folded_name, name.split(sign)) if part] for name in places}
+        uses = Counter(part for parts in parts_of.values() for part in set(parts))
+        for name, row in places.items():
+            parts = parts_of[name]
+            alone = [part for part in parts if part in single]
+            recombined = all(uses[part] > 1 for part in parts)
+            if len(parts) > 1 and (recombined or alone if sign == " " else len(alone) == len(parts)):
+                beside = f" and elsewhere {alone[0]!r} alone" if alone else " and elsewhere each of its words"
+                ways = f"{option(caller, 'separator', sign)} or {option(caller, 'separator', ';')}"
+                raise DataError(
+                    f"{row.where} of {source} has the labels {name!r}{beside}, so that {sign!r} may separate class "
+                    f"names or belong to them; say which: {ways}, or list the classes in classes.txt, one on each "
+                    "line."
+                )
+        if sign == " " and (shared := [part for part, count in uses.items() if count > 1]):
+            found.notes.append(
+                f"several classes hold the word {shared[0]!r}; if blanks separate class names, give "
+                f"{option(caller, 'separator', ' ')}."
             )
 
 
 def _refuse_unclear_commas(
     found: RowLabels, read: Sequence[Sequence[str]], texts: _Texts, source: str, caller: Caller
 ) -> None:
-    """Refuse texts such as "salt, coarse" whose pieces never occur apart: the commas may belong to a name."""
-    rows_of: dict[str, set[int]] = {}
-    for place, names in enumerate(read):
-        for name in names:
-            rows_of.setdefault(name, set()).add(place)
-    one_way = ""
-    for place, names in enumerate(read):
-        for first, second in itertools.pairwise(names):
-            if first != second and rows_of[first] == rows_of[second]:
-                raise DataError(
-                    f"{texts[place][1].where} of {source} has the labels {texts[place][2]!r}, and {first!r} and "
-                    f"{second!r} never occur apart, so that the comma may belong to a name; say which: "
-                    f"{option(caller, 'separator', ',')} or {option(caller, 'separator', ';')}, or list the classes "
-                    "in classes.txt, one on each line."
-                )
-            if rows_of[second] < rows_of[first] and not one_way:
-                one_way = (
-                    f"labels are cut at commas, and {second!r} never occurs without {first!r}; if a comma belongs to "
-                    "a name, list the classes in classes.txt, one on each line."
-                )
-    if one_way:
-        found.notes.append(one_way)
+    """Refuse texts such as "salt, coarse" whose pieces do not recombine: the commas may belong to a name."""
+    row_of: dict[tuple[str, ...], Row] = {}
+    for (_, row, _), names in zip(texts, read, strict=True):
+        row_of.setdefault(tuple(names), row)
+    uses = Counter(name for names in row_of for name in set(names))
+    several = [names for names in row_of if len(set(names)) > 1]
+    bound = [names for names in several if any(uses[name] == 1 for name in names)]
+    always = [names for names in several if all(uses[name] == 1 for name in names)]
+    if always or len(bound) == len(several) > 1:
+        first = (always or bound)[0]
+        ways = f"{option(caller, 'separator', ',')} or {option(caller, 'separator', ';')}"
+        raise DataError(
+            f"{row_of[first].where} of {source} has the labels {', '.join(first)!r}, whose parts do not occur in "
+            f"other combinations, so that the comma may belong to a name; say which: {ways}, or list the classes in "
+            "classes.txt, one on each line."
+        )
+    if bound:
+        found.notes.append(
+            f"labels are cut at commas, as in {', '.join(bound[0])!r}; if a comma belongs to a name, list the classes "
+            "in classes.txt, one on each line."
+        )
 
 
 def _report_alike(names_of_rows: Sequence[Sequence[str]], rows: Sequence[Row], problems: list[Problem]) -> None:
