@@ -36,6 +36,8 @@ from bitrans_hf.data.tables import Problem, labels_of_rows, read_rows
         ("array(['dog', 'person'], dtype='<U6')", ["dog", "person"]),
         ("('dog', 'person')", ["dog", "person"]),
         ("('dog',)", ["dog"]),
+        ("(dog, hot dog)", ["dog", "hot dog"]),
+        ("[np.str_('dog'), np.str_('person')]", ["dog", "person"]),
         ("{'person', 'dog'}", ["dog", "person"]),
         ("frozenset({'dog'})", ["dog"]),
         ("set()", []),

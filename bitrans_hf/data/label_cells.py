@@ -34,6 +34,7 @@ _CALL = re.compile(
     r"(?:np\.|numpy\.|pd\.)?(?:array|set|frozenset|tuple|list|Index)\((?P<inside>.*?)(?:,\s*dtype=[^()]*)?\)",
     re.DOTALL,
 )
+_NUMPY_TEXT = re.compile(rf"(?:np\.|numpy\.)?str_\(({_QUOTED})\)")
 _WORDS = {"nan": "None", "NaN": "None", "null": "None", "true": "True", "false": "False"}
 
 
@@ -135,7 +136,7 @@ def _looks_literal(text: str) -> bool:
         return True
     has_quote = '"' in text or "'" in text
     if text[:1] == "(" and text[-1:] == ")":
-        return has_quote or text == "()"
+        return has_quote or text == "()" or ("," in text and "(" not in text[1:])
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         return _looks_literal(text[1:-1])
     return has_quote and any(text.count(opening) != text.count(closing) for opening, closing in ("[]", "{}"))
@@ -156,6 +157,7 @@ def _python_value(text: str) -> Any:
     """Return what a text says that Python or numpy wrote: `['a' 'b']`, `{'a'}`, `array(['a'], dtype=object)`."""
     if call := _CALL.fullmatch(text):
         text = call["inside"].strip() or "[]"
+    text = _NUMPY_TEXT.sub(r"\1", text)
     written = ""
     after_quoted = False
     for token in _TOKENS.finditer(text):
@@ -168,7 +170,7 @@ def _python_value(text: str) -> Any:
         return ast.literal_eval(written)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError) as error:
         inside = text[1:-1]
-        if text[:1] in "[{" and not any(sign in inside for sign in "[]{}()\"':"):
+        if text[:1] in "[{(" and not any(sign in inside for sign in "[]{}()\"':"):
             return [name for name in inside.split(",") if name.strip()]
         raise UnclearCellError("it is no complete list or object") from error
 
