@@ -21,6 +21,7 @@ ORDER = (
     "errors",
     "files",
     "image_decoding",
+    "precision",
     "labels",
     "views",
     "configuration_bitrans",

@@ -6,11 +6,13 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from stage_processes import kill_everything, launch
@@ -27,7 +29,7 @@ from make_seeds import check_size  # noqa: E402
 from make_seeds import main as make_seeds_main  # noqa: E402
 from recipe import ModelRecipe, TrainRecipe, build_model, parse_recipe  # noqa: E402
 from run_all import main as run_all_main  # noqa: E402
-from runtime import ShardedBatches, StageError, stop_if_not_finite  # noqa: E402
+from runtime import ShardedBatches, StageError, auto_precision, provenance, stop_if_not_finite  # noqa: E402
 from train import consistency_warmup, learning_rate, parameter_groups  # noqa: E402
 from train import main as train_main  # noqa: E402
 
@@ -54,6 +56,69 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def metrics(folder: Path, stage: str) -> dict[str, Any]:
     return json.loads((folder / "tiny" / stage / "metrics.json").read_text())
+
+
+# ---- Precision.
+
+
+def test_auto_precision_is_the_devices_said_recorded_and_then_that_of_the_trained_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("runtime.has_native_bf16", lambda device: True)
+    monkeypatch.setattr("runtime.why", lambda device: "a good CPU")
+    train_main(arguments(tmp_path, "--train.epochs", "1"))
+    assert "precision: bf16 (a good CPU)" in capsys.readouterr().out
+    assert metrics(tmp_path, "train")["made_with"]["precision"] == "bf16"
+    recipe = json.loads((tmp_path / "tiny" / "train" / "recipe.json").read_text())
+    assert recipe["train"]["precision"] == "auto"
+
+    # The next stage on another machine.
+    monkeypatch.setattr("runtime.has_native_bf16", lambda device: False)
+    monkeypatch.setattr("runtime.bf16_slowdown", lambda device: 8.25)
+    make_seeds_main(arguments(tmp_path, "--train.epochs", "1"))
+    said = capsys.readouterr().out
+    assert "precision: bf16 (as the network was trained so far)" in said
+    assert "warning: a good CPU; a linear layer takes 8.2 times as long in bf16 as in float32\n" in said
+    assert metrics(tmp_path, "seeds")["made_with"]["precision"] == "bf16"
+
+
+def test_bf16_by_name_where_it_is_emulated_warns_and_says_how_to_avoid_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr("runtime.has_native_bf16", lambda device: False)
+    monkeypatch.setattr("runtime.bf16_slowdown", lambda device: 8.25)
+    train_main(arguments(tmp_path, "--train.epochs", "1", "--train.precision", "bf16"))
+    said = capsys.readouterr().out
+    assert "precision: bf16 (as the recipe says)" in said
+    assert "as in float32; --train.precision auto chooses float32 here" in said
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_a_network_keeps_its_precision_on_every_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool):
+    monkeypatch.setattr("runtime.has_native_bf16", lambda device: native)
+    state = PartialState(cpu=True)
+    of_device = "bf16" if native else "no"
+    assert auto_precision(tmp_path, state) == of_device
+    (tmp_path / "metrics.json").write_text('{"made_with": {"torch": "2.15"}}')  # made before precisions were recorded
+    assert auto_precision(tmp_path, state) == of_device
+    for name, title in (("bf16", "bf16"), ("no", "float32")):
+        (tmp_path / "metrics.json").write_text(json.dumps({"made_with": {"precision": title}}))
+        assert auto_precision(tmp_path, state) == name
+    # A run that was killed: its newest checkpoint counts.
+    for step, name in ((8, "no"), (12, "bf16"), (100, "no")):
+        checkpoint = tmp_path / "checkpoints" / f"step_{step:08d}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "progress.json").write_text(json.dumps({"step": step, "precision": name}))
+        assert auto_precision(tmp_path, state) == name
+
+
+def test_work_on_the_cpu_of_a_machine_with_a_gpu_records_the_cpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a GPU")
+    for accelerator in (None, SimpleNamespace(device=torch.device("cpu"), mixed_precision="no")):
+        assert provenance(accelerator)["device"].endswith("CPU cores")
+    on_gpu = provenance(SimpleNamespace(device=torch.device("cuda", 0), mixed_precision="bf16"))
+    assert (on_gpu["device"], on_gpu["precision"]) == ("a GPU", "bf16")
 
 
 # ---- The whole road.

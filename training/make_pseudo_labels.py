@@ -39,7 +39,16 @@ from label_maps import (
     stored_label_maps,
 )
 from recipe import ALL_IMAGES, PseudoLabelsRecipe, Recipe, RunOptions, load_images, parse_recipe
-from runtime import Stage, StageError, make_accelerator, remove_unfinished, run_script, say, say_unreadable
+from runtime import (
+    Stage,
+    StageError,
+    make_accelerator,
+    remove_unfinished,
+    run_script,
+    say,
+    say_precision,
+    say_unreadable,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -57,13 +66,16 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
     settings = recipe.pseudo_labels
     if settings is None:
         raise StageError("the recipe has no section pseudo_labels; add it, or --pseudo_labels.method refiner.")
-    # The trained network runs in the precision it was trained in.
-    accelerator = make_accelerator(recipe, options, settings=recipe.affinity)
-    stage = Stage(recipe, "pseudo_labels", depends_on(settings), accelerator.is_main_process)
+    network = None if settings.network is None else Path(settings.network).parent
+    accelerator = make_accelerator(recipe, options, "affinity", network=network)
+    stage = Stage(recipe, "pseudo_labels", depends_on(settings), accelerator)
     if stage.done:
         say(accelerator, f"pseudo_labels: already done, {stage.folder}")
         return stage.folder
-    walk = RandomWalk.of(recipe, settings, accelerator) if settings.method == "random_walk" else None
+    walk = None
+    if settings.method == "random_walk":
+        say_precision(accelerator, recipe, "affinity")
+        walk = RandomWalk.of(recipe, settings, accelerator)
     background = background_of(recipe, settings)
     remove_unfinished(stage.folder, accelerator)
 

@@ -27,7 +27,17 @@ from bitrans_hf.pseudo_labels import seeds_to_label_map, write_label_png
 from bitrans_hf.seeds import sum_over_views
 from bitrans_hf.store import SeedStore
 from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, parse_recipe, variants_of
-from runtime import Stage, StageError, make_accelerator, model_folder, progress, run_script, say, say_unreadable
+from runtime import (
+    Stage,
+    StageError,
+    make_accelerator,
+    model_folder,
+    progress,
+    run_script,
+    say,
+    say_precision,
+    say_unreadable,
+)
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
 
@@ -45,10 +55,11 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     split also the score at the first split's best threshold, which is the honest one where masks are only for testing.
     """
     accelerator = make_accelerator(recipe, options)
-    stage = Stage(recipe, "seeds", DEPENDS_ON, accelerator.is_main_process)
+    stage = Stage(recipe, "seeds", DEPENDS_ON, accelerator)
     if stage.done:
         say(accelerator, f"seeds: already done, {stage.folder}")
         return stage.folder
+    say_precision(accelerator, recipe, "train")
     trained = model_folder(recipe)
     model: BiTransModel | CamModel
     if recipe.model.architecture == "cam":

@@ -32,7 +32,7 @@ from bitrans_hf.segment import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
 from bitrans_hf.store import atomic_write
 from label_maps import label_file, score_steps, stored_label_maps
 from recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, parse_recipe
-from runtime import Stage, StageError, make_accelerator, progress, run_script, say, say_unreadable
+from runtime import Stage, StageError, make_accelerator, progress, run_script, say, say_precision, say_unreadable
 from train_segmentation import check_classes
 
 DEPENDS_ON = (
@@ -62,8 +62,9 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
     if recipe.prediction is None:
         raise StageError("the recipe has no section prediction; add it, or --prediction.preset mctformer.")
     settings = recipe.prediction
-    accelerator = make_accelerator(recipe, options, settings=recipe.segmentation)
-    stage = Stage(recipe, "predictions", DEPENDS_ON, accelerator.is_main_process)
+    network = None if settings.network is None else Path(settings.network).parent
+    accelerator = make_accelerator(recipe, options, "segmentation", network=network)
+    stage = Stage(recipe, "predictions", DEPENDS_ON, accelerator)
     if stage.done:
         say(accelerator, f"predictions: already done, {stage.folder}")
         return stage.folder
@@ -72,6 +73,7 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
             check_crf_installed()  # before hours of predictions depend on it
         except CrfNotInstalledError as error:
             raise StageError(f"prediction.refiner is crf: {error}") from error
+    say_precision(accelerator, recipe, "segmentation")
     model, processor = load_network(recipe, settings)
     model.to(accelerator.device).eval()
 

@@ -96,7 +96,7 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
     settings = cast(PublishRecipe, recipe.publish)
     accelerator = make_accelerator(recipe, options)
     folder = Path(recipe.output_dir) / recipe.name
-    stage = Stage(recipe, "publish", DEPENDS_ON, accelerator.is_main_process)
+    stage = Stage(recipe, "publish", DEPENDS_ON, accelerator)
     if not accelerator.is_main_process:
         return stage.folder
     if options.quiet or not sys.stderr.isatty():

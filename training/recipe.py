@@ -32,6 +32,7 @@ ALL_IMAGES = "all_images"
 
 SeedVariant: TypeAlias = Literal["sc_cam", "coarse_cam", "fused", "refined"]
 Refiner: TypeAlias = Literal["crf", "par", "none"]
+Precision: TypeAlias = Literal["auto", "no", "bf16"]
 
 SHARED_KEYS = ("weights", "image_size", "architecture")
 """Keys of the section model that a CNN has too."""
@@ -56,7 +57,7 @@ class LoopSettings(Protocol):
     @property
     def max_grad_norm(self) -> float | None: ...  # noqa: D102
     @property
-    def precision(self) -> Literal["no", "bf16"]: ...  # noqa: D102
+    def precision(self) -> Precision: ...  # noqa: D102
     @property
     def compile(self) -> bool: ...  # noqa: D102
     @property
@@ -199,7 +200,7 @@ class TrainRecipe:
         max_grad_norm: Clip the gradient to this norm; null does not clip.
         augmentation: Preset of `bitrans_hf.data.transforms`: "reference", "crop_flip" or "flip".
         augmentation_options: Options of the preset.
-        precision: "no" for float32, or "bf16".
+        precision: "auto": bf16 where the device multiplies bf16 natively, else float32; "no" for float32; "bf16".
         compile: Compile the model with torch.compile.
         activation_checkpointing: Keep only the layers' inputs and recompute the rest in the backward pass.
         num_workers: Processes that load images, for each process that trains.
@@ -223,7 +224,7 @@ class TrainRecipe:
     max_grad_norm: float | None = None
     augmentation: str = "reference"
     augmentation_options: dict[str, Any] = field(default_factory=dict)
-    precision: Literal["no", "bf16"] = "no"
+    precision: Precision = "auto"
     compile: bool = False
     activation_checkpointing: bool = False
     num_workers: int = 2
@@ -300,7 +301,7 @@ class AffinityRecipe:
             biases twice.
         weight_decay: Not applied to biases.
         max_grad_norm: Clip the gradient to this norm; null does not clip.
-        precision: "no" for float32, or "bf16".
+        precision: "auto": bf16 where the device multiplies bf16 natively, else float32; "no" for float32; "bf16".
         compile: Compile the network with torch.compile.
         num_workers: Processes that load images, for each process that trains.
         log_every: Optimiser steps between log lines.
@@ -331,7 +332,7 @@ class AffinityRecipe:
     learning_rate: float = 0.01
     weight_decay: float = 5e-4
     max_grad_norm: float | None = None
-    precision: Literal["no", "bf16"] = "no"
+    precision: Precision = "auto"
     compile: bool = False
     num_workers: int = 2
     log_every: int = 10
@@ -414,7 +415,7 @@ class SegmentationRecipe:
             for the preset's.
         weight_decay: Not applied to biases and norms; null for the preset's.
         max_grad_norm: Clip the gradient to this norm; null does not clip.
-        precision: "no" for float32, or "bf16".
+        precision: "auto": bf16 where the device multiplies bf16 natively, else float32; "no" for float32; "bf16".
         channels_last: Keep feature maps with the channels innermost, as tensor cores want them.
         compile: Compile the network with torch.compile.
         num_workers: Processes that load images, for each process that trains.
@@ -442,7 +443,7 @@ class SegmentationRecipe:
     learning_rate: float | None = None
     weight_decay: float | None = None
     max_grad_norm: float | None = None
-    precision: Literal["no", "bf16"] = "no"
+    precision: Precision = "auto"
     channels_last: bool = False
     compile: bool = False
     num_workers: int = 2

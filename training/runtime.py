@@ -11,22 +11,27 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, is_initialized
+from accelerate.state import AcceleratorState, PartialState, is_initialized
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 import bitrans_hf
 from bitrans_hf.errors import InputError, ends_with_a_sentence
 from bitrans_hf.files import mark_output
+from bitrans_hf.precision import SHOWN, bf16_slowdown, has_native_bf16, why
 from bitrans_hf.store import atomic_write
 from recipe import LoopSettings, Recipe, RunOptions
 
 T = TypeVar("T")
+
+TrainingSection: TypeAlias = Literal["train", "affinity", "segmentation"]
+"""Sections of a recipe that train a network, each in the stage of the same name."""
 
 
 class StageError(InputError):
@@ -40,31 +45,86 @@ def run_script(main: Callable[[], None]) -> None:
 
 
 def make_accelerator(
-    recipe: Recipe, options: RunOptions, project_dir: Path | None = None, settings: LoopSettings | None = None
+    recipe: Recipe,
+    options: RunOptions,
+    section: TrainingSection = "train",
+    *,
+    trains: bool = False,
+    network: Path | None = None,
 ) -> Accelerator:
-    """Return the process group, device and precision of a stage; with a project folder, its trackers too.
+    """Return the process group, device and precision of a stage.
+
+    The precision "auto" is chosen for the device when a network starts to train. From then on it stays: a run that
+    goes on from a checkpoint, and the stages that use the trained network, have the precision it was trained in,
+    whatever machine they run on.
 
     Args:
         recipe: Of the run.
         options: Of the run.
-        project_dir: Folder of a stage that trains.
-        settings: The recipe's section of that stage; None for `train`, whose precision the trained model is used with.
+        section: The recipe's section of the stage that trains the network; without it in the recipe, `train`.
+        trains: Whether this is that stage, which has trackers.
+        network: Folder of the stage that trained the network; None for the run's own.
     """
-    settings = settings or recipe.train
+    settings: LoopSettings = getattr(recipe, section) or recipe.train
+    folder = Path(recipe.output_dir) / recipe.name / section
     if options.quiet or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
-    if is_initialized() and AcceleratorState().mixed_precision != settings.precision:
+    precision: str = settings.precision
+    if precision == "auto":
+        precision = auto_precision(network or folder, PartialState(cpu=options.cpu))
+    if is_initialized() and AcceleratorState().mixed_precision != precision:
         # Stages follow each other in one process, and Accelerate has no public way to change the precision of one; the
         # process group, which is kept apart, stays.
         AcceleratorState._reset_state()
     return Accelerator(
         cpu=options.cpu,
-        mixed_precision=settings.precision,
+        mixed_precision=precision,
         gradient_accumulation_steps=settings.gradient_accumulation,
-        log_with=(settings.trackers or None) if project_dir else None,
-        project_dir=project_dir,
+        log_with=(settings.trackers or None) if trains else None,
+        project_dir=folder if trains else None,
     )
+
+
+def auto_precision(network: Path, state: PartialState) -> str:
+    """Return the precision that a stage's network was trained in so far, else the one for the device: "no" or "bf16".
+
+    The answer is that of the first process where it knows the network, and bf16 only where all devices have it.
+    """
+    found = gather_object([(trained_precision(network), has_native_bf16(state.device))])
+    trained, _ = found[0]
+    return trained or ("bf16" if all(native for _, native in found) else "no")
+
+
+def trained_precision(stage: Path) -> str | None:
+    """Return the precision of the newest checkpoint, or of the finished network; None where nothing says so."""
+    checkpoint = newest_checkpoint(stage / "checkpoints")
+    if checkpoint is not None:
+        precision = json.loads((checkpoint / "progress.json").read_text()).get("precision")
+        return None if precision is None else str(precision)
+    path = stage / "metrics.json"
+    shown = json.loads(path.read_text()).get("made_with", {}).get("precision") if path.is_file() else None
+    return next((name for name, title in SHOWN.items() if title == shown), None)
+
+
+def say_precision(accelerator: Accelerator, recipe: Recipe, section: TrainingSection) -> None:
+    """Say the precision of a stage and where it comes from, and what bf16 costs on a device that emulates it."""
+    settings: LoopSettings = getattr(recipe, section) or recipe.train
+    device, precision = accelerator.device, accelerator.mixed_precision
+    if settings.precision != "auto":
+        reason = "as the recipe says"
+    elif (precision == "bf16") == has_native_bf16(device):
+        reason = why(device)
+    else:
+        reason = "as the network was trained so far"
+    say(accelerator, f"precision: {SHOWN[precision]} ({reason})")
+    if precision == "bf16" and not has_native_bf16(device) and accelerator.is_main_process:
+        advice = "" if settings.precision == "auto" else f"; --{section}.precision auto chooses float32 here"
+        slowdown = bf16_slowdown(device)
+        say(
+            accelerator,
+            f"warning: {why(device)}; a linear layer takes {slowdown:.1f} times as long in bf16 as in float32{advice}",
+        )
 
 
 # ---- The folder of a stage.
@@ -77,20 +137,20 @@ class Stage:
         recipe: Of the run.
         name: Of the stage.
         depends_on: Parts of the recipe that the stage's result depends on: field names of `Recipe`.
-        is_main: Whether this process writes.
+        accelerator: Of the stage; its main process writes.
 
     Raises:
         StageError: the folder holds results of another recipe.
     """
 
-    def __init__(self, recipe: Recipe, name: str, depends_on: Sequence[str], is_main: bool):
-        self.name, self.is_main = name, is_main
+    def __init__(self, recipe: Recipe, name: str, depends_on: Sequence[str], accelerator: Accelerator):
+        self.name, self.is_main = name, accelerator.is_main_process
         self.folder = Path(recipe.output_dir) / recipe.name / name
         self.recipe = recipe_parts(recipe, depends_on)
         self._started = time.perf_counter()
-        self._made_with = provenance()  # now: the checkout may be edited while a long stage runs
+        self._made_with = provenance(accelerator)  # now: the checkout may be edited while a long stage runs
         path = self.folder / "recipe.json"
-        if is_main:
+        if self.is_main:
             mark_output(self.folder.parent)  # data.root may be the folder that the runs are in
         if path.is_file():
             stored = json.loads(path.read_text())
@@ -100,7 +160,7 @@ class Stage:
                     f"{self.folder} was made with another recipe (it differs in {', '.join(different)}); "
                     "choose another --name, go back to that recipe, or delete the folder to start again."
                 )
-        elif is_main:
+        elif self.is_main:
             write_json(path, self.recipe)
 
     @property
@@ -187,16 +247,24 @@ def _nan_to_none(content: Any) -> Any:
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
-def provenance() -> dict[str, str]:
-    """Return the code's commit, the versions and the hardware that a number was measured with."""
+def provenance(accelerator: Accelerator | None = None) -> dict[str, str]:
+    """Return the code's commit, the versions and the hardware that a number was measured with.
+
+    Args:
+        accelerator: Its device and precision are recorded; None for work that only CPUs do.
+    """
     here = Path(__file__).resolve().parent
     try:
         commit = _git(here, "rev-parse", "--short=12", "HEAD")
         commit += "-modified" if _git(here, "status", "--porcelain", "--untracked-files=no") else ""
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
-    return {
+    device = f"{os.cpu_count()} CPU cores"
+    if accelerator is not None and accelerator.device.type == "cuda":
+        device = torch.cuda.get_device_name(accelerator.device)
+    elif accelerator is not None and accelerator.device.type != "cpu":
+        device = str(accelerator.device)
+    record = {
         "commit": commit,
         "bitrans_hf": bitrans_hf.__version__,
         "torch": torch.__version__,
@@ -204,6 +272,7 @@ def provenance() -> dict[str, str]:
         "python": platform.python_version(),
         "device": device,
     }
+    return record if accelerator is None else {**record, "precision": SHOWN[accelerator.mixed_precision]}
 
 
 def _git(folder: Path, *arguments: str) -> str:
@@ -316,6 +385,11 @@ class ShardedBatches(torch.utils.data.Sampler[list[int]]):
 # ---- Checkpoints.
 
 
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest complete checkpoint of a folder; None when there is none."""
+    return max(folder.glob("step_*"), default=None)
+
+
 class Checkpoints:
     """The newest state of a training run, `<folder>/step_<number>/`, written aside and renamed when complete.
 
@@ -337,7 +411,12 @@ class Checkpoints:
         self.accelerator.save_state(str(unfinished))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            state = {"step": step, "num_processes": self.accelerator.num_processes, **progress_state}
+            state = {
+                "step": step,
+                "num_processes": self.accelerator.num_processes,
+                "precision": self.accelerator.mixed_precision,
+                **progress_state,
+            }
             write_json(unfinished / "progress.json", state)
             unfinished.replace(target)
             for older in self.folder.glob("step_*"):
@@ -351,16 +430,16 @@ class Checkpoints:
         Raises:
             StageError: it was made with another number of processes, which changes every batch.
         """
-        complete = sorted(self.folder.glob("step_*"))
-        if not complete:
+        newest = newest_checkpoint(self.folder)
+        if newest is None:
             return None
-        state = dict(json.loads((complete[-1] / "progress.json").read_text()))
+        state = dict(json.loads((newest / "progress.json").read_text()))
         if state["num_processes"] != self.accelerator.num_processes:
             raise StageError(
-                f"{complete[-1]} was made by {state['num_processes']} process(es), this run has "
+                f"{newest} was made by {state['num_processes']} process(es), this run has "
                 f"{self.accelerator.num_processes}; start as many, or delete the folder to start again."
             )
-        self.accelerator.load_state(str(complete[-1]))
+        self.accelerator.load_state(str(newest))
         return state
 
     def clear(self) -> None:

@@ -37,7 +37,7 @@ from recipe import (
     load_images,
     parse_recipe,
 )
-from runtime import Stage, StageError, make_accelerator, run_script, say
+from runtime import Stage, StageError, make_accelerator, run_script, say, say_precision
 
 DEPENDS_ON = ("seed", "data", "model", "train")
 
@@ -52,11 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(recipe: Recipe, options: RunOptions) -> Path:
     """Train the recipe's model; return the folder of the stage, whose `model/` holds model and image processor."""
-    accelerator = make_accelerator(recipe, options, Path(recipe.output_dir) / recipe.name / "train")
-    stage = Stage(recipe, "train", DEPENDS_ON, accelerator.is_main_process)
+    accelerator = make_accelerator(recipe, options, trains=True)
+    stage = Stage(recipe, "train", DEPENDS_ON, accelerator)
     if stage.done:
         say(accelerator, f"train: already done, {stage.folder}")
         return stage.folder
+    say_precision(accelerator, recipe, "train")
 
     # ---- Images
     if accelerator.is_main_process and (summary := describe_folder(recipe.data, recipe.data.train_split)):

@@ -62,6 +62,7 @@ from runtime import (
     remove_unfinished,
     run_script,
     say,
+    say_precision,
     say_unreadable,
 )
 
@@ -84,11 +85,12 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     if recipe.affinity is None:
         raise StageError("the recipe has no section affinity; add it, or --affinity.backbone bitrans, to train one.")
     settings = recipe.affinity
-    accelerator = make_accelerator(recipe, options, Path(recipe.output_dir) / recipe.name / "affinity", settings)
-    stage = Stage(recipe, "affinity", DEPENDS_ON, accelerator.is_main_process)
+    accelerator = make_accelerator(recipe, options, "affinity", trains=True)
+    stage = Stage(recipe, "affinity", DEPENDS_ON, accelerator)
     if stage.done:
         say(accelerator, f"affinity: already done, {stage.folder}")
         return stage.folder
+    say_precision(accelerator, recipe, "affinity")
 
     # ---- Labels
     images = chosen_images(recipe, settings, masks=False)

@@ -32,7 +32,17 @@ from bitrans_hf.segment import SINGLE_SCALE, multi_scale_scores
 from bitrans_hf.weights import load_backbone
 from loop import RateSchedule, TrainingLoop
 from recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, load_images, parse_recipe
-from runtime import Stage, StageError, make_accelerator, model_folder, progress, refuse_cnn, run_script, say
+from runtime import (
+    Stage,
+    StageError,
+    make_accelerator,
+    model_folder,
+    progress,
+    refuse_cnn,
+    run_script,
+    say,
+    say_precision,
+)
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation")
 
@@ -56,11 +66,12 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     if recipe.segmentation is None:
         raise StageError("the recipe has no section segmentation; add it, or --segmentation.backbone bitrans.")
     settings = recipe.segmentation
-    accelerator = make_accelerator(recipe, options, Path(recipe.output_dir) / recipe.name / "segmentation", settings)
-    stage = Stage(recipe, "segmentation", DEPENDS_ON, accelerator.is_main_process)
+    accelerator = make_accelerator(recipe, options, "segmentation", trains=True)
+    stage = Stage(recipe, "segmentation", DEPENDS_ON, accelerator)
     if stage.done:
         say(accelerator, f"segmentation: already done, {stage.folder}")
         return stage.folder
+    say_precision(accelerator, recipe, "segmentation")
 
     # ---- Pictures and label maps
     pairs = labelled_images(recipe, settings)

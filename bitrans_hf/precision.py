@@ -1,0 +1,53 @@
+"""Which precision suits a device: bf16 where it multiplies bf16 numbers itself, float32 elsewhere."""
+
+import platform
+import time
+
+import torch
+
+SHOWN = {"no": "float32", "bf16": "bf16"}
+"""Names of the precisions for people; the keys are what Accelerate and recipes call them."""
+
+
+def has_native_bf16(device: torch.device) -> bool:
+    """Say whether a device multiplies bf16 numbers itself, so that bf16 is faster than float32 there.
+
+    NVIDIA's GPUs do from compute capability 8.0 on, and AMD's. On a CPU, oneDNN is asked, which does such products for
+    torch. It says what it would use now: not what the environment forbids it, as `ONEDNN_MAX_CPU_ISA=AVX2` does. On
+    x86 it also says yes where it emulates bf16 with AVX-512, so the CPU must have instructions for it too. Other
+    devices count as having none: Apple's first GPUs emulate bf16, and nothing was tried on the rest.
+    """
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu":
+        return False
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch was built without oneDNN
+    if asked is None or not asked():
+        return False
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    queries = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in queries)
+
+
+def why(device: torch.device) -> str:
+    """Say in a few words why `has_native_bf16` answers what it does."""
+    name = {"cpu": "this CPU", "cuda": "this GPU", "mps": "Apple's GPU"}.get(device.type, f"the device {device.type}")
+    return f"{name} has native bf16" if has_native_bf16(device) else f"torch has no native bf16 on {name}"
+
+
+def bf16_slowdown(device: torch.device) -> float:
+    """Measure how many times as long a linear layer takes in bf16 as in float32; less than half a second on a CPU."""
+    inputs, layer = torch.ones(256, 384, device=device), torch.nn.Linear(384, 384, device=device)
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, same_layer = inputs.to(dtype), layer.to(dtype)
+        times = []
+        for _ in range(4):  # the first call sets up
+            start = time.perf_counter()
+            with torch.no_grad():
+                same_layer(x).sum().item()  # waits for the device
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] / seconds[torch.float32]
