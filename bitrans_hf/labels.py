@@ -1,5 +1,7 @@
 """Class names, label ids and the VOC palette: data, and the one rule that joins class ids to label ids."""
 
+import functools
+
 import numpy as np
 
 from .errors import InputError
@@ -33,6 +35,11 @@ def palette() -> list[int]:
     The bits of a label id are dealt out to red, green and blue, most significant first (`VOClabelcolormap` of the
     VOC devkit), so that neighbouring ids differ strongly.
     """
+    return list(_palette())
+
+
+@functools.cache  # it goes into every mask that is written
+def _palette() -> tuple[int, ...]:
     colours = []
     for label in range(256):
         rgb = [0, 0, 0]
@@ -40,7 +47,7 @@ def palette() -> list[int]:
             for channel in range(3):
                 rgb[channel] |= ((label >> (3 * bit + channel)) & 1) << (7 - bit)
         colours.extend(rgb)
-    return colours
+    return tuple(colours)
 
 
 def class_ids_to_multi_hot(class_ids: list[int], num_classes: int) -> np.ndarray:

@@ -48,18 +48,22 @@ def pixel_adaptive_refinement(
     dtype = torch.promote_types(scores.dtype, torch.float32)
     weights = _neighbour_weights(images.to(dtype), dilations)
     refined = scores.to(dtype)
-    for _ in range(iterations):
-        passed_on = torch.zeros_like(refined)
+    padded = _padded(refined, dilations)
+    # Made once: for small images, taking slices would cost as much as working with them.
+    pairs = list(zip(weights.split(1, dim=1), _neighbours(padded, dilations), strict=True))
+    for iteration in range(iterations):
+        if iteration:
+            padded.copy_(_padded(refined, dilations))
+        refined = torch.zeros_like(refined)
         # One neighbour after the other: all 8 x len(dilations) shifted copies at once would not fit for large batches.
-        for number, neighbour in enumerate(_neighbours(refined, dilations)):
-            passed_on.addcmul_(weights[:, number : number + 1], neighbour)
-        refined = passed_on
+        for weight, neighbour in pairs:
+            refined.addcmul_(weight, neighbour)
     return refined.to(scores.dtype)
 
 
 def _neighbour_weights(images: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:
     """(B, 3, H, W) -> (B, P, H, W), sum 1 over the P = 8 * len(dilations) neighbours."""
-    neighbours = list(_neighbours(images, dilations))  # views of one padded copy
+    neighbours = list(_neighbours(_padded(images, dilations), dilations))  # views of one padded copy
     mean = torch.zeros_like(images)
     for neighbour in neighbours:
         mean += neighbour / len(neighbours)
@@ -77,11 +81,15 @@ def _neighbour_weights(images: torch.Tensor, dilations: Sequence[int]) -> torch.
 _DIRECTIONS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
 
 
-def _neighbours(maps: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
-    """Yield (B, C, H, W) shifted by each direction at each dilation, the border repeated outwards."""
-    height, width = maps.shape[2:]
+def _padded(maps: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:
+    """Repeat the border of (B, C, H, W) outwards by the largest dilation."""
+    return F.pad(maps, [max(dilations)] * 4, mode="replicate")
+
+
+def _neighbours(padded: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Yield views (B, C, H, W) of padded maps, shifted by each direction at each dilation."""
     reach = max(dilations)
-    padded = F.pad(maps, (reach, reach, reach, reach), mode="replicate")
+    height, width = (side - 2 * reach for side in padded.shape[2:])
     for dilation in dilations:
         for dy, dx in _DIRECTIONS:
             top, left = reach + dy * dilation, reach + dx * dilation

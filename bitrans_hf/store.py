@@ -2,7 +2,7 @@
 
 import errno
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,11 +104,15 @@ class SeedStore(ImageStore):
             np.savez_compressed(temporary, allow_pickle=False, **arrays)
 
     def read(self, image_id: str, variant: str) -> Seeds:
-        """Read one variant of an image's seeds at the image's size.
+        """Read one variant of an image's seeds at the image's size; raises what `read_variants` does."""
+        return self.read_variants(image_id, [variant])[variant]
+
+    def read_variants(self, image_id: str, variants: Iterable[str]) -> dict[str, Seeds]:
+        """Read several variants of an image's seeds at the image's size: variant -> seeds.
 
         Raises:
             MissingFileError: the image has no seeds here.
-            ValueError: this variant was not stored.
+            ValueError: a variant was not stored.
         """
         path = self.path(image_id)
         if not path.is_file():
@@ -116,12 +120,15 @@ class SeedStore(ImageStore):
                 f"no seeds of image {image_id!r} in {self.folder}; run training/make_seeds.py first."
             )
         with np.load(path, allow_pickle=False) as arrays:
-            if f"maps_{variant}" not in arrays:
-                stored = ", ".join(name.removeprefix("maps_") for name in arrays if name.startswith("maps_"))
-                raise InputError(f"{path} holds the variants {stored}, not {variant!r}.")
-            height, width = (int(side) for side in arrays["size"])
-            maps = torch.from_numpy(arrays[f"maps_{variant}"].astype(np.float32))
-            return normalized_seeds(arrays["class_ids"], maps, (height, width))
+            class_ids, (height, width) = arrays["class_ids"], arrays["size"].tolist()
+            seeds = {}
+            for variant in variants:
+                if f"maps_{variant}" not in arrays:
+                    stored = ", ".join(name.removeprefix("maps_") for name in arrays if name.startswith("maps_"))
+                    raise InputError(f"{path} holds the variants {stored}, not {variant!r}.")
+                maps = torch.from_numpy(arrays[f"maps_{variant}"].astype(np.float32))
+                seeds[variant] = normalized_seeds(class_ids, maps, (height, width))
+            return seeds
 
 
 @dataclass(frozen=True)

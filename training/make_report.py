@@ -120,7 +120,7 @@ def gallery(recipe: Recipe, run: Path, split: str) -> Iterator[GalleryRow]:
     half = min(len(several), recipe.report.num_images // 2)
     for index in spread(several, half) + spread(single, recipe.report.num_images - half):
         row = images[index]
-        maps = {variant: store.read(row["image_id"], variant) for variant in variants_of(recipe)}
+        maps = store.read_variants(row["image_id"], variants_of(recipe))
         yield GalleryRow(
             image_id=row["image_id"],
             image=open_image(row["image"]),

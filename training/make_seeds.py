@@ -224,7 +224,7 @@ def score_split(
         if row["image_id"] not in store:
             continue
         counts["images"] += 1
-        seeds = {variant: store.read(row["image_id"], variant) for variant in variants}
+        seeds = store.read_variants(row["image_id"], variants)
         label_map = seeds_to_label_map(seeds[recipe.variant], recipe.threshold)
         write_label_png(folder / "masks" / f"{row['image_id']}.png", label_map)
         if row["mask"] is None:

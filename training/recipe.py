@@ -5,6 +5,7 @@ wrong type are errors. The resolved recipe is written beside every result.
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -831,8 +832,14 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
         raise InputError(f"shapes have the splits {', '.join(SHAPE_SPLITS)}, got {split!r}.")
     size = data.num_train if split == "train" else data.num_val
     seed = len(SHAPE_SPLITS) * data.seed + SHAPE_SPLITS.index(split)
-    scenes = make_shapes(size, seed, image_size=data.image_size)
+    scenes = _drawn(size, seed, data.image_size)
     return scenes if masks else scenes.remove_columns("mask")
+
+
+@functools.lru_cache(maxsize=len(SHAPE_SPLITS))
+def _drawn(size: int, seed: int, image_size: int) -> Dataset:
+    """Draw the scenes of a split once for all stages of a process, each of which loads it."""
+    return make_shapes(size, seed, image_size=image_size)
 
 
 def describe_folder(data: DataRecipe, split: str | None) -> str | None:
