@@ -71,8 +71,8 @@ def test_other_devices_compute_in_float32(kind: str):
 
 
 def test_what_bf16_costs_is_measured(monkeypatch: pytest.MonkeyPatch):
-    # Of each type one call to set up, then three; the fastest counts: 1 s in float32, 5 s in bf16.
-    durations = iter([9.0, 1.0, 2.0, 3.0, 20.0, 6.0, 5.0, 7.0])
+    # Twelve calls of each type, of which the fastest counts: 1 s in float32, 5 s in bf16.
+    durations = [9.0, 3.0, 1.0, *[2.0] * 9, 20.0, 6.0, 5.0, *[7.0] * 9]
     readings = (reading for duration in durations for reading in (0.0, duration))
     monkeypatch.setattr(precision.time, "perf_counter", lambda: next(readings))
     assert bf16_slowdown(CPU) == 5.0
