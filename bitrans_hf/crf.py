@@ -9,6 +9,7 @@ import multiprocessing
 import multiprocessing.context
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sized
@@ -19,6 +20,7 @@ from types import ModuleType, TracebackType
 from typing import Generic, Self, TypeVar
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from .errors import InputError, MissingExtraError, sentence_of
@@ -353,16 +355,24 @@ def _succeeded(future: "Future[Outcome[Result]]") -> bool:
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Fork workers from a server that imports this package once, where there is one; else each imports it anew."""
+    """Fork workers from a server that imports this package once, where there is one; else each imports it anew.
+
+    A worker also imports the caller's script. What is slow there, and has been imported here, the server imports too.
+    """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, *(name for name in _SLOW_IMPORTS if name in sys.modules)])
     return context
 
 
+_SLOW_IMPORTS = ("accelerate", "datasets", "timm", "torchvision", "transformers.modeling_utils")
+"""Seconds each."""
+
+
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it when it is killed."""
+    """Leave Ctrl-C to the parent, do not outlive it when it is killed, and keep to one core: each has a worker."""
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
 

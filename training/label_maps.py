@@ -219,16 +219,15 @@ def run_jobs(
 ) -> set[str]:
     """Write the label maps of this process' jobs; return the ids of the pictures that cannot be read.
 
-    A CRF keeps a core busy for about a second an image, so that worker processes share the images. All other work is
-    done in this process: the refiner "par" is made of torch, whose threads share an image, and processes that each
-    start as many threads would get into each other's way. Jobs are taken as the work goes on.
+    A refiner keeps a core busy for about a second an image, so that worker processes share the images; without one
+    the work is done in this process. Jobs are taken as the work goes on.
 
     Raises:
         StageError: an image failed for another reason than its picture; what is finished is kept.
         DiskFullError: there is no room.
     """
     workers = 1
-    if refiner == "crf":
+    if refiner != "none":
         cores = available_cores() // accelerator.num_processes if options.workers is None else options.workers
         workers = max(1, min(cores, total))
     unreadable: set[str] = set()

@@ -18,7 +18,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState, is_initialized
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, parse_flag_from_env
 from tqdm.auto import tqdm
 
 import bitrans_hf
@@ -72,7 +72,8 @@ def make_accelerator(
         datasets.disable_progress_bars()
     precision: str = settings.precision
     if precision == "auto":
-        precision = auto_precision(network or folder, PartialState(cpu=options.cpu))
+        on_cpu = options.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # as Accelerator does
+        precision = auto_precision(network or folder, PartialState(cpu=on_cpu))
     if is_initialized() and AcceleratorState().mixed_precision != precision:
         # Stages follow each other in one process, and Accelerate has no public way to change the precision of one; the
         # process group, which is kept apart, stays.
