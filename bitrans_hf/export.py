@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from .configuration_bitrans import BiTransConfig
-from .errors import InputError, MissingExtraError, sentence_of
+from .errors import InputError, MissingExtraError, ends_with_a_sentence
 from .hub_errors import hub_error_sentence
 from .image_processing_bitrans import BiTransImageProcessor
 from .modeling_bitrans import BiTransModel
@@ -302,12 +302,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         model = BiTransModel.from_pretrained(options.model, revision=options.revision)
         processor = BiTransImageProcessor.from_pretrained(options.model, revision=options.revision)
+    except (InputError, OSError) as error:  # transformers says with a bare OSError that there is no such model
+        sentence = hub_error_sentence(error, options.model, options.revision)
+        raise SystemExit(f"error: {error if sentence is None else sentence}") from error
+    with ends_with_a_sentence():
         description = export_model(model, processor, options.out, flip=not options.no_flip)
-    except (InputError, OSError) as error:
-        sentence = hub_error_sentence(error, options.model, options.revision) or sentence_of(error)
-        if sentence is None:
-            raise
-        raise SystemExit(f"error: {sentence}") from error
     for name, found in description["difference_from_torch"].items():
         shown = ", ".join(f"{difference:.0e} at {size}" for size, difference in found.items())
         print(f"{options.out / name}: differs from torch by {shown}")

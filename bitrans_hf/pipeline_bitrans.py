@@ -19,7 +19,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
-from .errors import InputError, MissingExtraError
+from .errors import InputError, MissingExtraError, MissingFileError
 from .image_decoding import DECODING_ERRORS, to_rgb
 from .image_processing_bitrans import (
     CAM_FUSIONS,
@@ -226,7 +226,7 @@ class PseudoMaskPipeline(Pipeline):
             model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
         except OSError as error:
             reason = str(error).partition("\n")[0]
-            raise OSError(
+            raise MissingFileError(
                 f"no model at {source}: it is no folder of a trained model, nor on the Hub ({reason})"
             ) from error
         if model_type != "bitrans":

@@ -22,7 +22,7 @@ from .backbones import ResNet38Backbone, TimmFeatures
 from .configuration_affinitynet import AffinityNetConfig
 from .configuration_bitrans import BiTransConfig
 from .configuration_deeplab import DeepLabConfig
-from .errors import InputError
+from .errors import InputError, MissingFileError
 from .modeling_affinitynet import AffinityNetModel
 from .modeling_bitrans import BiTransModel
 from .modeling_cam import CamModel
@@ -58,7 +58,7 @@ def from_timm(
     try:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except Exception as error:
-        raise OSError(
+        raise MissingFileError(
             f"could not get the weights of {name!r} ({type(error).__name__}: {error}); go online once, or save them "
             "as safetensors and use from_timm_state_dict."
         ) from error
@@ -159,7 +159,7 @@ def _state_dict(weights: StateDict | str | Path) -> dict[str, torch.Tensor]:
         return dict(weights)
     path = Path(weights)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}; expected a .safetensors or .pth file.")
+        raise MissingFileError(f"no weights file at {path}; expected a .safetensors or .pth file.")
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.suffix == ".params":
@@ -351,7 +351,7 @@ def read_mxnet_params(path: str | Path) -> dict[str, torch.Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file at {path}; expected a .params file of MXNet.")
+        raise MissingFileError(f"no weights file at {path}; expected a .params file of MXNet.")
     reader = _MxnetReader(path)
     if reader.numbers("<u8", 1) != [_MXNET_LIST]:
         raise InputError(f"{path.name} is no list of MXNet arrays: it does not start with 0x112.")
@@ -503,7 +503,7 @@ def _load_timm(
             **options,
         )
     except Exception as error:
-        raise OSError(
+        raise MissingFileError(
             f"could not get the weights of {config.backbone!r} ({type(error).__name__}: {error}); go online once, or "
             "give a file in timm's names."
         ) from error

@@ -89,9 +89,7 @@ def test_an_error_of_ours_ends_with_its_own_sentence(kind: type[InputError]):
 
 
 def test_a_wrong_value_of_a_configuration_ends_with_its_reason_alone():
-    with pytest.raises(
-        SystemExit, match=r"^error: hidden_size 10 must be a multiple of num_attention_heads, got 3"
-    ):
+    with pytest.raises(SystemExit, match=r"^error: hidden_size 10 must be a multiple of num_attention_heads, got 3"):
         run_script(lambda: BiTransConfig(hidden_size=10, num_attention_heads=3))
     with pytest.raises(SystemExit, match=r"^error: Field 'image_size' expected int, got str \(value: 'abc'\)$"):
         run_script(lambda: BiTransConfig(image_size="abc"))

@@ -351,9 +351,7 @@ def validate(
         scored += 1
     counts, scored = np.sum(gather_object([counts]), axis=0), sum(gather_object([scored]))
     if not scored:
-        raise StageError(
-            "segmentation.val_split has no readable image with a mask; leave it out or name another."
-        )
+        raise StageError("segmentation.val_split has no readable image with a mask; leave it out or name another.")
     return {**scores_in_percent(counts, names), "scored": scored}
 
 
