@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from .errors import InputError, MissingFileError
+from .markdown import literal
 
 STAGES = ("train", "seeds", "affinity", "pseudo_labels", "segmentation", "predictions")
 """Folders of a run that a card reads, in the order they are made."""
@@ -153,9 +154,11 @@ def render_card(
     )  # fmt: skip
     text = environment.get_template(f"{network}.md.jinja").render(
         card_data=card_data(run, network, licence).to_yaml(),
-        title=f"{TITLES[network]}: {run.name}",
+        title=f"{TITLES[network]}: {literal(run.name)}",
         repo=repo,
-        classes=list(run.classes),
+        classes=[literal(name) for name in run.classes],
+        # A JSON text is a Python one too, whatever the name holds.
+        example_class=json.dumps(run.classes[0], ensure_ascii=False),
         version=version,
         package_version=package_version,
         picture=picture,
@@ -165,7 +168,7 @@ def render_card(
         tag_table=tag_table(run.metrics("train")),
         provenance=provenance(run),
         data=data_sentence(data, run.classes),
-        recipe=yaml.safe_dump(recipe, sort_keys=False, width=100).rstrip(),
+        recipe=yaml.safe_dump(recipe, sort_keys=False, width=100, allow_unicode=True).rstrip(),
         saw_masks=network == "deeplab" and run.recipe["segmentation"].get("labels") == "ground_truth",
         licence_note=licence_note(licence, data["source"], weights),
     )
@@ -276,6 +279,7 @@ def seed_table(seeds: Mapping[str, Any]) -> str:
             if part is None:
                 continue
             images = part.get("scored", part.get("images"))
+            label = literal(label)
             best = [number(part.get("miou", {}).get(variant)) for variant in VARIANTS]
             rows.append([label, str(images), *best, number(part.get("threshold", {}).get("refined"), 2)])
     if not rows:
@@ -288,7 +292,7 @@ def stage_table(run: Run) -> str:
     rows = []
     for stage, what in LATER_STAGES.items():
         miou = run.metrics(stage).get("miou")
-        rows.append([what, split_of(run, stage) if miou is not None else "", number(miou)])
+        rows.append([what, literal(split_of(run, stage)) if miou is not None else "", number(miou)])
     return table(["stage", "split", "mIoU (%)"], rows)
 
 
@@ -297,7 +301,11 @@ def step_table(stage: Mapping[str, Any]) -> str:
     splits = stage.get("splits", {})
     steps = list(dict.fromkeys(step for scores in splits.values() for step in scores.get("steps", {})))
     rows = [
-        [name, str(scores.get("images", NOT_MEASURED)), *(number(scores.get("steps", {}).get(step)) for step in steps)]
+        [
+            literal(name),
+            str(scores.get("images", NOT_MEASURED)),
+            *(number(scores.get("steps", {}).get(step)) for step in steps),
+        ]
         for name, scores in splits.items()
     ]
     return table(["split", "images", *(f"{step}, mIoU (%)" for step in steps)], rows)
@@ -327,11 +335,11 @@ def data_sentence(data: Mapping[str, Any], classes: Sequence[str]) -> str:
     if data["source"] == "shapes":
         return (
             f"{data['num_train']} scenes of {data['image_size']} x {data['image_size']} pixels, drawn by "
-            f"`bitrans_hf.data.make_shapes` from seed {data['seed']}: {', '.join(classes)} on clutter, with the list "
-            "of the shapes in each scene as its labels."
+            f"`bitrans_hf.data.make_shapes` from seed {data['seed']}: {', '.join(map(literal, classes))} on clutter, "
+            "with the list of the shapes in each scene as its labels."
         )
     source = "Somebody's own folder of images, " if data["source"] == "folder" else ""
-    return f"{source}{data_name(data)}, split `{split}`: the images, and the names of the classes in each."
+    return f"{source}{literal(data_name(data))}, split `{split}`: the images, and the names of the classes in each."
 
 
 def licence_note(licence: str, source: str, weights: str) -> str:

@@ -129,6 +129,13 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--allow-empty", action="store_true", help="an empty cell of labels means that the image shows no class"
     )
+    check.add_argument(
+        "--mask-values",
+        metavar="FORM",
+        help="what the pixel values of masks mean, where they are not label ids: binary (0 and one other value), "
+        "voc_colors, a list such as 0=0,128=255,255=1 (value=label id), 0-127=0,128-255=1 or 128/0/0=1 (color=label "
+        "id), or ids; in a recipe, data.mask_values",
+    )
     check.add_argument("--quiet", action="store_true", help="no progress bar")
     check.set_defaults(run=run_check)
 
@@ -176,6 +183,7 @@ def run_check(options: argparse.Namespace) -> None:
         separator=options.separator,
         allow_empty=options.allow_empty,
         caller="check",
+        mask_values=options.mask_values,
         progress=lambda images, total: tqdm(images, total=total, desc="check", unit="image", disable=not bar),
     )
     print(report)

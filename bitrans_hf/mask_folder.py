@@ -37,6 +37,11 @@ def run_masks(options: argparse.Namespace) -> None:
         raise InputError(f"{options.images} holds masks that bitrans wrote; give the folder that holds the images.")
     refuse_same_folder(options.out, options.images, "--out")
     pipe = LabelMapPipeline.from_pretrained(options.model, options.device)
+    if background := [name for name in pipe.class_names if is_background(name)]:
+        raise InputError(
+            f"model {options.model} has a class {background[0]!r}, expected object classes alone: background has the "
+            "label id 0 in every mask. Train a model on labels without that name."
+        )
     pictures = pictures_with_labels(options.images, options.labels, pipe.class_names, options.separator)
     settings = {
         "threshold": options.threshold,

@@ -14,6 +14,7 @@ from PIL import Image
 from .crf import dense_crf
 from .errors import InputError, MissingFileError
 from .labels import BACKGROUND, IGNORE_INDEX, palette
+from .markdown import literal
 from .par import pixel_adaptive_refinement
 from .seeds import Seeds
 from .store import atomic_write
@@ -245,7 +246,10 @@ def pseudo_label_card(
     Returns:
         Text of a README.md with its YAML head.
     """
-    ids = ["| 0 | background |", *(f"| {number} | {name} |" for number, name in enumerate(class_names, start=1))]
+    ids = [
+        "| 0 | background |",
+        *(f"| {number} | {literal(name)} |" for number, name in enumerate(class_names, start=1)),
+    ]
     if "miou" in metrics:
         scored = f" over {metrics['scored']} images with known masks" if "scored" in metrics else ""
         score = f"Mean IoU against known masks: **{metrics['miou']:.2f} %**{scored}, background included."
@@ -258,7 +262,7 @@ def pseudo_label_card(
         category=_size_category(len(dataset)),
         ids="\n".join([*ids, f"| {IGNORE_INDEX} | unsure, to be ignored |"]),
         score=score,
-        recipe=json.dumps(recipe, indent=2),
+        recipe=json.dumps(recipe, indent=2, ensure_ascii=False),
         provenance=f"\nMade with\n{provenance}\n" if provenance else "",
     )
 

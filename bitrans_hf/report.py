@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import json
 import re
@@ -16,6 +17,7 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from .errors import InputError
@@ -344,8 +346,8 @@ def confusion_picture(counts: npt.NDArray[np.integer], rows: Sequence[str], colu
     # The root of a share, because most confusions are below ten percent and would all look like none.
     axes.imshow(np.sqrt(shares / 100.0), cmap="Blues", vmin=0, vmax=1)
     size = 8 if few else 6
-    axes.set_xticks(range(len(columns)), columns, fontsize=size, rotation=90)
-    axes.set_yticks(range(len(rows)), rows, fontsize=size)
+    axes.set_xticks(range(len(columns)), [_plot_text(name) for name in columns], fontsize=size, rotation=90)
+    axes.set_yticks(range(len(rows)), [_plot_text(name) for name in rows], fontsize=size)
     axes.tick_params(length=0)
     axes.set_xlabel("predicted", fontsize=size + 1)
     axes.set_ylabel("true", fontsize=size + 1)
@@ -580,9 +582,9 @@ def _variant_title(variant: str) -> str:
 def _draw_grid(images: Sequence[Sequence[GalleryLine]], columns: Sequence[str], height: int) -> Image.Image:
     """Set the lines of images into one picture; the class name stands left of each line."""
     gap, head = 6, 30
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", 14)
+    font = ImageFont.truetype(_font_file(), 14)
     lines = [
-        (number, line.class_name, {column: _display(cell, height) for column, cell in line.cells.items()})
+        (number, drawable(line.class_name), {column: _display(cell, height) for column, cell in line.cells.items()})
         for number, image in enumerate(images)
         for line in image
     ]
@@ -609,6 +611,28 @@ def _draw_grid(images: Sequence[Sequence[GalleryLine]], columns: Sequence[str], 
                 draw.text(centre, "not known", fill="#888888", font=font, anchor="mm")
         top += line_height + gap
     return grid
+
+
+def drawable(text: str) -> str:
+    """Write characters that the font of pictures lacks by their numbers: names stay different, and are no boxes."""
+    known = _font_characters()
+    return "".join(
+        sign if ord(sign) in known else sign.encode("ascii", "backslashreplace").decode("ascii") for sign in text
+    )
+
+
+def _plot_text(text: str) -> str:
+    """Return a text that matplotlib sets as it is: it takes what stands between dollar signs for a formula."""
+    return drawable(text).replace("$", r"\$")
+
+
+def _font_file() -> Path:
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
+@functools.cache
+def _font_characters() -> frozenset[int]:
+    return frozenset(FT2Font(str(_font_file())).get_charmap())
 
 
 def _draw_chart(chart: Chart, *, dark: bool) -> Image.Image:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bitrans_hf.data import load_coco, make_shapes, open_mask, write_coco_masks
+from bitrans_hf.data import DataError, load_coco, make_shapes, open_mask, write_coco_masks
 from bitrans_hf.metrics import threshold_sweep
 from bitrans_hf.pseudo_labels import write_label_png
 from bitrans_hf.seeds import SEED_VARIANTS
@@ -290,7 +290,7 @@ def empty_folder(predictions: Path, targets: Path) -> Path:
         (without_two, r"2 of 13 images have no prediction in .*, the first is 'a_04' \(a_04.png\)"),
         (replaced(np.zeros((3, 3), np.uint8)), "1 of 13 images cannot be scored; the first: a_02: .* is 3x3"),
         (replaced(np.full((18, 20), 4, np.uint8)), "a_02.png holds the id 4, expected 0 for background"),
-        (replaced(np.zeros((18, 20, 3), np.uint8)), "a_02.png is a RGB image, expected a palette or gray image"),
+        (replaced(np.full((18, 20, 3), (128, 0, 0), np.uint8)), "a_02.png is a RGB image with the colors 128/0/0"),
         (truncated, "a_02.png cannot be read"),
         (empty_folder, "holds no predictions, expected <image_id>.png label maps or .npz seeds"),
     ],
@@ -322,3 +322,73 @@ def test_ground_truth_that_is_not_clear_is_refused(folders, more, message):
     empty = empty_folder(predictions, targets)
     with pytest.raises(StageError, match=message):
         evaluate(predictions, None, *(part.format(targets=targets, empty=empty) for part in more))
+
+
+# ---- Masks as people have them.
+
+
+@pytest.fixture
+def binary(tmp_path: Path) -> tuple[Path, Path]:
+    """Masks of 0 and 255: three truths with an object, and predictions that find the left half of it."""
+    for name in "abc":
+        mask = np.zeros((8, 12), np.uint8)
+        mask[2:6, 2:10] = 255
+        for folder, found in (("predictions", 6), ("targets", 10)):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            Image.fromarray(np.where(np.arange(12) < found, mask, 0).astype(np.uint8)).save(
+                tmp_path / folder / f"{name}.png"
+            )
+    return tmp_path / "predictions", tmp_path / "targets"
+
+
+def test_masks_of_0_and_255_are_refused_until_their_meaning_is_said(binary, capsys: pytest.CaptureFixture[str]):
+    predictions, targets = binary
+    dog = ("--classes", "dog")
+    with pytest.raises(StageError, match=r"true masks of 3 images hold only 0 .* --mask_values binary"):
+        evaluate(predictions, targets, *dog)
+    with pytest.raises(StageError, match=r"predictions of 3 images hold only 0 .* --prediction_values binary"):
+        evaluate(predictions, targets, *dog, "--mask_values", "binary")
+    record = evaluate(predictions, targets, *dog, "--mask_values", "binary", "--prediction_values", "0=0,255=1")
+    assert (record["per_class"]["dog"]["iou"], record["per_class"]["background"]["iou"]) == (50.0, 80.0)
+    assert record["notes"] == []
+    record = evaluate(predictions, targets, *dog, "--mask_values", "ids", "--prediction_values", "ids")
+    assert len(record["notes"]) == 2
+    assert "note: no true mask holds a pixel of a class" in capsys.readouterr().out
+
+
+def test_names_that_all_differ_in_one_way_are_matched_and_this_is_said(folders, capsys: pytest.CaptureFixture[str]):
+    predictions, targets, *_ = folders
+    before = evaluate(predictions, targets)
+    for path in predictions.rglob("*.png"):
+        path.rename(path.with_name(f"{path.stem}_seg.PNG"))
+    after = evaluate(predictions, targets)
+    assert (after["miou"], after["images"], after["not_in_ground_truth"]) == (before["miou"], 13, 0)
+    assert "predictions have '_seg' after the name" in capsys.readouterr().out
+    for path in predictions.rglob("*.PNG"):
+        path.rename(path.with_name(f"x{path.name}"))
+    with pytest.raises(
+        StageError, match=r"13 of 13 .*, and 13 files there belong to no image, such as more/xb_12_seg"
+    ):
+        evaluate(predictions, targets)
+
+
+def test_images_left_out_are_counted_where_the_score_is_said(folders, capsys: pytest.CaptureFixture[str]):
+    predictions, targets, *_ = folders
+    (predictions / "a_03.png").unlink()
+    evaluate(predictions, targets, "--allow_missing", "true")
+    assert "12 images, 1 without a prediction left out" in capsys.readouterr().out
+
+
+def test_background_at_the_head_of_the_classes_is_none_and_no_name_stands_twice(folders, tmp_path: Path):
+    predictions, targets, *_ = folders
+    plain = evaluate(predictions, targets)
+    (tmp_path / "classes.txt").write_text("background\ncat\ndog\ncow\n")
+    for given in ("background,cat,dog,cow", str(tmp_path / "classes.txt")):
+        assert evaluate(predictions, targets, "--classes", given)["per_class"] == plain["per_class"]
+    for given, message in (
+        ("cat,cat", "more than once"),
+        ("cat,background,dog", "background has the label"),
+        ("cat,Cat", "alike"),
+    ):
+        with pytest.raises(DataError, match=message):
+            evaluate(predictions, targets, "--classes", given)

@@ -221,7 +221,7 @@ def test_masks_of_every_index_mode_open_as_label_ids(tmp_path: Path, mode: str) 
         (np.zeros((4, 6), np.uint8), {"image_size": (6, 4)}, r"mask .*m\.png is 4x6 .* and its image 6x4"),
         (np.full((2, 2), 3, np.uint8), {"num_classes": 2}, r"mask .*m\.png holds the id 3, expected .* 1 to 2"),
         (np.full((2, 2), 300, np.uint16), {}, "holds the id 300"),
-        (np.zeros((2, 2, 3), np.uint8), {}, "is a RGB image, expected a palette or gray"),
+        (np.eye(3, dtype=np.uint8)[None] * 9, {}, "is a RGB image .* 0/0/9, 0/9/0, .* expected a palette or gray"),
     ],
 )
 def test_masks_that_do_not_fit_are_refused(
@@ -550,7 +550,7 @@ def bad_folder(tmp_path: Path) -> Path:
         "sound": np.full((8, 6), 1, np.uint8),
         "other_size": np.zeros((6, 8), np.uint8),
         "wrong_id": np.full((8, 6), 3, np.uint8),
-        "colours": np.zeros((8, 6, 3), np.uint8),
+        "colours": np.full((8, 6, 3), (128, 0, 0), np.uint8),
         "unnamed": np.full((8, 6), 2, np.uint8),
     }
     (tmp_path / "masks").mkdir()
@@ -591,7 +591,7 @@ def test_every_problem_is_reported_by_name_and_none_hides_another(bad_folder: Pa
         r"cut\.png cannot be read .*truncated",
         r"mask .*other_size\.png is 6x8 .* and its image 8x6",
         r"mask .*wrong_id\.png holds the id 3, expected .* 1 to 2",
-        r"mask .*colours\.png is a RGB image, .* bitrans_hf\.data\.colours_to_ids",
+        r"mask .*colours\.png is a RGB image with the colors 128/0/0, .* mask_values, such as 128/0/0=1",
         r"mask .*unnamed\.png shows dog, which the labels of unnamed\.png do not name",
         r"twin\.png is the same file as sound\.png",
         r"names the class 'dgo', which is not in .*classes\.txt: did you mean 'dog'",

@@ -22,6 +22,7 @@ ORDER = (
     "files",
     "image_decoding",
     "precision",
+    "markdown",
     "labels",
     "views",
     "configuration_bitrans",

@@ -314,7 +314,10 @@ def test_a_million_pixels_of_counts_take_no_more_memory_than_ten():
         (lambda: MeanIoU(2).merge(MeanIoU(2, ignore_index=0)), "ignore_index=0"),
         (lambda: MeanIoU(2).compute(predictions=[[[0]]]), "only one of predictions and references"),
         (lambda: MeanIoU(2).compute(labels=[[[0]]]), r"unknown settings \['labels'\]"),
-        (lambda: MeanIoU(2).add_batch(predictions=[[[0]]], references=[]), "argument 2 is shorter"),
+        (
+            lambda: MeanIoU(2).add_batch(predictions=[[[0]]], references=[]),
+            "more predictions than references, of which there are 0",
+        ),
         (lambda: MeanIoU(2).add(prediction=[[0]], reference=[[0]], mask=1), r"unknown arguments \['mask'\]"),
         (lambda: MeanIoU(2).add(prediction=[[0]], reference=[[2]]), "counts background too"),
         (lambda: MeanIoU().counts, "counts need the number of labels"),
@@ -528,7 +531,7 @@ TARGET = np.zeros((2, 2), dtype=np.uint8)
         (lambda: ThresholdSweep(2).add(Seeds(np.array([0]), ONE.maps * np.nan), TARGET), "normalise the maps"),
         (lambda: ThresholdSweep(2).compute(), "counted no pixel"),
         (lambda: ThresholdSweep(2).merge(ThresholdSweep(3)), "cannot merge a sweep over 3 classes"),
-        (lambda: threshold_sweep([ONE], [], num_classes=2), "argument 2 is shorter"),
+        (lambda: threshold_sweep([ONE], [], num_classes=2), "more seeds than masks, of which there are 0"),
     ],
 )
 def test_wrong_input_to_the_sweep_is_named(call, message):

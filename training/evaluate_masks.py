@@ -5,14 +5,17 @@ accelerate launch training/evaluate_masks.py --predictions runs/voc_deit_small/p
 accelerate launch training/evaluate_masks.py --predictions my_masks --targets their_masks --classes cat,dog
 
 Predictions are one `<image_id>.png` for each image, whose pixels are label ids, or the `.npz` files of a seeds folder.
+Masks that are called otherwise are read where all names differ in one way (`a_mask.png`), and this is said.
 """
 
 import csv
+import dataclasses
 import json
 import math
 import time
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
@@ -22,9 +25,10 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from PIL import Image
 
-from bitrans_hf.data import DataError, class_names, mask_rule, open_image, open_mask
+from bitrans_hf.data import DataError, MaskValues, class_names, mask_rule, open_image, open_mask
 from bitrans_hf.data.coco import CocoMaskRule
-from bitrans_hf.data.common import read_text
+from bitrans_hf.data.common import check_classes, read_class_file, read_text
+from bitrans_hf.data.mask_names import mask_files, match_masks
 from bitrans_hf.errors import InputError
 from bitrans_hf.files import mark_output, refuse_same_folder
 from bitrans_hf.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES
@@ -48,7 +52,11 @@ class EvaluationOptions:
         predictions: Folder of `<image_id>.png` label maps, or of seeds (`.npz`).
         split: Split of the recipe's data that is the ground truth; null for all images of a folder.
         targets: Folder of true label maps, `<image_id>.png`, instead of the recipe's data.
-        classes: With targets: "voc", "coco", or the object classes in the order of their ids, with commas between.
+        classes: With targets: "voc", "coco", a text file with one name in each line, or the object classes in the
+            order of their ids, with commas between.
+        mask_values: With targets: what their pixel values mean, where they are not label ids: "binary", "voc_colors",
+            or a list such as "0=0,128=255,255=1" or "128/0/0=1"; "ids" accepts masks without objects.
+        prediction_values: The same for predictions that are masks.
         ids: Text file with one image id in each line; only these are scored.
         absent: Whether a label that is in no map is left out of the mean ("skip") or counts as IoU 0 ("zero").
         unsure: What a predicted 255 is: a "miss" of the true label, "background", or left out of the score ("ignore").
@@ -63,6 +71,8 @@ class EvaluationOptions:
     split: str | None = None
     targets: str | None = None
     classes: str | None = None
+    mask_values: str | None = None
+    prediction_values: str | None = None
     ids: str | None = None
     absent: Literal["skip", "zero"] = "skip"
     unsure: Literal["miss", "background", "ignore"] = "miss"
@@ -92,6 +102,10 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
         refuse_same_folder(output, read, "--output")
     truth = ground_truth(recipe, evaluation)
     predictions = open_predictions(folder, recipe, evaluation, len(truth.classes))
+    if isinstance(predictions, MaskPredictions):
+        predictions = predictions.matched_to(truth.ids)
+        if predictions.rule:
+            say(accelerator, f"note: masks are matched by name, where {predictions.rule}")
     known, missing = matching(truth, predictions, folder, evaluation)
     refuse_linked_ground_truth(truth, predictions, known)
 
@@ -107,6 +121,7 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
             f"all {len(images)} label maps in {folder} equal the ground truth in every counted pixel: this is a copy "
             "of it. Give the folder that the network wrote."
         )
+    notes = masks_without_objects(metric, images, predictions, evaluation, recipe)
 
     if accelerator.is_main_process:
         mark_output(output)
@@ -115,18 +130,21 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
             "predictions": str(folder),
             "ground_truth": truth.description,
             "rules": rules(truth, predictions, sweep, evaluation),
+            "notes": notes,
             "missing": len(missing),
-            "not_in_ground_truth": len(set(predictions.ids()) - set(truth.ids)),
+            "not_in_ground_truth": len(predictions.others(truth.ids)),
             "seconds": round(time.perf_counter() - started, 1),
             "made_with": made_with,
         }
         write_result(output, record, images, truth, predictions, evaluation)
         if not options.quiet:
             say(accelerator, text_table(score_table(record)))
+        for note in notes:
+            say(accelerator, f"note: {note}")
         say(
             accelerator,
             f"masks: mIoU {record['miou']:.2f} % over {record['labels_in_mean']} of {1 + len(truth.classes)} labels, "
-            f"{record['images']} images ({'; '.join(record['rules'].values())}) -> {output}",
+            f"{record['images']} images{left_out(missing)} ({'; '.join(record['rules'].values())}) -> {output}",
         )
     accelerator.wait_for_everyone()
     return output
@@ -145,6 +163,7 @@ class GroundTruth:
         classes: Names of the object classes.
         mask_rule: How the masks were made, where the data set says it.
         description: Where they are from.
+        values: What pixel values mean, where they are not label ids.
     """
 
     ids: Sequence[str]
@@ -152,10 +171,11 @@ class GroundTruth:
     classes: Sequence[str]
     mask_rule: str | None
     description: str
+    values: MaskValues | None = None
 
     def label_map(self, position: int) -> LabelMap:
         """Open the mask of the image at `position`."""
-        return open_mask(self.rows[position]["mask"], num_classes=len(self.classes))
+        return open_mask(self.rows[position]["mask"], num_classes=len(self.classes), values=self.values)
 
     def photo(self, position: int, size: tuple[int, int]) -> Image.Image:
         """Open the image at `position`; a white picture of `size` (height, width) where there is none."""
@@ -180,14 +200,17 @@ def ground_truth(recipe: Recipe, evaluation: EvaluationOptions) -> GroundTruth:
     if evaluation.ids is not None:
         wanted = {line.strip() for line in read_text(Path(evaluation.ids)).splitlines() if line.strip()}
     if evaluation.targets is not None:
-        folder = Path(evaluation.targets)
-        paths = {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.png"))}
+        folder, classes = Path(evaluation.targets), given_classes(evaluation)
+        paths = masks_by_id(folder)
         ids = [image_id for image_id in paths if wanted is None or image_id in wanted]
         rows = [{"mask": str(paths[image_id])} for image_id in ids]
-        truth = GroundTruth(ids, rows, given_classes(evaluation), painting_rule(folder), str(folder))
+        values = given_values(evaluation.mask_values, len(classes))
+        truth = GroundTruth(ids, rows, classes, painting_rule(folder), str(folder), values)
     else:
         if evaluation.classes is not None:
             raise StageError("--classes goes with --targets; the recipe's data has its own, see --data.classes.")
+        if evaluation.mask_values is not None:
+            raise StageError("--mask_values goes with --targets; give --data.mask_values for the recipe's data.")
         images = load_images(recipe.data, evaluation.split, masks=True)
         has_mask = ~images.select_columns("mask").with_format("arrow")[:]["mask"].is_null().to_numpy()
         keep = [
@@ -212,6 +235,37 @@ def ground_truth(recipe: Recipe, evaluation: EvaluationOptions) -> GroundTruth:
     return truth
 
 
+def masks_by_id(folder: Path) -> dict[str, Path]:
+    """Return the masks of a folder by their names without suffix.
+
+    Raises:
+        StageError: there is no such folder, or two masks have one name.
+    """
+    if not folder.is_dir():
+        raise StageError(f"{folder} is not a folder; give the folder that holds the true masks as --targets.")
+    paths: dict[str, Path] = {}
+    for file, path in mask_files(folder).items():
+        image_id = file.removesuffix(path.suffix)
+        other = paths.get(image_id, path)
+        if other != path and ".png" not in (path.suffix, other.suffix):
+            raise StageError(f"{other} and {path} are masks of one name; keep one of them.")
+        if other == path or path.suffix == ".png":  # which is what a mask is called, whatever lies beside it
+            paths[image_id] = path
+    return paths
+
+
+def given_values(text: str | None, num_classes: int) -> MaskValues | None:
+    """Return what pixel values mean.
+
+    Raises:
+        InputError: it is said in no known form, or does not fit the classes.
+    """
+    values = MaskValues.parse(text)
+    if values is not None:
+        values.require_classes(num_classes)
+    return values
+
+
 def painting_rule(folder: Path) -> str | None:
     """Return the rule in words by which `prepare_coco.py` painted a folder of masks; None for other folders."""
     path = folder / "rule.json"
@@ -222,17 +276,23 @@ def painting_rule(folder: Path) -> str | None:
 
 
 def given_classes(evaluation: EvaluationOptions) -> Sequence[str]:
-    """Return the object classes of a folder of masks.
+    """Return the object classes of a folder of masks, without background.
 
     Raises:
         StageError: they were not given.
+        DataError: they are no list of different classes.
     """
     if evaluation.classes is None:
         raise StageError(
             "--targets needs --classes: voc, coco, or the names of the object classes in the order of their ids, with "
             "commas between. Their number says which ids are allowed, and which labels the mean is over."
         )
-    return KNOWN_CLASSES.get(evaluation.classes) or [name.strip() for name in evaluation.classes.split(",")]
+    if evaluation.classes in KNOWN_CLASSES:
+        return KNOWN_CLASSES[evaluation.classes]
+    path = Path(evaluation.classes)
+    if path.suffix == ".txt":
+        return read_class_file(path)
+    return check_classes(evaluation.classes.split(","), "--classes")
 
 
 # ---- Predictions.
@@ -240,22 +300,50 @@ def given_classes(evaluation: EvaluationOptions) -> Sequence[str]:
 
 @dataclass(frozen=True)
 class MaskPredictions:
-    """A folder of label maps."""
+    """A folder of label maps.
+
+    Attributes:
+        folder: Where they are.
+        num_classes: Number of object classes.
+        values: What pixel values mean, where they are not label ids.
+        paths: Image id -> file, of the images to be scored.
+        rule: How names differ from the image ids, in words.
+        unmatched: Files that belong to none of these images.
+    """
 
     folder: Path
     num_classes: int
+    values: MaskValues | None = None
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    rule: str = ""
+    unmatched: Sequence[str] = ()
 
-    def ids(self) -> list[str]:
-        """Return the ids of all predictions."""
-        return [path.relative_to(self.folder).with_suffix("").as_posix() for path in self.folder.rglob("*.png")]
+    def matched_to(self, image_ids: Sequence[str]) -> "MaskPredictions":
+        """Return these predictions with the files of images.
+
+        Raises:
+            StageError: an image could have several.
+        """
+        names = {f"{image_id}.png": image_id for image_id in image_ids}
+        match = match_masks(list(names), self.folder, image_word="true masks", mask_word="predictions")
+        for name, files in match.ambiguous.items():
+            raise StageError(
+                f"{names[name]} may have the predictions {' and '.join(files)} in {self.folder}; keep one."
+            )
+        paths = {names[name]: path for name, path in match.paths.items()}
+        return dataclasses.replace(self, paths=paths, rule=match.rule, unmatched=match.unmatched)
+
+    def others(self, image_ids: Sequence[str]) -> list[str]:
+        """Return what the folder holds beside the predictions of images."""
+        return list(self.unmatched)
 
     def path(self, image_id: str) -> Path:
-        """Return the file of an image."""
-        return self.folder / f"{image_id}.png"
+        """Return the file of an image, or what it would be called."""
+        return self.paths.get(image_id, self.folder / f"{image_id}.png")
 
     def label_map(self, image_id: str) -> LabelMap:
         """Open the label map of an image."""
-        return open_mask(self.path(image_id), num_classes=self.num_classes)
+        return open_mask(self.path(image_id), num_classes=self.num_classes, values=self.values)
 
 
 @dataclass(frozen=True)
@@ -267,9 +355,9 @@ class SeedPredictions:
     num_classes: int
     threshold: float | None
 
-    def ids(self) -> list[str]:
-        """Return the ids of all predictions."""
-        return self.store.ids()
+    def others(self, image_ids: Sequence[str]) -> list[str]:
+        """Return the ids of predictions of other images."""
+        return sorted(set(self.store.ids()) - set(image_ids))
 
     def path(self, image_id: str) -> Path:
         """Return the file of an image."""
@@ -297,8 +385,8 @@ def open_predictions(folder: Path, recipe: Recipe, evaluation: EvaluationOptions
     Raises:
         StageError: it holds neither.
     """
-    if next(folder.rglob("*.png"), None) is not None:
-        return MaskPredictions(folder, num_classes)
+    if mask_files(folder):
+        return MaskPredictions(folder, num_classes, given_values(evaluation.prediction_values, num_classes))
     if next(folder.glob("*.npz"), None) is not None:
         variant = evaluation.variant or recipe.seeds.variant
         return SeedPredictions(SeedStore(folder), variant, num_classes, evaluation.threshold)
@@ -325,10 +413,21 @@ def matching(
     if missing and (not known or not evaluation.allow_missing):
         raise StageError(
             f"{len(missing)} of {len(truth.ids)} images have no prediction in {folder}, the first is {missing[0]!r} "
-            f"({predictions.path(missing[0]).name}); finish the stage that writes them, name the split that was "
-            "predicted, or score what is there with --allow_missing true."
+            f"({predictions.path(missing[0]).name}){others(truth, predictions)}; finish the stage that writes them, "
+            "name the split that was predicted, or score what is there with --allow_missing true."
         )
     return known, missing
+
+
+def others(truth: GroundTruth, predictions: Predictions) -> str:
+    """Say what the folder holds instead of the predictions that are missing."""
+    found = predictions.others(truth.ids)
+    return f", and {len(found)} files there belong to no image, such as {found[0]}" if found else ""
+
+
+def left_out(missing: Sequence[str]) -> str:
+    """Say how many images the score leaves out."""
+    return f", {len(missing)} without a prediction left out" if missing else ""
 
 
 def refuse_linked_ground_truth(truth: GroundTruth, predictions: Predictions, known: Sequence[int]) -> None:
@@ -360,7 +459,8 @@ def mask_path(cell: Any) -> Path | None:
 class ScoredImage:
     """One image's score: `miou` and `accuracy` in percent, nan where all is ignored; pixels with a prediction of 255.
 
-    `identical` says that the prediction equals the ground truth in every pixel that is not ignored.
+    `ignored` counts the true 255. `identical` says that the prediction equals the ground truth in every pixel that is
+    not ignored.
     """
 
     image_id: str
@@ -369,6 +469,7 @@ class ScoredImage:
     accuracy: float
     unsure: int
     pixels: int
+    ignored: int
     identical: bool
 
 
@@ -425,7 +526,7 @@ def score(
             problems.append(f"{image_id}: {error}")
             continue
         identical = bool(((prediction == target) | (target == IGNORE_INDEX)).all())
-        unsure = prediction == IGNORE_INDEX
+        unsure, num_ignored = prediction == IGNORE_INDEX, int(np.count_nonzero(target == IGNORE_INDEX))
         if evaluation.unsure == "background":
             prediction = np.where(unsure, np.uint8(BACKGROUND), prediction)
         elif evaluation.unsure == "ignore":
@@ -434,7 +535,7 @@ def score(
         scores = single.compute(predictions=[prediction], references=[target])
         miou, accuracy = 100.0 * scores["mean_iou"], 100.0 * scores["overall_accuracy"]
         num_unsure = int(np.count_nonzero(unsure))
-        images.append(ScoredImage(image_id, position, miou, accuracy, num_unsure, target.size, identical))
+        images.append(ScoredImage(image_id, position, miou, accuracy, num_unsure, target.size, num_ignored, identical))
     stop_at_problems(problems, len(known))
     images = gather_object(images)
     images.sort(key=lambda image: (math.inf if math.isnan(image.miou) else image.miou, image.position))
@@ -450,6 +551,42 @@ def stop_at_problems(problems: list[str], num_images: int) -> None:
     problems = sorted(gather_object(problems))
     if problems:
         raise StageError(f"{len(problems)} of {num_images} images cannot be scored; the first: {problems[0]}")
+
+
+def masks_without_objects(
+    metric: MeanIoU,
+    images: Sequence[ScoredImage],
+    predictions: Predictions,
+    evaluation: EvaluationOptions,
+    recipe: Recipe,
+) -> list[str]:
+    """Say so where no true mask, or no prediction, holds a pixel of a class; a mean over background says little.
+
+    Raises:
+        StageError: 255 is in their place, and nobody said that it means what it means here: ignored, or unsure.
+    """
+    notes = []
+    of_targets, option = evaluation.mask_values, "--mask_values"
+    if evaluation.targets is None:
+        of_targets, option = recipe.data.mask_values, "--data.mask_values"
+    counts = metric.confusion
+    if not counts[1:-1].any():
+        if of_targets is None and any(image.ignored for image in images):
+            raise StageError(
+                f"the true masks of {len(images)} images hold only 0 (background) and 255 (ignored), expected pixels "
+                f"of a class; if 255 is the object, give {option} binary (or 0=0,255=1), if not, give {option} ids."
+            )
+        notes.append("no true mask holds a pixel of a class: this is a score of background alone")
+    if not counts[:, 1:-1].any():
+        by_masks = isinstance(predictions, MaskPredictions)
+        if by_masks and evaluation.prediction_values is None and any(image.unsure for image in images):
+            raise StageError(
+                f"the predictions of {len(images)} images hold only 0 (background) and 255 (unsure), expected pixels "
+                "of a class; if 255 is the object, give --prediction_values binary (or 0=0,255=1), if not, give "
+                "--prediction_values ids."
+            )
+        notes.append("no prediction holds a pixel of a class")
+    return notes
 
 
 # ---- Results.
@@ -555,6 +692,7 @@ def write_result(
         notes=[
             f"{record['images']} images against {record['ground_truth']}: {'; '.join(record['rules'].values())}.",
             "The pictures are those with the lowest mean IoU over the labels that occur in them.",
+            *(f"Note: {note}." for note in record["notes"]),
             f"Made at commit {record['made_with']['commit']}.",
         ],
     )
@@ -575,17 +713,21 @@ def score_table(record: Mapping[str, Any]) -> Table:
 
 def text_table(table: Table) -> str:
     """Set a table in columns for the terminal."""
-    widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
-    lines = [
-        "  ".join(
-            [
-                cells[0].ljust(widths[0]),
-                *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True)),
-            ]
-        ).rstrip()
-        for cells in (table.columns, *table.rows)
-    ]
+    widths = [max(map(columns_of, column)) for column in zip(table.columns, *table.rows, strict=True)]
+    lines = []
+    for cells in (table.columns, *table.rows):
+        blanks = [" " * (width - columns_of(cell)) for cell, width in zip(cells, widths, strict=True)]
+        first, *rest = zip(cells, blanks, strict=True)
+        lines.append("  ".join(["".join(first), *(blank + cell for cell, blank in rest)]).rstrip())
     return "\n".join(lines)
+
+
+def columns_of(text: str) -> int:
+    """Return how many columns of a terminal a text takes: two for a Chinese character or an emoji, none for marks."""
+    widths = {"W": 2, "F": 2}
+    return sum(
+        0 if unicodedata.combining(sign) else widths.get(unicodedata.east_asian_width(sign), 1) for sign in text
+    )
 
 
 def percent(value: float) -> float | None:

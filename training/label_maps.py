@@ -1,9 +1,9 @@
 """Score maps to label maps in a pool of processes, and their scores: what the stages after the seeds share."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from bitrans_hf.crf import ImagePool, available_cores, dense_crf
+from bitrans_hf.crf import ImagePool, Outcome, available_cores, dense_crf
 from bitrans_hf.data import UnreadableImageError, class_names, mask_rule, open_image, open_mask
 from bitrans_hf.data.common import ImageCell
 from bitrans_hf.labels import BACKGROUND, IGNORE_INDEX
@@ -29,6 +29,7 @@ from recipe import ALL_IMAGES, Recipe, RunOptions
 from runtime import StageError, progress
 
 LabelMap = npt.NDArray[np.uint8]
+Result = TypeVar("Result")
 
 
 # ---- One image.
@@ -226,19 +227,34 @@ def run_jobs(
         StageError: an image failed for another reason than its picture; what is finished is kept.
         DiskFullError: there is no room.
     """
-    workers = 1
-    if refiner != "none":
-        cores = available_cores() // accelerator.num_processes if options.workers is None else options.workers
-        workers = max(1, min(cores, total))
+    workers = 1 if refiner == "none" else num_workers(accelerator, options, total)
     unreadable: set[str] = set()
     with ImagePool(workers) as pool:
         outcomes = pool.run(write_label_maps, ((job.image_id, job) for job in jobs))
         for outcome in progress(outcomes, accelerator, options, total=total, desc=name, unit="image"):
-            if outcome.error is not None:
-                raise StageError(f"image {outcome.image_id}: {outcome.error}")
-            if not outcome.result:
+            if not result_of(outcome):
                 unreadable.add(outcome.image_id)
     return unreadable
+
+
+def num_workers(accelerator: Accelerator, options: RunOptions, total: int) -> int:
+    """Return how many processes of this one refine `total` images: its share of the cores unless the run says."""
+    cores = available_cores() // accelerator.num_processes if options.workers is None else options.workers
+    return max(1, min(cores, total))
+
+
+def result_of(outcome: Outcome[Result]) -> Result:
+    """Return what the work on an image gave.
+
+    Raises:
+        StageError: it failed. Pictures that cannot be read are left out before this, so that a score never covers
+            fewer images without a word.
+    """
+    if outcome.error is not None:
+        raise StageError(
+            f"image {outcome.image_id}: {outcome.error} What is finished is kept; the same command goes on from there."
+        )
+    return cast("Result", outcome.result)
 
 
 # ---- Scores.
@@ -317,6 +333,16 @@ def score_steps(
             "steps": {step: percent(miou_from_counts(each["several_classes"])) for step, each in counts.items()},
         }
     return result
+
+
+def scored_images(scores: Mapping[str, Any]) -> str:
+    """Say how many images of a split there are, and over how many the score is where these are fewer.
+
+    Args:
+        scores: "images", the number of images that have a result, and "scored" where masks are known.
+    """
+    images, scored = scores["images"], scores.get("scored", 0)
+    return f"{images} images" + (f" ({scored} of them scored)" if 0 < scored < images else "")
 
 
 def percent(share: float) -> float:

@@ -35,6 +35,7 @@ from label_maps import (
     read_seeds,
     run_jobs,
     score_steps,
+    scored_images,
     seeds_of_split,
     stored_label_maps,
 )
@@ -100,7 +101,7 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
         shown = "no masks to score against"
         if "steps" in scores:
             shown = "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
-        say(accelerator, f"pseudo_labels: {name}, {scores['images']} images, {shown}")
+        say(accelerator, f"pseudo_labels: {name}, {scored_images(scores)}, {shown}")
         if scores["without_classes"]:
             number = scores["without_classes"]
             say(accelerator, f"pseudo_labels: {name}, {number} image(s) hold no class and are background alone")

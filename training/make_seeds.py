@@ -26,6 +26,7 @@ from bitrans_hf.modeling_cam import CamModel
 from bitrans_hf.pseudo_labels import seeds_to_label_map, write_label_png
 from bitrans_hf.seeds import sum_over_views
 from bitrans_hf.store import SeedStore
+from label_maps import scored_images
 from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, parse_recipe, variants_of
 from runtime import (
     Stage,
@@ -108,7 +109,7 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
                 f"{variant} {value:.1f} (at {scores['threshold'][variant]:.2f})"
                 for variant, value in scores["miou"].items()
             )
-        say(accelerator, f"seeds: {name}, {scores['images']} images, {shown}")
+        say(accelerator, f"seeds: {name}, {scored_images(scores)}, {shown}")
     say(accelerator, f"seeds: -> {stage.folder}")
     accelerator.wait_for_everyone()
     return stage.folder

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from bitrans_hf.crf import CrfJob, CrfNotInstalledError, Outcome, available_cores, check_crf_installed, crf_pool
+from bitrans_hf.crf import CrfJob, CrfNotInstalledError, Outcome, check_crf_installed, crf_pool
 from bitrans_hf.data import UnreadableImageError, class_names, open_image
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.modeling_deeplab import DeepLabForSemanticSegmentation
@@ -30,7 +30,7 @@ from bitrans_hf.par import pixel_adaptive_refinement
 from bitrans_hf.pseudo_labels import write_label_png
 from bitrans_hf.segment import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
 from bitrans_hf.store import atomic_write
-from label_maps import label_file, score_steps, stored_label_maps
+from label_maps import label_file, num_workers, result_of, score_steps, scored_images, stored_label_maps
 from recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, parse_recipe
 from runtime import Stage, StageError, make_accelerator, progress, run_script, say, say_precision, say_unreadable
 from train_segmentation import check_classes
@@ -98,7 +98,7 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
         shown = "no masks to score against"
         if "steps" in scores:
             shown = "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
-        say(accelerator, f"predictions: {name}, {scores['images']} images, {shown}")
+        say(accelerator, f"predictions: {name}, {scored_images(scores)}, {shown}")
     say(accelerator, f"predictions: -> {stage.folder}")
     accelerator.wait_for_everyone()
     return stage.folder
@@ -178,6 +178,9 @@ def predict_split(
 
     The network runs here while a pool of processes refines what it has seen before. An image is done when its last
     label map is there, which is written last.
+
+    Raises:
+        StageError: the refiner failed on an image; what is finished is kept.
     """
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
     ids, final = images["image_id"], folder / last_step(settings)
@@ -200,25 +203,16 @@ def predict_split(
 
     refined: Iterable[Outcome[npt.NDArray[np.float32]]]
     if settings.refiner == "crf":
-        workers = min(num_workers(accelerator, options), max(1, len(todo)))
+        workers = num_workers(accelerator, options, len(todo))
         preset = settings.crf_preset or CRF_PRESETS[settings.preset]
-        refined = crf_pool(jobs(), preset=preset, processes=workers, strict=options.strict, progress=None)
+        refined = crf_pool(jobs(), preset=preset, processes=workers, progress=None)
     else:
         refined = (Outcome(image_id, job.scores) for image_id, job in jobs())
     for outcome in progress(refined, accelerator, options, total=len(todo), desc=folder.name, unit="image"):
         made = waiting.pop(outcome.image_id)
-        if outcome.result is None:
-            say(accelerator, f"{outcome.image_id}: {outcome.error}")
-            unusable.add(outcome.image_id)
-        else:
-            write_label_png(label_file(final, outcome.image_id), made.label_map(outcome.result))
+        write_label_png(label_file(final, outcome.image_id), made.label_map(result_of(outcome)))
     accelerator.wait_for_everyone()
     return set(gather_object(sorted(unusable)))
-
-
-def num_workers(accelerator: Accelerator, options: RunOptions) -> int:
-    """Return how many processes refine for each one that runs the network: its share of the cores by default."""
-    return options.workers or max(1, available_cores() // accelerator.num_processes)
 
 
 @torch.no_grad()

@@ -19,7 +19,16 @@ from transformers import set_seed
 from bitrans_hf.configuration_bitrans import BiTransConfig
 from bitrans_hf.configuration_cam import CamConfig
 from bitrans_hf.crf import find_preset
-from bitrans_hf.data import check_folder, class_names, load_coco, load_folder, load_voc, make_shapes
+from bitrans_hf.data import (
+    MaskValues,
+    check_folder,
+    check_masks,
+    class_names,
+    load_coco,
+    load_folder,
+    load_voc,
+    make_shapes,
+)
 from bitrans_hf.data.folder import note_on_contrast
 from bitrans_hf.errors import InputError
 from bitrans_hf.modeling_bitrans import BiTransModel
@@ -95,6 +104,8 @@ class DataRecipe:
         mask_overlap: coco: who gets pixels of several objects, "later" (null), "smaller" or "ignore".
         mask_crowd: coco: what crowd regions become in masks, "background" (null), "ignore" or "object".
         drop_empty: voc, coco: leave out images that show none of the classes; null keeps them.
+        mask_values: folder: what the pixel values of masks mean, where they are not label ids (null): "binary",
+            "voc_colors" or a list such as "0=0,128=255,255=1" or "128/0/0=1"; "ids" accepts masks without objects.
     """
 
     source: Literal["shapes", "voc", "coco", "folder"] = "shapes"
@@ -115,6 +126,7 @@ class DataRecipe:
     drop_empty: bool | None = None
     separator: str | None = None
     allow_empty: bool | None = None
+    mask_values: str | None = None
 
 
 @dataclass(frozen=True)
@@ -581,6 +593,12 @@ class Recipe:
             raise InputError(f"seeds.threshold must be in [0, 1], got {self.seeds.threshold}.")
         if self.data.source != "shapes" and self.data.root is None:
             raise InputError(f"data.root must name the folder of the {self.data.source} data, got null.")
+        MaskValues.parse(self.data.mask_values)
+        if self.data.mask_values is not None and self.data.source != "folder":
+            raise InputError(
+                f"data.mask_values is for data.source folder, got {self.data.mask_values!r} for {self.data.source}; "
+                "set it to null."
+            )
         if self.report.split not in self.seeds.splits:
             raise InputError(
                 f"report.split must be one of seeds.splits, {self.seeds.splits}, got {self.report.split!r}; the "
@@ -827,6 +845,7 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
             separator=data.separator,
             allow_empty=bool(data.allow_empty),
             caller="recipe",
+            mask_values=data.mask_values,
         )
     if split not in SHAPE_SPLITS:
         raise InputError(f"shapes have the splits {', '.join(SHAPE_SPLITS)}, got {split!r}.")
@@ -845,7 +864,11 @@ def _drawn(size: int, seed: int, image_size: int) -> Dataset:
 def describe_folder(data: DataRecipe, split: str | None) -> str | None:
     """Say what a folder of somebody's own images holds and what is wrong with it; None for other sources.
 
-    Masks are not looked at, and of pictures the beginning only: this comes before a training.
+    This comes before a training: of pictures the beginning is read, and of the masks in all splits, against which
+    later stages score, up to a hundred. Training gets none of them.
+
+    Raises:
+        DataError: a mask cannot be scored against.
     """
     if data.source != "folder":
         return None
@@ -861,7 +884,18 @@ def describe_folder(data: DataRecipe, split: str | None) -> str | None:
         caller="recipe",
         decode=False,
     )
-    return report.summary()
+    num_masks, notes = check_masks(
+        data.root,
+        data.table,
+        classes=data.classes,
+        separator=data.separator,
+        mask_values=data.mask_values,
+        caller="recipe",
+    )
+    lines = [report.summary()]
+    if num_masks:
+        lines.append(f"  masks: {num_masks:,} looked at, evenly spread over all splits; they serve scores alone")
+    return "\n".join([*lines, *(f"  note: {note}" for note in notes)])
 
 
 def describe_contrast(images: Dataset) -> str | None:

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from .common import DataError, UnreadableImageError, colours_to_ids, image_size, open_image, open_mask
     from .folder import load_folder
     from .folder_report import FolderReport, check_folder
+    from .mask_report import check_masks
+    from .mask_values import MaskValues
     from .rows import class_names, mask_rule, require_labels
     from .shapes import make_shapes
     from .sharing import write_parquet
@@ -20,8 +22,10 @@ __getattr__, __dir__ = lazy_names(
         "CocoMaskRule": "coco",
         "DataError": "common",
         "FolderReport": "folder_report",
+        "MaskValues": "mask_values",
         "UnreadableImageError": "common",
         "check_folder": "folder_report",
+        "check_masks": "mask_report",
         "class_names": "rows",
         "colours_to_ids": "common",
         "image_size": "common",
@@ -44,8 +48,10 @@ __all__ = [
     "CocoMaskRule",
     "DataError",
     "FolderReport",
+    "MaskValues",
     "UnreadableImageError",
     "check_folder",
+    "check_masks",
     "class_names",
     "colours_to_ids",
     "image_size",

@@ -22,11 +22,14 @@ from PIL import Image as PILImage
 from ..errors import InputError
 from ..image_decoding import DECODING_ERRORS, to_rgb
 from ..labels import BACKGROUND, IGNORE_INDEX, palette
+from .mask_values import MaskValueError, MaskValues, checked_ids, label_ids
 
 ImageCell: TypeAlias = Mapping[str, Any] | PILImage.Image | str | Path
 """A picture as a row may hold it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
 
 _PALETTE = palette()
+
+_EXIF_ORIENTATION = 0x0112
 
 _DRIVE = re.compile("[A-Za-z]:")
 
@@ -105,15 +108,30 @@ def image_size(cell: ImageCell) -> tuple[int, int]:
     return _open(cell, "image", lambda image: (image.height, image.width), decode=False)
 
 
+def exif_orientation(cell: ImageCell) -> int:
+    """Return how an image's EXIF tag turns it upright: 1 not at all, 2 to 4 within its size, 5 to 8 to the side.
+
+    Raises:
+        UnreadableImageError: the file is missing or no image.
+    """
+    return _open(cell, "image", lambda image: int(image.getexif().get(_EXIF_ORIENTATION, 1)), decode=False)
+
+
 def open_mask(
-    cell: ImageCell | None, *, image_size: tuple[int, int] | None = None, num_classes: int | None = None
+    cell: ImageCell | None,
+    *,
+    image_size: tuple[int, int] | None = None,
+    num_classes: int | None = None,
+    values: MaskValues | None = None,
 ) -> NDArray[np.uint8]:
     """Open a mask as label ids: 0 background, class id + 1 for objects, 255 ignored.
 
     Args:
-        cell: The `mask` of a row, a path or a PIL image. Palette and gray images hold label ids as they are.
+        cell: The `mask` of a row, a path or a PIL image. Palette and gray images hold label ids as they are, also
+            where they are saved with three equal channels, as 16 or 32-bit integers or with one bit.
         image_size: (height, width) of the picture; given, the mask must have this size.
         num_classes: Number of object classes; given, other ids than 0 to `num_classes` and 255 are refused.
+        values: What the pixel values mean where they are not label ids.
 
     Returns:
         (H, W) uint8.
@@ -125,30 +143,21 @@ def open_mask(
     if cell is None:
         raise DataError("the mask of this image is not known, the cell is None; leave out rows without a mask.")
     name = _name(cell)
-    if name.startswith(COCO_REFERENCE):
-        from .coco import painted_mask  # here: that file builds on this one
+    try:
+        if name.startswith(COCO_REFERENCE):
+            from .coco import painted_mask  # here: that file builds on this one
 
-        mask, mode = painted_mask(name), "P"
-    else:
-        mask, mode = _open(cell, "mask", _pixels_and_mode)
-    if mask.ndim != 2:
-        raise DataError(
-            f"mask {name} is a {mode} image, expected a palette or gray image whose pixels are label ids; convert its "
-            "colours with bitrans_hf.data.colours_to_ids and save what it returns."
-        ).of_kind("colours")
+            mask = checked_ids(painted_mask(name), num_classes)
+        else:
+            mask = _open(cell, "mask", lambda image: _label_ids(image, num_classes, values))
+    except MaskValueError as error:
+        raise DataError(f"mask {name} {error}").of_kind(error.kind) from error
     if image_size is not None and mask.shape != tuple(image_size):
         raise DataError(
             f"mask {name} is {mask.shape[0]}x{mask.shape[1]} (height x width) and its image "
             f"{image_size[0]}x{image_size[1]}; save the mask at the size of the stored image, without EXIF rotation."
         ).of_kind("size")
-    largest = IGNORE_INDEX if num_classes is None else num_classes
-    wrong = mask[(mask != IGNORE_INDEX) & ((mask > largest) | (mask < 0))]
-    if wrong.size:
-        raise DataError(
-            f"mask {name} holds the id {int(wrong[0])}, expected {BACKGROUND} for background, 1 to {largest} for "
-            f"classes and {IGNORE_INDEX} for ignored pixels; check the list of classes and its order."
-        ).of_kind("ids")
-    return mask.astype(np.uint8)
+    return mask
 
 
 def colours_to_ids(
@@ -190,8 +199,8 @@ def colours_to_ids(
     return image
 
 
-def _pixels_and_mode(image: PILImage.Image) -> tuple[NDArray[Any], str]:
-    return np.array(image), image.mode
+def _label_ids(image: PILImage.Image, num_classes: int | None, values: MaskValues | None) -> NDArray[np.uint8]:
+    return label_ids(image, num_classes) if values is None else values.label_ids(image)
 
 
 def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened], *, decode: bool = True) -> _Opened:
@@ -210,6 +219,8 @@ def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened],
             if decode:
                 image.load()  # damage shows here, not at some later use after the file is closed
             return read(image)
+    except MaskValueError:
+        raise  # readable, and not what was expected
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{kind} {name} is not there; was it moved or deleted?") from error
     except DECODING_ERRORS as error:
@@ -339,9 +350,9 @@ def label_lookup(source: Sequence[str], target: Sequence[str]) -> NDArray[np.uin
 
 
 def masks_in_order(
-    masks: Sequence[Path | None], source: Sequence[str], target: Sequence[str]
+    masks: Sequence[Path | None], source: Sequence[str], target: Sequence[str], values: MaskValues | None = None
 ) -> Sequence[Path | bytes | None]:
-    """Return `masks`, drawn with the ids of `source`, as masks with the ids of `target`.
+    """Return `masks`, drawn with the ids of `source` or with `values` that mean them, with the ids of `target`.
 
     A mask that needs no change stays a path. Others become PNG bytes, about 3 kB and 2 ms each: a row of a data set
     can hold a path or bytes but no recipe, and files written to some cache would outlive the data they come from.
@@ -350,11 +361,14 @@ def masks_in_order(
         DataError: a mask is unreadable or holds ids beyond `source`.
     """
     table = label_lookup(source, target)
-    if table is None:
+    if table is None and values is None:
         return masks
 
     def translate(mask: Path | None) -> bytes | None:
-        return None if mask is None else index_png(table[open_mask(mask, num_classes=len(source))])
+        if mask is None:
+            return None
+        label_map = open_mask(mask, num_classes=len(source), values=values)
+        return index_png(label_map if table is None else table[label_map])
 
     with ThreadPoolExecutor() as pool:  # PIL and zlib release the interpreter lock
         return list(pool.map(translate, masks))

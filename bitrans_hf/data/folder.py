@@ -26,6 +26,8 @@ from .common import (
     without_suffix,
 )
 from .image_files import ImageFinder, ImageListing, list_images
+from .mask_names import MaskMatch, match_masks
+from .mask_values import MaskValues
 from .tables import OWN_COLUMNS, Caller, Problem, Row, RowLabels, labels_of_rows, option, read_rows
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ def load_folder(
     separator: str | None = None,
     allow_empty: bool = False,
     caller: Caller = "python",
+    mask_values: str | None = None,
 ) -> Dataset:
     """Load a folder of pictures with image labels from a table, or from the names of the folders they are in.
 
@@ -80,7 +83,8 @@ def load_folder(
         images: Folder of the pictures, relative to `root`; default: `images` if there, else `root` itself. Names that
             are not there are looked for beside the table, as imagefolder does, and those of `metadata` there first.
         masks: Folder of masks, relative to `root`, with the same names as the pictures but ending in `.png`, label ids
-            as pixels (0 background, 1 for the first class, 255 ignored); default: `masks` if there. A column
+            as pixels (0 background, 1 for the first class, 255 ignored); default: `masks` if there. Names that differ
+            from those of the images all in one way are read too, and logged: see `match_masks`. A column
             `mask_file_name` comes before it. False: no masks.
         classes: Class names in the order of their ids; default: `classes.txt` in `root`, else all names of the table
             in alphabetical order. With a `classes.txt` this may be a part of it in any order: labels of other
@@ -90,6 +94,8 @@ def load_folder(
         allow_empty: Read an empty cell of `labels` as "none of the classes" instead of refusing it. Rows that say so
             themselves (zeros in all columns, an empty list, background alone) need no permission.
         caller: Whose options the advice in messages names.
+        mask_values: What the pixel values of masks mean, where they are not label ids: "binary", "voc_colors" or a
+            list such as "0=0,128=255,255=1"; see `mask_values.FORMS`. All masks are then read here.
 
     Returns:
         A dataset in the order of the table: `image_id` (the column, else the file name without suffix), `image`
@@ -100,7 +106,7 @@ def load_folder(
     """
     from .rows import build_dataset  # here: `check_folder`, which looks through folders too, starts without `datasets`
 
-    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty, caller)
+    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty, caller, mask_values)
     if found.problems:
         first = found.problems[0]
         number = sum(problem.kind == first.kind for problem in found.problems)
@@ -114,6 +120,8 @@ def load_folder(
         logger.warning(
             "%d images in %s have no row in %s and are left out: %s", len(found.unlisted), root, found.source, shown
         )
+    for note in found.mask_notes:
+        logger.warning("%s", note)
     mask_paths = [found.masks[position] for position in found.kept]
     if any(mask_paths) and None in mask_paths:
         first_id = found.image_ids[found.kept[mask_paths.index(None)]]
@@ -123,7 +131,7 @@ def load_folder(
         [found.image_ids[position] for position in found.kept],
         [f"{found.folder}/{found.rows[position].file_name}" for position in found.kept],
         [[ids[name] for name in found.names[position] if name in ids] for position in found.kept],
-        masks_in_order(mask_paths, found.classes, found.chosen),
+        masks_in_order(mask_paths, found.classes, found.chosen, found.mask_values),
         found.chosen,
     )
 
@@ -145,6 +153,9 @@ class FolderContent:
         image_ids: Ids.
         folder: The folder that the rows' file names are relative to.
         masks: Paths of masks that are there.
+        mask_values: What the pixel values of masks mean; None where they are label ids.
+        mask_notes: What was taken for granted about masks.
+        unmatched_masks: Masks that belong to no row, as paths within the folder of masks.
         names: Class names.
         kept: Positions of the rows of the split that was asked for.
         unlisted: Pictures without a row.
@@ -161,6 +172,9 @@ class FolderContent:
     chosen: list[str] = field(default_factory=list)
     image_ids: list[str] = field(default_factory=list)
     masks: list[Path | None] = field(default_factory=list)
+    mask_values: MaskValues | None = None
+    mask_notes: list[str] = field(default_factory=list)
+    unmatched_masks: list[str] = field(default_factory=list)
     names: list[list[str]] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
@@ -179,6 +193,7 @@ def look_through(
     separator: str | None,
     allow_empty: bool,
     caller: Caller = "python",
+    mask_values: str | None = None,
 ) -> FolderContent:
     """Find rows, classes, pictures and masks, for `load_folder` and `check_folder`, whose arguments these are.
 
@@ -245,6 +260,9 @@ def look_through(
         name for name in dict.fromkeys(key for row in rows for key in row.cells) if name not in used
     ]
     _find_ids(content, listing)
+    content.mask_values = MaskValues.parse(mask_values)
+    if content.mask_values is not None:
+        content.mask_values.require_classes(len(known))
     _find_masks(content, mask_folder, masks is not False)
     _check_labels(content, labels, class_file if has_class_file else "classes", allow_empty, caller)
     return content
@@ -440,7 +458,9 @@ def _find_ids(content: FolderContent, listing: ImageListing) -> None:
 
 def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) -> None:
     """Fill in the masks: what a row names, else the file of the picture's name in the mask folder."""
-    folder = content.folder
+    folder, named_masks = content.folder, set()
+    unnamed = [row.file_name for row in content.rows if wanted and not row.text("mask_file_name")]
+    match = MaskMatch() if mask_folder is None else match_masks(list(dict.fromkeys(unnamed)), mask_folder)
     for row in content.rows:
         named = row.text("mask_file_name") if wanted else ""
         path = None
@@ -449,6 +469,7 @@ def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) 
                 path = folder / inner_path(named, row.where)
                 if not path.is_file() and mask_folder is not None:
                     path = mask_folder / inner_path(named, row.where)
+                named_masks.add(path)
                 if not path.is_file():
                     message = (
                         f"{row.where} names the mask {named}, which is not in {folder}; add it or empty the cell."
@@ -456,9 +477,35 @@ def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) 
                     content.problems.append(Problem("mask missing", row.file_name, message))
             except DataError as error:
                 content.problems.append(Problem("table", row.where, str(error)))
-        elif wanted and mask_folder is not None:
-            path = mask_folder / f"{without_suffix(row.file_name)}.png"
+        elif wanted:
+            path = match.paths.get(row.file_name)
+            if row.file_name in match.ambiguous:
+                message = (
+                    f"{row.file_name} may have the masks {' and '.join(match.ambiguous[row.file_name])} in "
+                    f"{mask_folder}; keep one of them, or name it in a column mask_file_name."
+                )
+                content.problems.append(Problem("mask names", row.file_name, message))
         content.masks.append(path if path is not None and path.is_file() else None)
+    if mask_folder is None:
+        return
+    content.unmatched_masks = [name for name in match.unmatched if mask_folder / name not in named_masks]
+    if match.rule:
+        content.mask_notes.append(f"masks in {mask_folder} are matched to images by name, where {match.rule}")
+    if content.unmatched_masks and not any(content.masks):
+        content.problems.append(Problem("mask names", str(mask_folder), _unmatched_message(content, mask_folder)))
+    elif content.unmatched_masks:
+        content.mask_notes.append(_unmatched_message(content, mask_folder))
+
+
+def _unmatched_message(content: FolderContent, mask_folder: Path) -> str:
+    """Say that masks belong to no image, and what they should be called."""
+    unmatched, total = content.unmatched_masks, sum(mask is not None for mask in content.masks)
+    row = next((row for row, mask in zip(content.rows, content.masks, strict=True) if mask is None), content.rows[0])
+    return (
+        f"{len(unmatched)} masks in {mask_folder} belong to no image ({shown_names(unmatched, 3)}) and {total} of "
+        f"{len(content.rows)} images have a mask; call a mask as its image, {without_suffix(row.file_name)}.png for "
+        f"{row.file_name}, or name it in a column mask_file_name."
+    )
 
 
 def _check_labels(

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..labels import BACKGROUND, IGNORE_INDEX
-from .common import DataError, folded_name, image_size, open_image, open_mask
+from .common import DataError, folded_name, image_size, open_image
 from .folder import FolderContent, look_through, notes_on_classes, shown_names
+from .mask_report import MaskFinding, all_together, look_at_mask
 from .tables import Caller, Problem
 
 
@@ -92,6 +90,7 @@ def check_folder(
     separator: str | None = None,
     allow_empty: bool = False,
     caller: Caller = "python",
+    mask_values: str | None = None,
     decode: bool = True,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda checked, _: checked,
 ) -> FolderReport:
@@ -107,6 +106,7 @@ def check_folder(
         separator: See there.
         allow_empty: See there.
         caller: See there.
+        mask_values: See there.
         decode: Open every picture and mask completely. False: read the beginning of each picture, which is much
             faster and misses damage further inside, and touch no mask.
         progress: Wraps the iterator over checked images, given their number.
@@ -114,7 +114,7 @@ def check_folder(
     Raises:
         DataError: there is nothing to report on: no folder, no table, or one that cannot be read as such.
     """
-    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty, caller)
+    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty, caller, mask_values)
     problems = list(found.problems)
     problems += [
         Problem("unlisted", name, f"{name} has no row in {found.source} and is left out; add one or take it out.")
@@ -125,13 +125,17 @@ def check_folder(
         checked = pool.map(lambda position: _check_files(found, position, decode), there)
         results = list(progress(checked, len(there)))
     first_of: dict[bytes, str] = {}
-    for position, (digest, own_problems) in zip(there, results, strict=True):
-        problems += own_problems
+    findings = [finding for _, finding, _ in results if finding is not None]
+    for position, (digest, finding, own_problems) in zip(there, results, strict=True):
+        problems += [*own_problems, *(finding.problems if finding is not None else ())]
         name = found.rows[position].file_name
         other = first_of.setdefault(digest, name) if digest else name
         if other != name:
             message = f"{name} is the same file as {other}; join their labels, or take one out."
             problems.append(Problem("copy", name, message))
+    together, mask_notes = all_together(found, findings, values_given=mask_values is not None, caller=caller)
+    problems += together
+    notes = [*found.mask_notes, *mask_notes]
     counts = Counter(name for position in found.kept for name in set(found.names[position]))
     sizes = Counter(len(set(found.names[position]) & set(found.chosen)) for position in found.kept)
     spelling: dict[str, str] = {}
@@ -151,12 +155,12 @@ def check_folder(
         masks=sum(found.masks[position] is not None for position in found.kept),
         unused_columns=tuple(found.unused_columns),
         problems=tuple(problems),
-        notes=(*found.notes, *notes_on_classes(found)),
+        notes=(*found.notes, *notes_on_classes(found), *notes),
     )
 
 
-def _check_files(found: FolderContent, position: int, decode: bool) -> tuple[bytes, list[Problem]]:
-    """Return a digest of the picture's file (empty if it was not read) and what is wrong with picture and mask."""
+def _check_files(found: FolderContent, position: int, decode: bool) -> tuple[bytes, MaskFinding | None, list[Problem]]:
+    """Return a digest of the picture's file (empty if it was not read), its mask, and what is wrong with it."""
     name = found.rows[position].file_name
     path = found.folder / name
     try:
@@ -164,21 +168,9 @@ def _check_files(found: FolderContent, position: int, decode: bool) -> tuple[byt
         if decode:
             open_image(path)
     except DataError as error:
-        return b"", [Problem("unreadable", name, str(error))]
+        return b"", None, [Problem("unreadable", name, str(error))]
     if not decode:
-        return b"", []
+        return b"", None, []
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
-    mask_path = found.masks[position]
-    if mask_path is None:
-        return digest, []
-    try:
-        mask = open_mask(mask_path, image_size=size, num_classes=len(found.classes))
-    except DataError as error:
-        return digest, [Problem(f"mask {error.kind}", name, str(error))]
-    shown = {found.classes[label - 1] for label in np.unique(mask) if label not in (BACKGROUND, IGNORE_INDEX)}
-    unnamed = sorted(shown - set(found.names[position]))
-    if not unnamed:
-        return digest, []
-    message = f"mask {mask_path} shows {', '.join(unnamed)}, which the labels of {name} do not name; mend one of them."
-    return digest, [Problem("mask labels", name, message)]
+    return digest, look_at_mask(found, position, size), []

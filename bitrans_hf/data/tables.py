@@ -42,6 +42,9 @@ _OPTIONS: Mapping[str, Mapping[Caller, str]] = {
     "allow_empty": {
         "python": "allow_empty=True", "check": "--allow-empty", "recipe": "--data.allow_empty true",
     },
+    "mask_values": {
+        "python": 'mask_values="{}"', "check": "--mask-values {}", "recipe": "--data.mask_values {}",
+    },
     "table": {"python": "table=", "check": "--labels", "masks": "--labels", "recipe": "--data.table"},
     "every problem": {
         "python": "check_folder lists all", "check": "bitrans check lists all", "masks": "bitrans check lists all",
@@ -62,8 +65,9 @@ class Problem:
     Attributes:
         kind: "table" (a row that cannot be read, or names a file outside), "missing" (picture), "duplicate" (two rows
             for one image), "labels", "unlabelled", "unlisted" (a picture without a row), "unreadable", "copy" (the
-            same file twice), "mask missing", "mask unreadable", "mask colours", "mask size", "mask ids", "mask labels"
-            (it shows a class that the labels do not).
+            same file twice), "mask missing", "mask unreadable", "mask colours", "mask size", "mask ids", "mask values"
+            (they may mean something else than they do here), "mask names" (which belongs to which image is not clear),
+            "mask labels" (it shows a class that the labels do not).
         name: File or row that it is about.
         message: What was found, what was expected, what to do.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -204,7 +205,10 @@ def threshold_sweep(
         ValueError: the numbers of seeds and masks differ, there are none, or a pair does not fit.
     """
     sweep = ThresholdSweep(num_classes, thresholds)
-    for picture_seeds, mask in zip(seeds, masks, strict=True):
+    for number, (picture_seeds, mask) in enumerate(zip_longest(seeds, masks)):
+        if picture_seeds is None or mask is None:
+            more, fewer = ("masks", "seeds") if picture_seeds is None else ("seeds", "masks")
+            raise InputError(f"there are more {more} than {fewer}, of which there are {number}; give one for each.")
         sweep.add(picture_seeds, mask)
     return sweep.compute(absent)
 

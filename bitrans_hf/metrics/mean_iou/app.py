@@ -9,7 +9,9 @@ import evaluate
 import numpy as np
 
 
-def score_files(prediction: str | None, reference: str | None, num_labels: float) -> tuple[str, list[list[Any]]]:
+def score_files(
+    prediction: str | None, reference: str | None, num_labels: float | None
+) -> tuple[str, list[list[Any]]]:
     """Score one label map against another.
 
     Args:
@@ -23,6 +25,8 @@ def score_files(prediction: str | None, reference: str | None, num_labels: float
     """
     from PIL import Image
 
+    if num_labels is None:
+        return "Give the number of labels.", []
     if prediction is None or reference is None:
         return "Choose two index images, for instance palette PNGs.", []
     try:

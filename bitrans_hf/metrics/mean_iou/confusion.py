@@ -124,12 +124,18 @@ class LabelRules:
         """Check the values.
 
         Raises:
-            ValueError: `num_labels` is below 1 or `out_of_range` is no rule.
+            ValueError: `num_labels` is below 1 or no integer, `label_map` holds something else than integers, or
+                `out_of_range` is no rule.
         """
+        if not _is_id(self.num_labels):
+            raise ValueError(f"num_labels must be an integer such as 21, got {self.num_labels!r}.")
         if self.num_labels < 1:
             raise ValueError(
                 f"num_labels must be at least 1, got {self.num_labels}; count the label ids, background included."
             )
+        wrong = [label for pair in (self.label_map or {}).items() for label in pair if not _is_id(label)]
+        if wrong:
+            raise ValueError(f"label_map must give ids for ids, such as {{0: 255}}, got {wrong[0]!r}; use integers.")
         if self.out_of_range not in ("error", "miss"):
             raise ValueError(f'out_of_range must be "error" or "miss", got {self.out_of_range!r}.')
 
@@ -213,10 +219,14 @@ def integer_map(values: npt.ArrayLike, name: str) -> npt.NDArray[np.integer]:
     array = np.asarray(values)
     if array.dtype.kind not in "iub":
         raise ValueError(
-            f"{name} has dtype {array.dtype}; label maps hold integers, take the argmax of scores and open palette "
-            "PNGs without converting them to RGB."
+            f"{name} has dtype {array.dtype}; label maps hold integers: take the argmax of scores, cast whole "
+            "numbers to integers, and open palette PNGs without converting them to RGB."
         )
     return array.astype(np.uint8) if array.dtype.kind == "b" else array
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 def _as_bytes(ids: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:

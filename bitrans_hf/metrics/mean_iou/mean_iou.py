@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from itertools import zip_longest
 from typing import Any
 
 import datasets
@@ -175,13 +176,15 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         """
         if unknown:
             raise ValueError(f"unknown arguments {sorted(unknown)}; give predictions and references.")
-        batch = PairCounts()
-        num_images = 0
-        for prediction, reference in zip(predictions, references, strict=True):
-            batch.add_maps(_label_map(prediction, "prediction"), _label_map(reference, "target"))
-            num_images += 1
+        batch, num_images = _counted(predictions, references)
         if self.rules is not None and self.rules.out_of_range == "error":
-            self.rules.confusion(batch)
+            try:
+                self.rules.confusion(batch)
+            except ValueError as error:
+                raise ValueError(
+                    f"{error} Settings for compute (ignore_index, label_map, reduce_labels, out_of_range) must be "
+                    "given where num_labels was, when the metric was made."
+                ) from error
         self._pairs.merge(batch)
         self.num_images += num_images
 
@@ -263,7 +266,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
 
         Raises:
             ValueError: nothing was counted, the number of labels is not known, an id is out of range, or only one of
-                `predictions` and `references` was given. The counts stay.
+                `predictions` and `references` was given. The counts stay as they were before.
         """
         unknown = sorted(settings.keys() - self._settings.keys())
         if unknown:
@@ -274,19 +277,43 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         if merged["num_labels"] is None:
             raise ValueError("compute needs num_labels, the number of label ids with background (21 for VOC).")
         rules = LabelRules(**merged)
+        pairs, num_images = PairCounts(), self.num_images
+        pairs.merge(self._pairs)
         if predictions is not None and references is not None:
-            self.add_batch(predictions=predictions, references=references)
-        if not self.num_images:
+            batch, more = _counted(predictions, references)  # by the settings given here, not the constructor's
+            pairs.merge(batch)
+            num_images += more
+        if not num_images:
             raise ValueError("compute found no counted image; call add_batch first (compute empties the metric).")
-        scores: dict[str, Any] = dict(scores_from_counts(rules.confusion(self._pairs), absent or self.absent))
+        scores: dict[str, Any] = dict(scores_from_counts(rules.confusion(pairs), absent or self.absent))
         self.reset()
         if nan_to_num is not None:
             scores = {name: _without_nan(value, nan_to_num) for name, value in scores.items()}
         return scores
 
 
-def _label_map(values: LabelMap, name: str) -> npt.NDArray[Any]:
-    array = np.asarray(values)
+def _counted(predictions: Iterable[LabelMap], references: Iterable[LabelMap]) -> tuple[PairCounts, int]:
+    """Count pairs of label maps; return the counts and the number of pairs.
+
+    Raises:
+        ValueError: the numbers of maps differ, or a pair is wrong.
+    """
+    for name, maps in (("predictions", predictions), ("references", references)):
+        if not isinstance(maps, Iterable) or getattr(maps, "ndim", None) == 2:
+            raise ValueError(f"{name} is one label map ({type(maps).__name__}), expected several; put it in a list.")
+    batch, num_pairs, absent = PairCounts(), 0, object()
+    for prediction, reference in zip_longest(predictions, references, fillvalue=absent):
+        if prediction is absent or reference is absent:
+            more, fewer = ("references", "predictions") if prediction is absent else ("predictions", "references")
+            raise ValueError(f"there are more {more} than {fewer}, of which there are {num_pairs}; give one for each.")
+        batch.add_maps(_label_map(prediction, "prediction"), _label_map(reference, "target"))
+        num_pairs += 1
+    return batch, num_pairs
+
+
+def _label_map(values: Any, name: str) -> npt.NDArray[Any]:
+    # A tensor may be on a GPU, or scores with gradients, about which the message is below.
+    array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
     if array.ndim != 2:
         raise ValueError(
             f"{name} has shape {array.shape}; a label map is (H, W), one id for each pixel. Open palette PNGs without "

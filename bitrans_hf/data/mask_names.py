@@ -1,0 +1,155 @@
+"""Which file of a folder of masks belongs to which image: same name, or the same change of name throughout."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+LOSSLESS_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".pnm"})
+JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
+
+_HEAD = re.compile(r"([^\W_]*[^\W\d_][^\W_]*[_\-. ])(?=.)")
+_TAIL = re.compile(r"(?<=.)([_\-. ][^\W_]*[^\W\d_][^\W_]*)$")
+
+
+@dataclass(frozen=True)
+class MaskMatch:
+    """Which masks of a folder belong to which images.
+
+    Attributes:
+        paths: Image name, as given -> its mask.
+        rule: How names differ, in words; "" where each mask has the name of its image.
+        ambiguous: Image name -> the masks that could all be meant; none of them is in `paths`.
+        unmatched: Masks that belong to no image, as paths within the folder.
+    """
+
+    paths: Mapping[str, Path] = field(default_factory=dict)
+    rule: str = ""
+    ambiguous: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    unmatched: Sequence[str] = ()
+
+
+def match_masks(
+    image_names: Sequence[str], folder: Path, *, image_word: str = "images", mask_word: str = "masks"
+) -> MaskMatch:
+    """Find the masks of images.
+
+    `a.jpg` has the mask `a.png`; failing that, `a` with another suffix or in another case (`A.PNG`, `a.tif`), or
+    `a.jpg.png`. The names that are left are matched by what all of them add, if there is one such way: `a_mask.png`,
+    `mask_a.png`, `a_sat.jpg` and `a_mask.png`, or the same names in other subfolders.
+
+    Args:
+        image_names: Paths within the images folder with forward slashes, with or without suffix; no two alike.
+        folder: Of the masks, with subfolders; hidden files and folders are not looked at.
+        image_word: What has the `image_names`, for `rule`.
+        mask_word: What is in `folder`, for `rule`.
+    """
+    files = mask_files(folder)
+    paths: dict[str, Path] = {}
+    for name in image_names:
+        exact = f"{_stem(name)}.png"
+        if exact in files:
+            paths[name] = files[exact]
+    taken = set(paths.values())
+    by_key: dict[str, list[str]] = {}
+    for file, path in files.items():
+        if path not in taken:
+            by_key.setdefault(_key(_stem(file)), []).append(file)
+    ambiguous: dict[str, Sequence[str]] = {}
+    claims = Counter(_key(_stem(name)) for name in image_names if name not in paths)
+    for name in image_names:
+        if name in paths:
+            continue
+        key = _key(_stem(name))
+        found = by_key.get(key, []) or by_key.get(_key(name), [])
+        found = [file for file in found if _stem(file) == _stem(name)] or found
+        if len(found) > 1 or (found and claims[key] > 1 and _stem(found[0]) != _stem(name)):
+            ambiguous[name] = sorted(found)
+        elif found:
+            paths[name] = files[found[0]]
+    taken = set(paths.values()) | {files[file] for found in ambiguous.values() for file in found}
+    images_left = [name for name in image_names if name not in paths and name not in ambiguous]
+    masks_left = [file for file, path in files.items() if path not in taken]
+    rule, more = _by_rule(images_left, masks_left, image_word, mask_word)
+    paths.update({name: files[file] for name, file in more.items()})
+    unmatched = sorted(set(masks_left) - set(more.values()))
+    return MaskMatch(paths, rule, ambiguous, unmatched)
+
+
+def mask_files(folder: Path) -> dict[str, Path]:
+    """Return the files of a folder that may be masks, by their paths within it."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        inside = path.relative_to(folder)
+        hidden = any(part.startswith((".", "__MACOSX")) for part in inside.parts)
+        if not hidden and path.suffix.lower() in LOSSLESS_SUFFIXES | JPEG_SUFFIXES and path.is_file():
+            found[inside.as_posix()] = path
+    return found
+
+
+def _by_rule(
+    images: Sequence[str], masks: Sequence[str], image_word: str, mask_word: str
+) -> tuple[str, dict[str, str]]:
+    """Match what is left by one change of name; nothing where no change, or more than one, matches all of a side."""
+    found: dict[tuple[tuple[str, str], ...], str] = {}
+    for flat in (False, True):
+        mask_names = _variants(masks, flat)
+        for image_words, image_keys in _variants(images, flat).items():
+            for mask_words, mask_keys in mask_names.items():
+                pairs = {image_keys[key]: mask_keys[key] for key in image_keys.keys() & mask_keys.keys()}
+                both_changed = bool(image_words) and bool(mask_words)
+                if not pairs or len(pairs) < (2 if both_changed else 1):
+                    continue
+                if len(pairs) == len(masks) or len(pairs) == len(images):
+                    words = [f"{mask_word} have {mask_words}"] if mask_words else []
+                    words += [f"{image_word} have {image_words}"] if image_words else []
+                    words += ["their subfolders differ"] if flat else []
+                    found.setdefault(tuple(sorted(pairs.items())), " and ".join(words))
+        if found:
+            break
+    if len(found) != 1:
+        return "", {}
+    ((pairs, rule),) = found.items()
+    return rule, dict(pairs)
+
+
+def _variants(names: Sequence[str], flat: bool) -> dict[str, dict[str, str]]:
+    """Return the names as they are, and without the words that all of them begin or end with.
+
+    Returns:
+        What is left out, in words -> key -> name; a variant in which two names have one key is not there.
+    """
+    parts = {name: _stem(name).rpartition("/") for name in names}
+    folders = {name: "" if flat else part[0] + part[1] for name, part in parts.items()}
+    bases = {name: part[2] for name, part in parts.items()}
+    variants = {"": bases}
+    heads = {match.group(1) if (match := _HEAD.match(base)) else "" for base in bases.values()}
+    if len(heads) == 1 and (head := next(iter(heads))):
+        variants[f"{head!r} before the name"] = {name: base.removeprefix(head) for name, base in bases.items()}
+    ending, shorter = "", bases
+    while True:
+        tails = {match.group(1) if (match := _TAIL.search(base)) else "" for base in shorter.values()}
+        if len(tails) != 1 or not (tail := next(iter(tails))):
+            break
+        ending = tail + ending
+        shorter = {name: base.removesuffix(tail) for name, base in shorter.items()}
+        variants[f"{ending!r} after the name"] = shorter
+    keyed = {
+        words: {_key(folders[name] + base): name for name, base in changed.items()}
+        for words, changed in variants.items()
+    }
+    return {words: keys for words, keys in keyed.items() if len(keys) == len(names)}
+
+
+def _key(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _stem(name: str) -> str:
+    """Return a path without what follows the last dot of its last part."""
+    folder, slash, file = name.rpartition("/")
+    return folder + slash + (file.rpartition(".")[0] or file)

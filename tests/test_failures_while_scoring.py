@@ -1,0 +1,58 @@
+"""A score never covers fewer images than it says: what fails stops the stage, and what is left out is counted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+
+from bitrans_hf.crf import Outcome
+from bitrans_hf.data import make_shapes
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
+
+import predict_masks
+from label_maps import num_workers, result_of, scored_images
+from recipe import PredictionRecipe, RunOptions
+from runtime import StageError
+
+pytestmark = pytest.mark.usefixtures("fresh_accelerator")
+
+
+def test_a_failed_refinement_stops_the_prediction_with_the_image_and_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = make_shapes(3, 0, image_size=16)
+    broken = images["image_id"][1]
+
+    def predict(accelerator, model, processor, row, folder, settings):
+        scores = np.full((2, 16, 16), np.nan if row["image_id"] == broken else 0.5, np.float32)
+        return predict_masks.Prediction(np.array([0, 1], np.uint8), np.zeros((16, 16, 3), np.uint8), scores)
+
+    monkeypatch.setattr(predict_masks, "predict_image", predict)
+    settings = PredictionRecipe(refiner="crf")
+    options = RunOptions(workers=1, quiet=True, cpu=True)
+    with pytest.raises(StageError, match=rf"image {broken}: .*NaN.* the same command goes on"):
+        predict_masks.predict_split(Accelerator(cpu=True), options, None, None, images, tmp_path, settings)
+    assert [path.stem for path in (tmp_path / "crf").iterdir()] == [images["image_id"][0]]
+
+
+def test_a_result_is_handed_on_also_where_it_is_false() -> None:
+    assert result_of(Outcome("a", False)) is False
+    with pytest.raises(StageError, match="image b: it died"):
+        result_of(Outcome("b", None, "it died."))
+
+
+def test_the_number_of_scored_images_is_said_where_it_is_smaller() -> None:
+    assert scored_images({"images": 5, "scored": 3}) == "5 images (3 of them scored)"
+    assert scored_images({"images": 5, "scored": 5}) == scored_images({"images": 5}) == "5 images"
+
+
+def test_workers_are_as_many_as_asked_for_and_no_more_than_images() -> None:
+    accelerator = Accelerator(cpu=True)
+    assert num_workers(accelerator, RunOptions(workers=3), 10) == 3
+    assert num_workers(accelerator, RunOptions(workers=3), 2) == 2
+    assert num_workers(accelerator, RunOptions(workers=3), 0) == 1
