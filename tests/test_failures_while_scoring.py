@@ -25,12 +25,12 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 def test_a_failed_refinement_stops_the_prediction_with_the_image_and_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    images = make_shapes(3, 0, image_size=16)
+    images = make_shapes(3, 0, image_size=32)
     broken = images["image_id"][1]
 
     def predict(accelerator, model, processor, row, folder, settings):
-        scores = np.full((2, 16, 16), np.nan if row["image_id"] == broken else 0.5, np.float32)
-        return predict_masks.Prediction(np.array([0, 1], np.uint8), np.zeros((16, 16, 3), np.uint8), scores)
+        scores = np.full((2, 32, 32), np.nan if row["image_id"] == broken else 0.5, np.float32)
+        return predict_masks.Prediction(np.array([0, 1], np.uint8), np.zeros((32, 32, 3), np.uint8), scores)
 
     monkeypatch.setattr(predict_masks, "predict_image", predict)
     settings = PredictionRecipe(refiner="crf")
