@@ -59,9 +59,9 @@ def test_plain_names_stay_as_they_are() -> None:
 @pytest.mark.parametrize("first", NAMES)
 def test_a_card_shows_every_name_and_its_code_is_python(tmp_path: Path, first: str) -> None:
     run = Run.from_folder(write_run(tmp_path / "a"))
-    recipe = copy.deepcopy(run.stages["train"]["recipe"])
-    recipe["data"]["classes"] = names = [first, *(name for name in NAMES if name != first)]
-    stages = {**run.stages, "train": {**run.stages["train"], "recipe": recipe}}
+    stages, names = copy.deepcopy(dict(run.stages)), [first, *(name for name in NAMES if name != first)]
+    for stage in stages.values():
+        stage["recipe"].get("data", {})["classes"] = names
     card = render_card(
         Run(run.name, names, stages),
         "bitrans",

@@ -146,8 +146,8 @@ def test_palettes_that_differ_from_mask_to_mask_are_noted(make_folder: Callable[
         image = Image.fromarray(SQUARE)
         image.putpalette([0, 0, 0, *color])
         image.save(root / f"masks/{name}.png")
-    (note,) = check_folder(root).notes
-    assert "label id 1 has the color 128/0/0 in the mask of a.png and 0/128/0 in that of b.png" in note
+    said = "label id 1 has the color 128/0/0 in the mask of a.png and 0/128/0 in that of b.png"
+    assert [said in note for note in check_folder(root).notes].count(True) == 1
 
 
 @pytest.mark.parametrize(

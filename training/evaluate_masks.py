@@ -116,12 +116,12 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
             predictions.store, predictions.variant, predictions.num_classes, sweep.best_threshold
         )
     metric, images = score(accelerator, truth, predictions, known, evaluation, options)
+    notes = masks_without_objects(metric, images, predictions, evaluation, recipe)
     if all(image.identical for image in images) and isinstance(predictions, MaskPredictions):
         raise StageError(
             f"all {len(images)} label maps in {folder} equal the ground truth in every counted pixel: this is a copy "
             "of it. Give the folder that the network wrote."
         )
-    notes = masks_without_objects(metric, images, predictions, evaluation, recipe)
 
     if accelerator.is_main_process:
         mark_output(output)
