@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("benchmarks.__main__")
+
 import argparse
 import json
 import platform
@@ -13,8 +18,6 @@ from pathlib import Path
 import timm
 import torch
 import transformers
-
-from bitrans_hf.errors import ends_with_a_sentence
 
 from . import bench_data, bench_metrics, bench_model, bench_refine, bench_seeds, bench_segment
 from .harness import Options
@@ -85,8 +88,3 @@ def environment(options: Options) -> dict[str, object]:
         "transformers": transformers.__version__,
         "timm": timm.__version__,
     }
-
-
-if __name__ == "__main__":
-    with ends_with_a_sentence():
-        main()

@@ -11,6 +11,7 @@ import html
 import importlib.metadata
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from .commands import if_stopped
 from .errors import InputError
 from .files import lies_in
 from .image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized, strongest_row
@@ -516,7 +518,7 @@ def serve(
         port: To listen at; None: that of the variable GRADIO_SERVER_PORT, or the first free one from 7860.
         device: Of the model; None: a GPU if there is one.
         browser: Open the page in the browser.
-        block: Return only when the server is stopped.
+        block: Do not return: serve until Ctrl-C, which is raised here as `KeyboardInterrupt`.
     """
     app = build_app(PseudoMaskPipeline.from_pretrained(model, device))
     # Fonts by name: gradio's own themes fetch theirs from the web.
@@ -533,9 +535,16 @@ def serve(
         max_file_size="100mb",
         ssr_mode=False,
         share=False,
-        prevent_thread_lock=not block,
+        prevent_thread_lock=True,  # gradio's own wait takes Ctrl-C for a success
         quiet=not block,
     )
+    if block:
+        if_stopped(lambda: "serving the page")
+        try:
+            while app.is_running:
+                time.sleep(0.1)
+        finally:
+            app.close(verbose=False)
     return app
 
 

@@ -21,9 +21,10 @@ from typing import Generic, Self, TypeVar
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from .commands import children_without_signals, is_stopped
 from .errors import InputError, MissingExtraError, sentence_of
+from .progress import progress as shown_progress
 from .store import DiskFullError
 
 Job = TypeVar("Job")
@@ -237,8 +238,14 @@ class ImagePool:
         self.close()
 
     def close(self) -> None:
-        """Stop the processes once they have finished what they are at; jobs that still wait are dropped."""
+        """Stop the processes once they have finished what they are at; jobs that still wait are dropped.
+
+        Where the command was told to stop, the processes end at once.
+        """
         if self._executor is not None:
+            if is_stopped():
+                for process in list(self._executor._processes.values()):
+                    process.kill()
             self._executor.shutdown(wait=True, cancel_futures=True)
             self._executor = None
 
@@ -257,15 +264,15 @@ class ImagePool:
             function: Of one job; importable by name, as everything that is sent to another process.
             jobs: (image id, what the function gets). To go on after a kill, leave out what your store already holds.
             strict: Stop at the first image that fails.
-            progress: Title of a bar on the terminal; None shows none, and without a terminal there is none either.
-            total: Number of jobs for the bar, where `jobs` has no length.
+            progress: Title of the progress on stderr; None shows none.
+            total: Number of jobs for the progress, where `jobs` has no length.
 
         Raises:
             ImageFailedError: `strict` and an image failed.
             DiskFullError: the function found no room to write what it made.
         """
         length = len(jobs) if total is None and isinstance(jobs, Sized) else total
-        with tqdm(total=length, desc=progress, unit="image", disable=None if progress else True) as bar:
+        with shown_progress(total=length, desc=progress or "", unit="image", quiet=progress is None) as bar:
             for outcome in self._outcomes(function, jobs):
                 if strict and outcome.error is not None:
                     raise ImageFailedError(f"image {outcome.image_id}: {outcome.error}")
@@ -289,7 +296,8 @@ class ImagePool:
                 yield self._next(function, waiting)
         finally:  # the caller may stop early
             for _, _, future in waiting:
-                if future is not None:
+                # Killed processes break the pool, which cannot be told to futures that are cancelled.
+                if future is not None and not is_stopped():
                     future.cancel()
 
     def _next(
@@ -323,12 +331,13 @@ class ImagePool:
 
     def _submit(self, function: Callable[[Job], Result], image_id: str, job: Job) -> Future[Outcome[Result]] | None:
         """Hand a job to the processes; None when they have died."""
-        if self._executor is None:
-            self._executor = ProcessPoolExecutor(self.processes, mp_context=_context(), initializer=_start_worker)
-        try:
-            return self._executor.submit(_work, function, image_id, job)
-        except BrokenProcessPool:
-            return None
+        with children_without_signals():  # a job may start a process
+            if self._executor is None:
+                self._executor = ProcessPoolExecutor(self.processes, mp_context=_context(), initializer=_start_worker)
+            try:
+                return self._executor.submit(_work, function, image_id, job)
+            except BrokenProcessPool:
+                return None
 
 
 _DIED = (
@@ -371,7 +380,7 @@ _SLOW_IMPORTS = ("accelerate", "datasets", "timm", "torchvision", "transformers.
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, do not outlive it when it is killed, and keep to one core: each has a worker."""
+    """Leave Ctrl-C to the parent on Windows too, do not outlive it when it is killed, and keep to one core."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
@@ -413,7 +422,7 @@ def crf_pool(
         preset: See `dense_crf`.
         processes: See `ImagePool`.
         strict: Stop at the first image that fails.
-        progress: Title of a bar on the terminal; None shows none.
+        progress: Title of the progress on stderr; None shows none.
         total: Number of jobs, where `jobs` has no length.
 
     Returns:

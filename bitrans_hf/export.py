@@ -6,10 +6,14 @@ writes `model.onnx`, `model.pt2` (`torch.export`) and `export.json`, which says 
 image size stay free. Both graphs are compared with torch on three sizes before anything is written.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from .commands import run_script
+
+    run_script("bitrans_hf.export")
+
 import argparse
 import importlib
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +29,7 @@ from .errors import InputError, MissingExtraError, ends_with_a_sentence
 from .hub_errors import hub_error_sentence
 from .image_processing_bitrans import BiTransImageProcessor
 from .modeling_bitrans import BiTransModel
+from .progress import working
 from .seeds import refine_with_affinity
 from .store import atomic_write
 
@@ -300,18 +305,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-flip", action="store_true", help="half the work: seeds of the image without its flip")
     options = parser.parse_args(arguments)
     try:
-        model = BiTransModel.from_pretrained(options.model, revision=options.revision)
-        processor = BiTransImageProcessor.from_pretrained(options.model, revision=options.revision)
+        with working("export: loading the model"):
+            model = BiTransModel.from_pretrained(options.model, revision=options.revision)
+            processor = BiTransImageProcessor.from_pretrained(options.model, revision=options.revision)
     except (InputError, OSError) as error:  # transformers says with a bare OSError that there is no such model
         sentence = hub_error_sentence(error, options.model, options.revision)
         raise SystemExit(f"error: {error if sentence is None else sentence}") from error
-    with ends_with_a_sentence():
+    with ends_with_a_sentence(), working("export: tracing the model and comparing its graphs with torch"):
         description = export_model(model, processor, options.out, flip=not options.no_flip)
     for name, found in description["difference_from_torch"].items():
         shown = ", ".join(f"{difference:.0e} at {size}" for size, difference in found.items())
         print(f"{options.out / name}: differs from torch by {shown}")
     print(f"{options.out / 'export.json'}: what goes in and comes out")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -19,6 +19,8 @@ PACKAGE = Path(__file__).parents[1] / "bitrans_hf"
 ORDER = (
     "lazy",
     "errors",
+    "progress",
+    "commands",
     "files",
     "image_decoding",
     "precision",

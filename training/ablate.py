@@ -8,6 +8,11 @@ link to the first one's. Finished runs are kept and a killed one goes on where i
 again. The page, `<output_dir>/<name>/report/index.html`, and `metrics.json` are written anew each time.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("ablate")
+
 import json
 import os
 import shutil
@@ -15,24 +20,26 @@ import statistics
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
-from tqdm.auto import tqdm
 
+from bitrans_hf.commands import if_stopped
 from bitrans_hf.data import class_names, open_image, open_mask
 from bitrans_hf.errors import InputError
+from bitrans_hf.progress import progress, say_progress, say_result
 from bitrans_hf.report import VARIANT_TITLES, GalleryRow, Table, recipe_table, write_report
 from bitrans_hf.seeds import SEED_VARIANTS
 from bitrans_hf.store import SeedStore
 from make_report import spread
 from make_seeds import DEPENDS_ON as SEEDS_DEPEND_ON
 from recipe import ALL_IMAGES, Recipe, load_images, parse_recipe
-from runtime import StageError, holds, provenance, recipe_parts, run_script, write_json
+from runtime import StageError, holds, provenance, recipe_parts, write_json
 from train import DEPENDS_ON as TRAINING_DEPENDS_ON
 
 HERE = Path(__file__).resolve().parent
@@ -275,7 +282,10 @@ def run_all(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> dict[str, str
     trainings = plan_trainings({cell: recipes[cell] for cell in in_turn})
     missing = {cell for sharing in trainings.values() for cell in sharing}
     failed: dict[str, str] = {}
-    hidden = ablation.quiet or not sys.stderr.isatty()
+    running_stages: set[subprocess.Popen[str]] = set()
+    if_stopped(lambda: "before all runs were done; finished runs and checkpoints are kept")
+    if not ablation.quiet:
+        say_progress(f"ablation: {len(recipes)} runs, {len(trainings)} trainings to do, {ablation.parallel} at a time")
 
     def run(stage: str, cell: Cell, trained_by: Cell) -> str | None:
         train = stage_folder(recipes[cell], "train")
@@ -287,19 +297,19 @@ def run_all(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> dict[str, str
         elif cell != trained_by:
             share_training(recipes[trained_by], recipes[cell])
         script = {"train": "train.py", "seeds": "make_seeds.py"}[stage]
-        return run_stage(script, ablation.arguments(*cell), environment)
+        return run_stage(script, ablation.arguments(*cell), environment, running_stages)
 
     with (
         ThreadPoolExecutor(ablation.parallel) as pool,
-        tqdm(total=len(recipes), desc="ablation", unit="run", disable=hidden) as bar,
+        progress(total=len(recipes), desc="ablation", unit="run", quiet=ablation.quiet) as bar,
+        ending(running_stages),
     ):
 
         def ended(cell: Cell, reason: str | None) -> None:
             if reason:
                 failed[str(cell)] = reason
             bar.update()
-            if hidden:
-                print(f"{cell}: {'failed' if reason else 'done'}", flush=True)
+            say_result(f"{cell}: {'failed' if reason else 'done'}")
 
         for cell in in_turn:
             if cell not in missing:
@@ -375,15 +385,32 @@ def finished(recipe: Recipe, stage: str) -> bool:
     return (stage_folder(recipe, stage) / "done.json").is_file() and bool(holds(recipe, stage, depends_on))
 
 
-def run_stage(script: str, arguments: Sequence[str], environment: Mapping[str, str]) -> str | None:
-    """Run a stage in a process of its own; return the last line of the error, or None."""
-    result = subprocess.run(
-        [sys.executable, str(HERE / script), *arguments], env=environment, capture_output=True, text=True
-    )
-    if not result.returncode:
+def run_stage(
+    script: str, arguments: Sequence[str], environment: Mapping[str, str], running: set[subprocess.Popen[str]]
+) -> str | None:
+    """Run a stage in a process of its own, one of `running` meanwhile; return the last line of the error, or None."""
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / script), *arguments],
+        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    running.add(process)
+    _, error = process.communicate()
+    running.discard(process)
+    if not process.returncode:
         return None
-    said = result.stderr.strip().splitlines()
-    return f"{script} ended with {result.returncode}" + (f", {said[-1]}" if said else "")
+    said = error.strip().splitlines()
+    return f"{script} ended with {process.returncode}" + (f", {said[-1]}" if said else "")
+
+
+@contextmanager
+def ending(processes: Collection[subprocess.Popen[str]]) -> Iterator[None]:
+    """End the processes where the block is stopped; each keeps its own last checkpoint."""
+    try:
+        yield
+    except BaseException:
+        for process in list(processes):
+            process.terminate()
+        raise
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -604,7 +631,3 @@ def gallery(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> Iterator[Gall
 def shown_rows(ablation: Ablation) -> list[str]:
     """Return the rows that the page shows pictures of."""
     return list(ablation.variants)[:MOST_GALLERY_ROWS] if ablation.gallery_rows is None else ablation.gallery_rows
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -8,6 +8,11 @@ Predictions are one `<image_id>.png` for each image, whose pixels are label ids,
 Masks that are called otherwise are read where all names differ in one way (`a_mask.png`), and this is said.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("evaluate_masks")
+
 import csv
 import dataclasses
 import json
@@ -25,6 +30,7 @@ from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from PIL import Image
 
+from bitrans_hf.commands import if_stopped
 from bitrans_hf.data import DataError, MaskValues, class_names, mask_rule, open_image, open_mask
 from bitrans_hf.data.coco import CocoMaskRule
 from bitrans_hf.data.common import check_classes, read_class_file, read_text
@@ -37,7 +43,7 @@ from bitrans_hf.pseudo_labels import seeds_to_label_map
 from bitrans_hf.report import GalleryRow, Table, confusion_picture, write_report
 from bitrans_hf.store import SeedStore, atomic_write
 from recipe import Recipe, RunOptions, load_images, parse_recipe_with
-from runtime import StageError, make_accelerator, progress, provenance, run_script, say, write_json
+from runtime import StageError, announce, make_accelerator, progress, provenance, say, working, write_json
 
 LabelMap: TypeAlias = NDArray[np.uint8]
 
@@ -100,14 +106,17 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
     output = Path(evaluation.output or f"{folder}_scores")
     for read in (folder, *([Path(evaluation.targets)] if evaluation.targets else [])):
         refuse_same_folder(output, read, "--output")
-    truth = ground_truth(recipe, evaluation)
-    predictions = open_predictions(folder, recipe, evaluation, len(truth.classes))
-    if isinstance(predictions, MaskPredictions):
-        predictions = predictions.matched_to(truth.ids)
-        if predictions.rule:
-            say(accelerator, f"note: masks are matched by name, where {predictions.rule}")
-    known, missing = matching(truth, predictions, folder, evaluation)
-    refuse_linked_ground_truth(truth, predictions, known)
+    if_stopped(lambda: "before the result was written")
+    with working("masks: reading the lists of predictions and ground truth", accelerator, options):
+        truth = ground_truth(recipe, evaluation)
+        predictions = open_predictions(folder, recipe, evaluation, len(truth.classes))
+        if isinstance(predictions, MaskPredictions):
+            predictions = predictions.matched_to(truth.ids)
+            if predictions.rule:
+                say(accelerator, f"note: masks are matched by name, where {predictions.rule}")
+        known, missing = matching(truth, predictions, folder, evaluation)
+        refuse_linked_ground_truth(truth, predictions, known)
+    announce(f"masks: {len(known):,} of {len(truth.ids):,} images to score", accelerator, options)
 
     sweep = None
     if isinstance(predictions, SeedPredictions) and predictions.threshold is None:
@@ -136,7 +145,8 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
             "seconds": round(time.perf_counter() - started, 1),
             "made_with": made_with,
         }
-        write_result(output, record, images, truth, predictions, evaluation)
+        with working("masks: writing the result", accelerator, options):
+            write_result(output, record, images, truth, predictions, evaluation)
         if not options.quiet:
             say(accelerator, text_table(score_table(record)))
         for note in notes:
@@ -738,7 +748,3 @@ def percent(value: float) -> float | None:
 def shown(value: float | None) -> str:
     """Print a percentage, "-" where there is none."""
     return "-" if value is None else f"{value:.2f}"
-
-
-if __name__ == "__main__":
-    run_script(main)

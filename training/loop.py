@@ -20,9 +20,19 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from transformers import PreTrainedModel
 
+from bitrans_hf.commands import children_without_signals, if_stopped
 from bitrans_hf.metrics import parameter_count
 from recipe import LoopSettings, RunOptions
-from runtime import Checkpoints, ShardedBatches, Stage, progress, say, say_unreadable, stop_if_not_finite
+from runtime import (
+    Checkpoints,
+    ShardedBatches,
+    Stage,
+    announce,
+    progress,
+    say,
+    say_unreadable,
+    stop_if_not_finite,
+)
 
 NOT_FOR_THE_MODEL = ("index", "unreadable")
 """Keys of a batch that the loop reads itself; all others are arguments of the model's forward."""
@@ -159,7 +169,8 @@ class TrainingLoop:
                 accelerator,
                 f"{stage.name}: going on after step {self.state['step']} (epoch {self.state['epoch']})",
             )
-        stage.forget_log_after(self.state["step"])
+        self.saved_step = self.state["step"]
+        stage.forget_log_after(self.saved_step)
         if settings.trackers:
             accelerator.init_trackers("bitrans_hf", config=flat(stage.recipe))
 
@@ -172,21 +183,22 @@ class TrainingLoop:
         state, epochs = self.state, self.settings.epochs
         self.started = time.perf_counter() - state["seconds"]
         total = epochs * self.steps_per_epoch
-        bar = progress(
-            range(total), self.accelerator, self.options, initial=state["step"], desc=self.stage.name, unit="step"
-        )
+        if_stopped(self._kept)
+        announce(self._plan(total), self.accelerator, self.options)
         result: dict[str, Any] = {}
-        for epoch in range(state["epoch"], epochs):
-            averages = self._epoch(epoch, state["batch"] if epoch == state["epoch"] else 0, bar)
-            scores = validate() if validate else {}
-            entry = {"step": state["step"], "epoch": epoch + 1, **scores}
-            self.stage.log(entry)
-            self.accelerator.log(scores, step=state["step"])
-            result = {**averages, **scores}
-            self._checkpoint(epoch + 1, 0, result)
-            shown = ", ".join(f"{name} {value:.3f}" for name, value in result.items())
-            say(self.accelerator, f"epoch {epoch + 1}/{epochs}: {shown}")
-        bar.close()
+        with progress(
+            None, self.accelerator, self.options, desc=self.stage.name, unit="step", total=total, initial=state["step"]
+        ) as bar:
+            for epoch in range(state["epoch"], epochs):
+                averages = self._epoch(epoch, state["batch"] if epoch == state["epoch"] else 0, bar)
+                scores = validate() if validate else {}
+                entry = {"step": state["step"], "epoch": epoch + 1, **scores}
+                self.stage.log(entry)
+                self.accelerator.log(scores, step=state["step"])
+                result = {**averages, **scores}
+                self._checkpoint(epoch + 1, 0, result)
+                shown = ", ".join(f"{name} {value:.3f}" for name, value in result.items())
+                say(self.accelerator, f"epoch {epoch + 1}/{epochs}: {shown}")
         if not result:  # resumed after the last epoch
             result = dict(state["result"])
         unreadable = sorted(set(gather_object(state["unreadable"])))
@@ -200,6 +212,7 @@ class TrainingLoop:
             more: What else goes into the folder by its `save_pretrained`: an image processor.
         """
         record = dict(metrics)
+        if_stopped(lambda: f"in stage {self.stage.name} while the model is saved; the last checkpoint is kept")
         if self.accelerator.is_main_process:
             unfinished, finished = self.stage.folder / "model.unfinished", self.stage.folder / "model"
             unwrapped = self.accelerator.unwrap_model(self.model)
@@ -211,7 +224,9 @@ class TrainingLoop:
         self.stage.finish(record, seconds=metrics["seconds"])
         self.checkpoints.clear()
         if self.settings.trackers:
-            self.accelerator.end_training()
+            # Not `end_training`: it also ends the process group, which the next stage needs.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
         say_unreadable(self.accelerator, metrics["unreadable"])
 
     def _epoch(self, epoch: int, first_batch: int, bar: Any) -> dict[str, float]:
@@ -223,7 +238,9 @@ class TrainingLoop:
         window: list[dict[str, float]] = []
         averages: dict[str, float] = {}
         window_started, steps_in_window = time.perf_counter(), 0
-        for number, batch in enumerate(self.loader, start=first_batch + 1):
+        with children_without_signals():
+            batches = iter(self.loader)
+        for number, batch in enumerate(batches, start=first_batch + 1):
             rate = self.rate(state["step"], self.steps_per_epoch)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group.get("rate_multiplier", 1.0)
@@ -262,7 +279,7 @@ class TrainingLoop:
                 done = round(number / self.batches.batches_per_epoch + epoch, 4)
                 self.stage.log({"step": state["step"], "epoch": done, **entry})
                 accelerator.log(entry, step=state["step"])
-                bar.set_postfix(loss=f"{averages['loss']:.3f}")
+                bar.set_postfix(loss=f"{averages['loss']:.3f}", images_per_second=f"{speed:.1f}")
                 window, window_started, steps_in_window = [], time.perf_counter(), 0
             every = settings.checkpoint_every
             if every and state["step"] % every == 0 and number < self.batches.batches_per_epoch:
@@ -270,8 +287,29 @@ class TrainingLoop:
         return averages
 
     def _checkpoint(self, epoch: int, batch: int, result: dict[str, float]) -> None:
+        # Every process goes on from the main one's state, which has to hold what the others could not read.
+        unreadable = sorted(set(gather_object(self.state["unreadable"])))
         self.state |= {"epoch": epoch, "batch": batch, "seconds": self._seconds(), "result": result}
+        self.state["unreadable"] = unreadable
         self.checkpoints.save(self.state["step"], self.state)
+        self.saved_step = self.state["step"]
+
+    def _plan(self, total: int) -> str:
+        """Say what the run will do."""
+        settings, accelerator, per_step = self.settings, self.accelerator, self.images_per_step
+        left = f", {total - self.state['step']:,} of them left" if self.state["step"] else ""
+        return (
+            f"{self.stage.name}: {len(self.dataset):,} images, {settings.epochs} epochs, {total:,} steps of "
+            f"{per_step} images{left}; batch size {settings.batch_size}, {accelerator.num_processes} process(es), "
+            f"device {accelerator.device.type}"
+        )
+
+    def _kept(self) -> str:
+        """Say what a stop leaves."""
+        where = f"in stage {self.stage.name} after step {self.state['step']}"
+        if self.saved_step:
+            return f"{where}; the checkpoint of step {self.saved_step} is kept"
+        return f"{where}, before its first checkpoint; earlier stages are kept"
 
     def _seconds(self) -> float:
         return float(round(time.perf_counter() - self.started, 1))

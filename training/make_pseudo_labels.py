@@ -8,6 +8,11 @@ score wins. Images that are done are not done again, so that a run that was kill
 masks are known, the label maps after each step are scored.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("make_pseudo_labels")
+
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -43,12 +48,14 @@ from recipe import ALL_IMAGES, PseudoLabelsRecipe, Recipe, RunOptions, load_imag
 from runtime import (
     Stage,
     StageError,
+    announce,
     make_accelerator,
     remove_unfinished,
-    run_script,
     say,
     say_precision,
     say_unreadable,
+    wait_for_everyone,
+    working,
 )
 
 
@@ -76,7 +83,8 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
     walk = None
     if settings.method == "random_walk":
         say_precision(accelerator, recipe, "affinity")
-        walk = RandomWalk.of(recipe, settings, accelerator)
+        with working("pseudo_labels: loading the affinity network", accelerator, options):
+            walk = RandomWalk.of(recipe, settings, accelerator)
     background = background_of(recipe, settings)
     remove_unfinished(stage.folder, accelerator)
 
@@ -84,7 +92,8 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
     left_out: set[str] = set()
     for split in settings.splits:
         name = split or ALL_IMAGES
-        labels = SplitLabels(accelerator, options, recipe, split, stage.folder / name, background, walk)
+        with working(f"pseudo_labels: reading the list of {name}", accelerator, options):
+            labels = SplitLabels(accelerator, options, recipe, split, stage.folder / name, background, walk)
         if split == settings.splits[0] and labels.note_on_classes():
             say(accelerator, f"pseudo_labels: {labels.note_on_classes()}")
         left_out |= labels.make()
@@ -297,9 +306,15 @@ class SplitLabels:
             else:
                 self.left_out.add(image_id)
         todo = [index for index in own if not self._is_done(self.images[index])]
+        announce(
+            f"pseudo_labels: {len(todo):,} of {len(own):,} images to do; method {self.settings.method}, refiner "
+            f"{self.settings.refiner}, device {self.accelerator.device.type}",
+            self.accelerator,
+            self.options,
+        )
         jobs = self._walked_jobs(own) if self.walk is not None else self._jobs_from_seeds(todo)
         broken = run_jobs(jobs, self.accelerator, self.options, len(todo), self.settings.refiner, "pseudo labels")
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator, self.options)
         return set(gather_object(sorted(self.left_out | broken)))
 
     def score(self) -> dict[str, Any]:
@@ -397,7 +412,3 @@ class SplitLabels:
                         kept = LabelScoreStore(self.folder / "scores")
                         kept.write(row["image_id"], each.class_ids, {"walk": scores})
                     yield self._job(row, class_ids=each.class_ids, scores=scores)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -3,6 +3,11 @@
 python training/make_report.py --config training/recipes/voc_deit_small.yaml
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("make_report")
+
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bitrans_hf.commands import if_stopped
 from bitrans_hf.data import class_names, open_image, open_mask
 from bitrans_hf.pseudo_labels import seeds_to_label_map
 from bitrans_hf.report import (
@@ -25,7 +31,7 @@ from bitrans_hf.report import (
 from bitrans_hf.store import SeedStore
 from label_maps import LabelMap, cell_labels, stored_label_maps
 from recipe import ALL_IMAGES, Recipe, RunOptions, load_images, parse_recipe, variants_of
-from runtime import StageError, make_accelerator, run_script, say
+from runtime import StageError, make_accelerator, say, working
 
 PREDICTION_STEPS = {
     "multi_scale": "Segmentation network",
@@ -52,6 +58,17 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
             raise StageError(f"{run / name} is not finished; run training/run_all.py with the same recipe.")
     trained, seeds = (json.loads((run / name / "metrics.json").read_text()) for name in ("train", "seeds"))
     later = {name: finished(run / name) for name in ("pseudo_labels", "predictions")}
+    if_stopped(lambda: "in stage report; earlier stages are kept")
+    with working("report: drawing the page", accelerator, options):
+        write_page(recipe, run, page, trained, seeds, later)
+    say(accelerator, f"report: {page}")
+    return page
+
+
+def write_page(
+    recipe: Recipe, run: Path, page: Path, trained: dict[str, Any], seeds: dict[str, Any], later: dict[str, Any]
+) -> None:
+    """Write the page from what the stages measured."""
     rows = list(gallery(recipe, run, recipe.report.split or ALL_IMAGES))
     shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
     write_report(
@@ -78,8 +95,6 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
             ),
         ],
     )
-    say(accelerator, f"report: {page}")
-    return page
 
 
 def charts(run: Path) -> Iterator[Chart]:
@@ -184,7 +199,3 @@ def training_table(trained: dict[str, Any]) -> Iterator[Table]:
     rows = [[title, f"{trained[key]:.1f}"] for key, title in titles.items() if key in trained]
     if rows:
         yield Table("Image-level tags on the validation split", ["", ""], rows)
-
-
-if __name__ == "__main__":
-    run_script(main)

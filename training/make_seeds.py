@@ -7,6 +7,11 @@ Images whose seeds are already there are not done again, so that a run that was 
 has the second alone.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("make_seeds")
+
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -31,13 +36,15 @@ from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, par
 from runtime import (
     Stage,
     StageError,
+    announce,
     make_accelerator,
     model_folder,
     progress,
-    run_script,
     say,
     say_precision,
     say_unreadable,
+    wait_for_everyone,
+    working,
 )
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
@@ -63,13 +70,14 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     say_precision(accelerator, recipe, "train")
     trained = model_folder(recipe)
     model: BiTransModel | CamModel
-    if recipe.model.architecture == "cam":
-        model = CamModel.from_pretrained(trained)
-    else:
-        names = ("num_seed_layers", "num_affinity_layers")
-        changed = {name: value for name in names if (value := getattr(recipe.seeds, name)) is not None}
-        model = BiTransModel.from_pretrained(trained, **changed)
-    model = model.to(accelerator.device).eval()
+    with working("seeds: loading the model", accelerator, options):
+        if recipe.model.architecture == "cam":
+            model = CamModel.from_pretrained(trained)
+        else:
+            names = ("num_seed_layers", "num_affinity_layers")
+            changed = {name: value for name in names if (value := getattr(recipe.seeds, name)) is not None}
+            model = BiTransModel.from_pretrained(trained, **changed)
+        model = model.to(accelerator.device).eval()
     processor = BiTransImageProcessor.from_pretrained(trained)
     variants = variants_of(recipe)
 
@@ -77,7 +85,8 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     unreadable: set[str] = set()
     for split in recipe.seeds.splits:
         name = split or ALL_IMAGES
-        images = load_images(recipe.data, split, masks=True)
+        with working(f"seeds: reading the list of {name}", accelerator, options):
+            images = load_images(recipe.data, split, masks=True)
         known = [name for _, name in sorted((model.config.id2label or {}).items())]
         wanted = class_names(images)
         if known != wanted:
@@ -133,7 +142,8 @@ def extract_split(
     unreadable: set[str] = set()
     smallest = model.config.stride if isinstance(model, CamModel) else model.config.patch_size
     todo = defaultdict(list)
-    for index in range(accelerator.process_index, len(images), accelerator.num_processes):
+    own = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for index in progress(own, accelerator, options, desc="sizes of the images", unit="image"):
         row = images[index]
         if row["image_id"] in store:
             continue
@@ -150,6 +160,13 @@ def extract_split(
         for size, indices in sorted(todo.items())
         for start in range(0, len(indices), recipe.batch_size)
     ]
+    num_views = len(recipe.scales) * (2 if recipe.flip else 1)
+    announce(
+        f"seeds: {sum(map(len, todo.values())):,} of {len(own):,} images to do, {num_views} view(s) of each; batch "
+        f"size {recipe.batch_size}, {accelerator.num_processes} process(es), device {accelerator.device.type}",
+        accelerator,
+        options,
+    )
     for size, indices in progress(batches, accelerator, options, desc="seeds", unit="batch"):
         rows, views = [], []
         for index in indices:
@@ -179,7 +196,7 @@ def extract_split(
             class_ids = np.array(row["labels"], dtype=np.int64)
             maps = {variant: total[position, row["labels"]].float().cpu() for variant, total in totals.items()}
             store.write(row["image_id"], class_ids, maps, size)
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator, options)
     return set(gather_object(sorted(unreadable)))
 
 
@@ -279,7 +296,3 @@ def at_thresholds(swept: dict[str, SweepResult], thresholds: dict[str, float]) -
 def rounded(value: float) -> float:
     """Round to two decimals as a plain float, for JSON."""
     return round(float(value), 2)
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -7,6 +7,11 @@ gives the score of each step. Images that are done are not done again. Scores of
 memory, however many images and classes there are.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("predict_masks")
+
 import gzip
 import io
 import tarfile
@@ -32,7 +37,18 @@ from bitrans_hf.segment import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
 from bitrans_hf.store import atomic_write
 from label_maps import label_file, num_workers, result_of, score_steps, scored_images, stored_label_maps
 from recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, parse_recipe
-from runtime import Stage, StageError, make_accelerator, progress, run_script, say, say_precision, say_unreadable
+from runtime import (
+    Stage,
+    StageError,
+    announce,
+    make_accelerator,
+    progress,
+    say,
+    say_precision,
+    say_unreadable,
+    wait_for_everyone,
+    working,
+)
 from train_segmentation import check_classes
 
 DEPENDS_ON = (
@@ -74,20 +90,23 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
         except CrfNotInstalledError as error:
             raise StageError(f"prediction.refiner is crf: {error}") from error
     say_precision(accelerator, recipe, "segmentation")
-    model, processor = load_network(recipe, settings)
+    with working("predictions: loading the network", accelerator, options):
+        model, processor = load_network(recipe, settings)
     model.to(accelerator.device).eval()
 
     splits: dict[str, dict[str, Any]] = {}
     unreadable: set[str] = set()
     for split in settings.splits:
         name = split or ALL_IMAGES
-        images = load_images(recipe.data, split, masks=True)
+        with working(f"predictions: reading the list of {name}", accelerator, options):
+            images = load_images(recipe.data, split, masks=True)
         check_classes(model, class_names(images))
         folder = stage.folder / name
         broken = predict_split(accelerator, options, model, processor, images, folder, settings)
         splits[name] = score_split(accelerator, options, images, folder, settings)
         if settings.pack and not splits[name]["scored"] and accelerator.is_main_process:
-            splits[name]["archive"] = str(pack_for_voc_server(images["image_id"], folder, settings))
+            with working("predictions: packing", accelerator, options):
+                splits[name]["archive"] = str(pack_for_voc_server(images["image_id"], folder, settings))
         unreadable |= broken
 
     head = next(iter(splits.values()))
@@ -185,6 +204,12 @@ def predict_split(
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
     ids, final = images["image_id"], folder / last_step(settings)
     todo = [index for index in own if not label_file(final, ids[index]).is_file()]
+    announce(
+        f"predictions: {len(todo):,} of {len(own):,} images of {folder.name} to do; refiner {settings.refiner}, "
+        f"device {accelerator.device.type}",
+        accelerator,
+        options,
+    )
     waiting: dict[str, Prediction] = {}
     unusable: set[str] = set()
 
@@ -211,7 +236,7 @@ def predict_split(
     for outcome in progress(refined, accelerator, options, total=len(todo), desc=folder.name, unit="image"):
         made = waiting.pop(outcome.image_id)
         write_label_png(label_file(final, outcome.image_id), made.label_map(result_of(outcome)))
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator, options)
     return set(gather_object(sorted(unusable)))
 
 
@@ -332,7 +357,3 @@ def pack_for_voc_server(image_ids: Sequence[str], folder: Path, settings: Predic
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     return archive
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -5,16 +5,19 @@ python training/prepare_coco.py --coco COCO --split val2014 --masks COCO/masks/v
 Needed: annotations_trainval2014.zip (or 2017), unpacked; no pictures. Killed, it goes on where it was.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("prepare_coco")
+
 import argparse
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from bitrans_hf.commands import if_stopped
 from bitrans_hf.data import write_coco_masks
 from bitrans_hf.data.coco import CROWDS, OVERLAPS
-from runtime import run_script
+from bitrans_hf.progress import progress
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,11 +31,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
     options = parser.parse_args(arguments)
 
-    def progress(images: Sequence[Any]) -> Iterable[Any]:
-        return tqdm(images, desc="masks", unit="image", disable=options.quiet or not sys.stderr.isatty())
+    if_stopped(lambda: "before the end; masks that are painted are kept")
+
+    def shown(images: Sequence[Any]) -> Iterable[Any]:
+        return progress(images, desc="masks", unit="image", quiet=options.quiet)
 
     rule = write_coco_masks(
-        options.coco, options.split, options.masks, overlap=options.overlap, crowd=options.crowd, progress=progress
+        options.coco, options.split, options.masks, overlap=options.overlap, crowd=options.crowd, progress=shown
     )
     print(f"{options.masks}: {rule}")
 
@@ -40,7 +45,3 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def said(choices: Mapping[str, str]) -> str:
     """Return the choices with their meaning."""
     return "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -11,14 +11,17 @@ writes a copy with smaller images and masks, of as much as the folder holds: for
 that little can be sent to.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("prepare_voc")
+
 import argparse
-import sys
 from collections.abc import Iterable, Sequence
 
-from tqdm.auto import tqdm
-
+from bitrans_hf.commands import if_stopped
 from bitrans_hf.data import prepare_voc, write_reduced_voc
-from runtime import run_script
+from bitrans_hf.progress import progress
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -34,14 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
     options = parser.parse_args(arguments)
 
-    def progress(image_ids: Sequence[str], what: str) -> Iterable[str]:
-        return tqdm(image_ids, desc=what, unit="image", disable=options.quiet or not sys.stderr.isatty())
+    if_stopped(lambda: "before the end; files that are written are kept")
+
+    def shown(image_ids: Sequence[str], what: str) -> Iterable[str]:
+        return progress(image_ids, desc=what, unit="image", quiet=options.quiet)
 
     if options.reduced is None or options.sbd is not None:
-        print(prepare_voc(options.voc, options.sbd, partial=options.partial, progress=progress))
+        print(prepare_voc(options.voc, options.sbd, partial=options.partial, progress=shown))
     if options.reduced is not None:
-        print(write_reduced_voc(options.voc, options.reduced, options.max_side, progress=progress))
-
-
-if __name__ == "__main__":
-    run_script(lambda: main())
+        print(write_reduced_voc(options.voc, options.reduced, options.max_side, progress=shown))

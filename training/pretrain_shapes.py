@@ -13,6 +13,11 @@ of a recipe comes from the streams of these pictures.
 writes `shapes_encoder.safetensors` (timm's names, float16) and, beside it, a JSON file that says how it was made.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("pretrain_shapes")
+
 import argparse
 import json
 import math
@@ -27,10 +32,10 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
-from tqdm.auto import tqdm
 
 from bitrans_hf.data.shapes import REFERENCE_SIZE, SHAPE_CLASSES, draw_scene
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.progress import progress, say_result
 from bitrans_hf.store import atomic_write
 from runtime import provenance
 
@@ -112,7 +117,7 @@ def draw(count: int, seed: int) -> Pool:
     pictures = np.empty((count, 3, REFERENCE_SIZE, REFERENCE_SIZE), dtype=np.uint8)
     centres = np.empty((count, 2), dtype=np.float32)
     classes = np.empty(count, dtype=np.int64)
-    for index in tqdm(range(count), desc="draw", mininterval=5):
+    for index in progress(range(count), desc="draw", unit="image"):
         scene = draw_scene(seed, index, objects=ONE_OBJECT)
         pictures[index] = scene.image.transpose(2, 0, 1)
         centres[index], classes[index] = scene.objects[0].centre, scene.objects[0].class_id
@@ -216,8 +221,7 @@ def train(
     )
     encoder.train()
     right: list[float] = []
-    bar = tqdm(total=steps, desc="train", mininterval=5)
-    for step in range(steps):
+    for step in progress(range(steps), desc="train", unit="step"):
         images, classes, (row, column) = collages(pool, batch_size)
         # Each picture of the pool is met in many orientations: a shape is the same shape in all of them.
         if torch.rand(()) < 0.5:
@@ -239,12 +243,11 @@ def train(
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        bar.update()
         right.append((part_logits.argmax(dim=2) == classes).float().mean().item())
         if (step + 1) % 250 == 0:
-            bar.write(f"step {step + 1}: {100 * sum(right[-250:]) / 250:.1f} % named right, class token's loss "
-                      f"{(loss - part_loss).item():.3f}")  # fmt: skip
-    bar.close()
+            named = 100 * sum(right[-250:]) / 250
+            loss_of_class_token = (loss - part_loss).item()
+            say_result(f"step {step + 1}: {named:.1f} % named right, class token's loss {loss_of_class_token:.3f}")
 
 
 @torch.no_grad()
@@ -257,7 +260,3 @@ def score(encoder: VisionTransformer, patch_head: torch.nn.Module, pool: Pool) -
         logits, _ = logits_of_parts(encoder, patch_head, images, division)
         right.append((logits.argmax(dim=2) == classes).float().mean())
     return float(torch.stack(right).mean())
-
-
-if __name__ == "__main__":
-    main()

@@ -7,6 +7,11 @@ python training/publish.py --config training/recipes/shapes.yaml --publish.repo 
 The token comes from HF_TOKEN or `hf auth login`; it is never printed. The same command may be given again at any time.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("publish")
+
 import dataclasses
 import json
 import shlex
@@ -17,7 +22,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import concatenate_datasets
-from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers import PreTrainedModel
 
 import bitrans_hf
@@ -34,7 +38,7 @@ from bitrans_hf.publishing import (
     write_pseudo_label_folder,
 )
 from recipe import PublishRecipe, Recipe, RunOptions, parse_recipe
-from runtime import Stage, StageError, make_accelerator, run_script, say
+from runtime import Stage, StageError, make_accelerator, say, working
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
 TEMPLATES = Path(__file__).resolve().parents[1] / "model_cards" / "templates"
@@ -99,8 +103,6 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
     stage = Stage(recipe, "publish", DEPENDS_ON, accelerator)
     if not accelerator.is_main_process:
         return stage.folder
-    if options.quiet or not sys.stderr.isatty():
-        disable_progress_bars()
     parts = chosen_parts(folder, settings)
     if recipe.model.architecture == "cam" and PARTS["model"] in parts:
         raise StageError(
@@ -115,7 +117,8 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
         if before.get("sources", {}).get(part.name) == sources[part.name] and (stage.folder / part.name).is_dir():
             say(accelerator, f"publish: {part.name} is already written and checked, {stage.folder / part.name}")
             continue
-        write_part(recipe, settings, folder, part, stage.folder / part.name)
+        with working(f"publish: writing and opening {part.name}", accelerator, options):
+            write_part(recipe, settings, folder, part, stage.folder / part.name)
         opened = ", opened without the package: outputs equal to the last bit" if part.name in NETWORKS else ""
         say(accelerator, f"publish: {part.name} -> {stage.folder / part.name}{opened}")
     files = {part.name: files_of(stage.folder / part.name) for part in parts}
@@ -133,7 +136,8 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
             for name, size in files[part.name].items():
                 say(accelerator, f"    {size_text(size):>9}  {name}")
         elif settings.repo is not None:
-            uploads[part.name] = upload_part(settings, part, stage.folder / part.name)
+            with working(f"publish: uploading {part.name}", accelerator, options):
+                uploads[part.name] = upload_part(settings, part, stage.folder / part.name)
             say(accelerator, f"publish: {uploads[part.name]['url']}, version {settings.version}")
     if uploads != before.get("uploads", {}):
         stage.finish({"sources": sources, "files": files, "uploads": uploads})
@@ -252,7 +256,3 @@ def size_text(size: int) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size = size / 1000  # type: ignore[assignment]
     return f"{size:.1f} GB"
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -4,6 +4,11 @@ python training/render_cards.py                                  (all cards, fro
 python training/render_cards.py runs/shapes runs/voc_deit_small  (these runs' numbers are copied first)
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("render_cards")
+
 import argparse
 import shutil
 from collections.abc import Sequence
@@ -13,7 +18,6 @@ import bitrans_hf
 from bitrans_hf.cards import NETWORK_STAGES, Run, render_card
 from bitrans_hf.store import atomic_write
 from publish import TEMPLATES
-from runtime import run_script
 
 CARDS = TEMPLATES.parent
 FILES = {"bitrans": "README.md", "affinitynet": "affinitynet.md", "deeplab": "deeplab.md"}
@@ -56,7 +60,3 @@ def rendered(source: Path) -> dict[str, str]:
         for network, stage in NETWORK_STAGES.items()
         if stage in run.stages
     }  # fmt: skip
-
-
-if __name__ == "__main__":
-    run_script(main)

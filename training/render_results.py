@@ -6,6 +6,11 @@ python training/render_results.py runs/paper_tables_shapes              (this gr
 A table stands between `<!-- results: GRID, TABLE -->` and `<!-- end -->`.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("render_results")
+
 import argparse
 import json
 import re
@@ -17,7 +22,7 @@ from typing import Any
 from ablate import CHOSEN, deviation, plus_minus
 from bitrans_hf.report import VARIANT_TITLES
 from bitrans_hf.store import atomic_write
-from runtime import StageError, run_script, write_json
+from runtime import StageError, write_json
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAPER = {
@@ -131,7 +136,3 @@ def scores_of(grid: Mapping[str, Any], split: str, row: str) -> Mapping[str, Any
     """Return variant -> scores of a row at the first split's threshold (the first split: its own best)."""
     kinds: Mapping[str, Mapping[str, Any]] = grid["summary"][split][row]
     return kinds.get("first split's threshold", kinds["best threshold"])
-
-
-if __name__ == "__main__":
-    run_script(main)

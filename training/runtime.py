@@ -1,6 +1,7 @@
 """What every stage shares: its folder, its records, devices and processes, checkpoints, and a stop on bad losses."""
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -9,7 +10,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
@@ -18,11 +20,14 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState, is_initialized
-from accelerate.utils import gather_object, parse_flag_from_env
-from tqdm.auto import tqdm
+from accelerate.utils import InitProcessGroupKwargs, gather_object, parse_flag_from_env
+from huggingface_hub.utils import disable_progress_bars
+from tqdm import tqdm
 
 import bitrans_hf
-from bitrans_hf.errors import InputError, ends_with_a_sentence
+from bitrans_hf import progress as speech
+from bitrans_hf.commands import if_stopped
+from bitrans_hf.errors import InputError
 from bitrans_hf.files import mark_output
 from bitrans_hf.precision import SHOWN, bf16_slowdown, has_native_bf16, why
 from bitrans_hf.store import atomic_write
@@ -38,10 +43,8 @@ class StageError(InputError):
     """A stage cannot run, or has to stop; the message says why and what to do."""
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Run a stage's `main`; an error that a person can mend ends the process with one sentence, not a traceback."""
-    with ends_with_a_sentence():
-        main()
+LONGEST_WAIT = datetime.timedelta(hours=12)
+"""How long processes wait for each other: one may list many files or refine label maps while the others are done."""
 
 
 def make_accelerator(
@@ -70,10 +73,11 @@ def make_accelerator(
     if options.quiet or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
         datasets.disable_progress_bars()
+        disable_progress_bars()
     precision: str = settings.precision
     if precision == "auto":
         on_cpu = options.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # as Accelerator does
-        precision = auto_precision(network or folder, PartialState(cpu=on_cpu))
+        precision = auto_precision(network or folder, PartialState(cpu=on_cpu, timeout=LONGEST_WAIT))
     if is_initialized() and AcceleratorState().mixed_precision != precision:
         # Stages follow each other in one process, and Accelerate has no public way to change the precision of one; the
         # process group, which is kept apart, stays.
@@ -84,6 +88,7 @@ def make_accelerator(
         gradient_accumulation_steps=settings.gradient_accumulation,
         log_with=(settings.trackers or None) if trains else None,
         project_dir=folder if trains else None,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
 
 
@@ -150,6 +155,7 @@ class Stage:
         self.recipe = recipe_parts(recipe, depends_on)
         self._started = time.perf_counter()
         self._made_with = provenance(accelerator)  # now: the checkout may be edited while a long stage runs
+        if_stopped(lambda: f"in stage {name}; its finished files are kept")
         path = self.folder / "recipe.json"
         if self.is_main:
             mark_output(self.folder.parent)  # data.root may be the folder that the runs are in
@@ -304,16 +310,35 @@ def refuse_cnn(recipe: Recipe, section: str) -> None:
 # ---- Progress and processes.
 
 
-def progress(items: Iterable[T], accelerator: Accelerator, options: RunOptions, **tqdm_options: Any) -> "tqdm[T]":
-    """Wrap `items` in a progress bar, shown by the main process when a person is watching."""
-    hidden = options.quiet or not accelerator.is_main_process or not sys.stderr.isatty()
-    return tqdm(items, disable=hidden, **tqdm_options)
+def progress(
+    items: Iterable[T] | None, accelerator: Accelerator, options: RunOptions, **shown: Any
+) -> "tqdm[T] | speech.ProgressLines[T]":
+    """Show the progress of a loop, in the main process; see `bitrans_hf.progress.progress`."""
+    return speech.progress(items, quiet=options.quiet or not accelerator.is_main_process, **shown)
+
+
+def working(what: str, accelerator: Accelerator, options: RunOptions) -> AbstractContextManager[None]:
+    """Say what is done while a block runs that counts no items; see `bitrans_hf.progress.working`."""
+    return speech.working(what, quiet=options.quiet or not accelerator.is_main_process)
+
+
+def announce(message: str, accelerator: Accelerator, options: RunOptions) -> None:
+    """Print what will be done on stderr, from the main process."""
+    if accelerator.is_main_process and not options.quiet:
+        speech.say_progress(message)
+
+
+def wait_for_everyone(accelerator: Accelerator, options: RunOptions) -> None:
+    """Wait until all processes have done their share."""
+    if accelerator.num_processes > 1:
+        with working("waiting for the other processes", accelerator, options):
+            accelerator.wait_for_everyone()
 
 
 def say(accelerator: Accelerator, message: str) -> None:
-    """Print a line from the main process."""
+    """Print a result on stdout, from the main process."""
     if accelerator.is_main_process:
-        print(message, flush=True)
+        speech.say_result(message)
 
 
 def say_unreadable(accelerator: Accelerator, image_ids: Iterable[str]) -> None:

@@ -6,6 +6,11 @@ A run that was killed goes on from its newest checkpoint when the same command i
 weights. Pixel labels are never loaded here.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("train")
+
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +42,7 @@ from recipe import (
     load_images,
     parse_recipe,
 )
-from runtime import Stage, StageError, make_accelerator, run_script, say, say_precision
+from runtime import Stage, StageError, make_accelerator, progress, say, say_precision, working
 
 DEPENDS_ON = ("seed", "data", "model", "train")
 
@@ -60,10 +65,11 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     say_precision(accelerator, recipe, "train")
 
     # ---- Images
-    if accelerator.is_main_process and (summary := describe_folder(recipe.data, recipe.data.train_split)):
-        say(accelerator, summary)  # before loading, which stops at the first thing that is wrong
-    images = load_images(recipe.data, recipe.data.train_split, masks=False)
-    validation = load_images(recipe.data, recipe.data.val_split, masks=False) if recipe.data.val_split else None
+    with working("train: reading the list of images", accelerator, options):
+        if accelerator.is_main_process and (summary := describe_folder(recipe.data, recipe.data.train_split)):
+            say(accelerator, summary)  # before loading, which stops at the first thing that is wrong
+        images = load_images(recipe.data, recipe.data.train_split, masks=False)
+        validation = load_images(recipe.data, recipe.data.val_split, masks=False) if recipe.data.val_split else None
     id2label = dict(enumerate(class_names(images)))
     # A folder's own description says it already.
     if recipe.data.source != "folder" and (note := describe_contrast(images)):
@@ -71,7 +77,8 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
 
     # ---- Model and optimiser
     build = build_cam if recipe.model.architecture == "cam" else build_model
-    model: PreTrainedModel = build(recipe.model, id2label, recipe.seed)
+    with working("train: building the network", accelerator, options):
+        model: PreTrainedModel = build(recipe.model, id2label, recipe.seed)
     if recipe.train.activation_checkpointing:
         model.activation_checkpointing_enable()
     image_size = model.config.image_size
@@ -99,7 +106,7 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
         recipe.seed,
         more_inputs=functools.partial(consistency_warmup, warmup, accelerator.device) if warmup else None,
     )
-    metrics = loop.run(lambda: validate(accelerator, loop.model, processor, validation))
+    metrics = loop.run(lambda: validate(accelerator, options, loop.model, processor, validation))
     loop.finish(metrics, processor)
     tags = ", ".join(f"{metrics[key]:.1f} {title}" for key, title in TAG_TITLES.items() if key in metrics)
     say(accelerator, f"train: loss {metrics['loss']:.3f}{', mAP ' + tags if tags else ''} -> {stage.folder}")
@@ -152,6 +159,7 @@ def consistency_warmup(
 @torch.no_grad()
 def validate(
     accelerator: Accelerator,
+    options: RunOptions,
     model: torch.nn.Module,
     processor: BiTransImageProcessor,
     images: Dataset | None,
@@ -171,7 +179,8 @@ def validate(
     num_classes = len(unwrapped.config.id2label or {})
     own = list(range(accelerator.process_index, len(images), accelerator.num_processes))
     rows: list[dict[str, np.ndarray]] = []  # of each image (C,): the scores of every branch, and "labels"
-    for start in range(0, len(own), batch_size):
+    starts = range(0, len(own), batch_size)
+    for start in progress(starts, accelerator, options, desc="validate", unit="batch", leave=False):
         pictures, labels = [], []
         for index in own[start : start + batch_size]:
             row = images[index]
@@ -205,7 +214,3 @@ def logits_of_branches(output: BiTransOutput | CamOutput) -> dict[str, torch.Ten
     if isinstance(output, CamOutput):
         return {"": output.logits}
     return {"_class": output.class_logits, "_patch": output.patch_logits}
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -8,6 +8,11 @@ learns which neighbouring cells have the same label. Label maps that are already
 goes on from its newest checkpoint. Pixel labels score the label maps where they are known; training never sees them.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("train_affinity")
+
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -56,14 +61,16 @@ from recipe import (
 from runtime import (
     Stage,
     StageError,
+    announce,
     make_accelerator,
     model_folder,
     refuse_cnn,
     remove_unfinished,
-    run_script,
     say,
     say_precision,
     say_unreadable,
+    wait_for_everyone,
+    working,
 )
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity")
@@ -93,7 +100,8 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     say_precision(accelerator, recipe, "affinity")
 
     # ---- Labels
-    images = chosen_images(recipe, settings, masks=False)
+    with working("affinity: reading the list of images", accelerator, options):
+        images = chosen_images(recipe, settings, masks=False)
     labels = stage.folder / "labels" / (settings.split or ALL_IMAGES)
     remove_unfinished(labels, accelerator)
     left_out = make_label_maps(recipe, settings, images, labels, accelerator, options)
@@ -102,7 +110,8 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     images = images.select(usable)
 
     # ---- Network and optimiser
-    model = build_network(recipe, settings, dict(enumerate(class_names(images))))
+    with working("affinity: building the network", accelerator, options):
+        model = build_network(recipe, settings, dict(enumerate(class_names(images))))
     processor = BiTransImageProcessor(size={"height": settings.crop_size, "width": settings.crop_size})
     dataset = AffinityCrops(images, labels, model.stride, processor, settings, seed=recipe.seed, strict=options.strict)
     optimizer = torch.optim.SGD(
@@ -193,8 +202,13 @@ def make_label_maps(
                     strict=options.strict,
                 )
             )
+    announce(
+        f"affinity: label maps of {len(jobs):,} of {len(images):,} images to do, refiner {settings.refiner}",
+        accelerator,
+        options,
+    )
     broken = run_jobs(jobs, accelerator, options, len(jobs), settings.refiner, "labels")
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator, options)
     return without_seeds | set(gather_object(sorted(broken)))
 
 
@@ -326,7 +340,3 @@ def build_network(recipe: Recipe, settings: AffinityRecipe, id2label: dict[int, 
     if settings.weights != "scratch":
         load_backbone(model, None if settings.weights == "timm" else settings.weights)
     return model
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -7,6 +7,11 @@ ground truth by mistake. A run that was killed goes on from its newest checkpoin
 on another split; it is trained on where the recipe says `segmentation.labels: ground_truth`, and then only.
 """
 
+if __name__ == "__main__":  # before the imports, which take seconds
+    from bitrans_hf.commands import run_script
+
+    run_script("train_segmentation")
+
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,9 +44,9 @@ from runtime import (
     model_folder,
     progress,
     refuse_cnn,
-    run_script,
     say,
     say_precision,
+    working,
 )
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation")
@@ -74,7 +79,8 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     say_precision(accelerator, recipe, "segmentation")
 
     # ---- Pictures and label maps
-    pairs = labelled_images(recipe, settings)
+    with working("segmentation: reading the list of images", accelerator, options):
+        pairs = labelled_images(recipe, settings)
     own_crop = {} if settings.crop_size is None else {"crop_size": settings.crop_size}
     augmentation = pair_augmentation(settings.preset, **own_crop, **settings.augmentation_options)
     check_label_maps(accelerator, options, pairs, augmentation.crop_size / augmentation.scale[1])
@@ -84,7 +90,8 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
         validation = load_images(recipe.data, settings.val_split, masks=True)
 
     # ---- Network and optimiser
-    model = build_network(recipe, settings, class_names(pairs))
+    with working("segmentation: building the network", accelerator, options):
+        model = build_network(recipe, settings, class_names(pairs))
     if settings.batch_norm == "sync":
         model = synchronized(model, accelerator)
     if settings.channels_last:
@@ -232,9 +239,12 @@ def check_label_maps(accelerator: Accelerator, options: RunOptions, pairs: Datas
             return f"{row['image_id']}: {error}", 0
         return "", max(image.size)
 
-    with ThreadPoolExecutor() as pool:  # PIL releases the interpreter lock
-        bar = progress(pool.map(look, own), accelerator, options, total=len(own), desc="check labels", unit="image")
-        found = list(bar)
+    pool = ThreadPoolExecutor()  # PIL releases the interpreter lock
+    try:
+        looked = pool.map(look, own)
+        found = list(progress(looked, accelerator, options, total=len(own), desc="check labels", unit="image"))
+    finally:
+        pool.shutdown(cancel_futures=True)
     wrong = gather_object([message for message, _ in found if message])
     longest = max(gather_object([max((side for _, side in found), default=0)]))
     if wrong:
@@ -363,7 +373,3 @@ def scores_in_percent(counts: npt.NDArray[np.int64], names: Sequence[str]) -> di
 
     per_class = {name: percent(value) for name, value in zip(names, iou_from_counts(counts), strict=True)}
     return {"miou": percent(miou_from_counts(counts)), "per_class": per_class}
-
-
-if __name__ == "__main__":
-    run_script(main)

@@ -1,0 +1,211 @@
+"""How a command ends: with its result, with one sentence on what a person can mend, or when it is stopped.
+
+Ctrl-C (SIGINT) and SIGTERM end a command with one sentence on stderr, what is kept and how to go on, and with status
+130 or 143. No process prints a traceback: worker processes never see Ctrl-C, they end when this one does.
+"""
+
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, NoReturn
+
+from .errors import ends_with_a_sentence
+from .progress import fall_silent, working
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass
+class _State:
+    """Of this process.
+
+    Attributes:
+        signal: Number of the first stop that was asked for; None before.
+        starting: Whether nothing but imports is under way, so that there is nothing to clean up.
+        kept: Returns what a stop leaves behind, see `if_stopped`.
+        spoken: Whether the last sentence is out.
+        process: Its id, by which a copy of it knows that it is one.
+    """
+
+    signal: int | None = None
+    starting: bool = False
+    kept: Callable[[], str] = field(default=lambda: "")
+    spoken: bool = False
+    process: int = field(default_factory=os.getpid)
+
+
+_state = _State()
+
+
+def is_first_process() -> bool:
+    """Return whether this process speaks for all that were launched together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def if_stopped(kept: Callable[[], str]) -> None:
+    """Set what the last sentence says if the command is stopped from now on.
+
+    Args:
+        kept: Returns what follows "stopped", such as "in stage seeds; finished seeds are kept".
+    """
+    _state.kept = kept
+
+
+@contextmanager
+def starting(command: str, *, quiet: bool) -> Iterator[None]:
+    """Say that a command starts, while its imports take seconds; a stop ends it at once."""
+    before, _state.starting = _state.starting, True
+    try:
+        with _watching(), working(f"{command}: loading PyTorch and its libraries", quiet=quiet):
+            yield
+    finally:
+        _state.starting = before
+
+
+def run_script(module: str) -> NoReturn:
+    """Import a module and run its `main`: the first thing that a script does, before its own imports.
+
+    The script says that it starts before its imports begin, and Ctrl-C is heeded during them too.
+    """
+    quiet = not is_first_process() or any(word.startswith("--quiet") for word in sys.argv[1:])
+
+    def main() -> None:
+        with starting(module.removesuffix(".__main__").rpartition(".")[2], quiet=quiet):
+            loaded = importlib.import_module(module)
+        loaded.main()
+
+        _leave_process_group()
+
+    run_command(main)
+    sys.exit()
+
+
+def run_command(main: Callable[[], Any]) -> None:
+    """Run a command; a stop, or an error that a person can mend, ends it with one sentence and not with a traceback.
+
+    Raises:
+        SystemExit: with the sentence, or with 130 (Ctrl-C) or 143 (SIGTERM) after it was printed.
+    """
+    global _state
+    _state = _State()
+    fall_silent(silent=False)
+    with _watching():
+        try:
+            with ends_with_a_sentence():
+                main()
+        except BaseException as error:
+            if _state.signal is None and not isinstance(error, KeyboardInterrupt):
+                raise
+            # Other errors that a stop brings about, such as that of a connection whose other end is gone, say nothing.
+            _last_sentence()
+            _clear_frames(error)
+            raise SystemExit(128 + (_state.signal or signal.SIGINT)) from None
+
+
+@contextmanager
+def children_without_signals() -> Iterator[None]:
+    """Processes that start in this block never see Ctrl-C; this one sees it when the block is left."""
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    from multiprocessing import resource_tracker  # not there on Windows
+
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
+    pending: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if pending:
+            signal.raise_signal(signal.SIGINT)
+
+
+def is_stopped() -> bool:
+    """Return whether the command was told to stop, and is cleaning up."""
+    return _state.signal is not None
+
+
+def _leave_process_group() -> None:
+    """End the process group of a launch, once, when all stages are done."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Let go of what the frames of an error hold: loaders end their worker processes, generators close."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__context__
+
+
+# ---- Signals.
+
+
+@contextmanager
+def _watching() -> Iterator[None]:
+    """Answer stops in this block; a signal that is ignored, as in a background job of a shell, stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in STOPS}
+    heeded = [number for number in STOPS if before[number] not in (signal.SIG_IGN, None)]
+    hook, sys.unraisablehook = sys.unraisablehook, _stop_again
+    for number in heeded:
+        signal.signal(number, _on_stop)
+    try:
+        yield
+    finally:
+        if _state.signal is None:  # else the rest of the process is cleaning up
+            sys.unraisablehook = hook
+            for number in heeded:
+                signal.signal(number, before[number])
+
+
+def _on_stop(number: int, frame: FrameType | None) -> None:
+    """Raise KeyboardInterrupt at the first stop; end at once at the second, or where there is nothing to clean up."""
+    if os.getpid() != _state.process:  # a worker that was forked; the main process has the word
+        os._exit(128 + number)
+    if _state.signal is not None or _state.starting:
+        _state.signal = _state.signal or number
+        _last_sentence()
+        for child in multiprocessing.active_children():
+            child.kill()
+        os._exit(128 + _state.signal)
+    _state.signal = number
+    raise KeyboardInterrupt
+
+
+def _last_sentence() -> None:
+    """Print what is kept and how to go on."""
+    if _state.spoken or not is_first_process():
+        return
+    _state.spoken = True
+    kept = "before it began" if _state.starting else _state.kept()
+    fall_silent()
+    sys.stderr.write(f"stopped{kept and ' '}{kept}; to go on, rerun the same command.\n")
+    sys.stderr.flush()
+
+
+def _stop_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Stop a moment later if the stop came where Python ignores errors, as in a `__del__`."""
+    if _state.signal is None or not isinstance(unraisable.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(unraisable)
+        return
+    number, _state.signal = _state.signal, None
+    thread = threading.main_thread().ident
+    assert thread is not None
+    again = threading.Timer(0.01, signal.pthread_kill, (thread, number))
+    again.daemon = True
+    again.start()

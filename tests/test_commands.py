@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stopping import stop
+
+from bitrans_hf.commands import run_command
+from bitrans_hf.errors import InputError
+
+PROGRAM = """
+import multiprocessing, sys, time
+from bitrans_hf.commands import children_without_signals, if_stopped, run_command
+
+def ready():
+    print("ready", file=sys.stderr, flush=True)
+
+{body}
+
+if __name__ == "__main__":
+    run_command(main)
+"""
+
+WAITING = """
+def main():
+    if_stopped(lambda: "in stage seeds; its finished files are kept")
+    ready()
+    time.sleep(600)
+"""
+CLEANING_UP = """
+def main():
+    try:
+        ready()
+        time.sleep(600)
+    finally:
+        time.sleep(600)
+"""
+IN_A_DESTRUCTOR = """
+class Slow:
+    def __del__(self):
+        ready()
+        for _ in range(20):
+            time.sleep(0.05)
+
+def main():
+    Slow()
+    time.sleep(600)
+"""
+OTHER_ERROR = """
+def main():
+    try:
+        ready()
+        time.sleep(600)
+    except KeyboardInterrupt:
+        raise RuntimeError("the other end has gone")
+"""
+CHILD = """
+def work(queue):
+    queue.put("there")
+    time.sleep(600)
+
+def main():
+    queue = multiprocessing.SimpleQueue()
+    with children_without_signals():
+        multiprocessing.Process(target=work, args=(queue,), daemon=True).start()
+    queue.get()
+    ready()
+    time.sleep(600)
+"""
+
+
+def is_ready(said: str) -> bool:
+    return "ready" in said
+
+
+def program(folder: Path, body: str) -> list[str]:
+    path = folder / "program.py"
+    path.write_text(PROGRAM.format(body=body))
+    return [str(path)]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_ends_a_command_with_one_sentence(number: int, status: int, tmp_path: Path):
+    ended = stop(program(tmp_path, WAITING), is_ready, tmp_path, number=number)
+    assert ended.status == status
+    assert ended.err == (
+        "ready\nstopped in stage seeds; its finished files are kept; to go on, rerun the same command.\n"
+    )
+    assert ended.out == ""
+
+
+def test_a_second_stop_ends_the_cleaning_up(tmp_path: Path):
+    ended = stop(program(tmp_path, CLEANING_UP), is_ready, tmp_path, times=2)
+    assert (ended.status, ended.err) == (130, "ready\nstopped; to go on, rerun the same command.\n")
+
+
+@pytest.mark.parametrize("body", [IN_A_DESTRUCTOR, OTHER_ERROR, CHILD], ids=["destructor", "other error", "child"])
+def test_a_stop_is_one_sentence_wherever_it_comes(body: str, tmp_path: Path):
+    ended = stop(program(tmp_path, body), is_ready, tmp_path)
+    assert (ended.status, ended.err) == (130, "ready\nstopped; to go on, rerun the same command.\n")
+
+
+def test_a_stop_is_heeded_while_the_imports_take_their_time(tmp_path: Path):
+    (tmp_path / "slow_stage.py").write_text("import time\n\ntime.sleep(600)\n\n\ndef main(): ...\n")
+    (tmp_path / "script.py").write_text("from bitrans_hf.commands import run_script\n\nrun_script('slow_stage')\n")
+    ended = stop([str(tmp_path / "script.py")], lambda said: "loading" in said, tmp_path)
+    assert ended.status == 130
+    assert ended.err.splitlines() == [
+        "slow_stage: loading PyTorch and its libraries ...",
+        "stopped before it began; to go on, rerun the same command.",
+    ]
+
+
+def test_what_a_background_job_ignores_stays_ignored(tmp_path: Path):
+    body = """
+import os, signal
+def main():
+    signal.raise_signal(signal.SIGINT)
+    print("went on")
+"""
+    ignoring = subprocess.run(
+        [sys.executable, *program(tmp_path, body)],
+        capture_output=True, text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )  # fmt: skip
+    assert (ignoring.returncode, ignoring.stdout, ignoring.stderr) == (0, "went on\n", "")
+
+
+def test_an_error_that_a_person_can_mend_is_one_sentence_and_a_bug_keeps_its_traceback():
+    def mendable() -> None:
+        raise InputError("there are no images in photos.")
+
+    def bug() -> None:
+        raise TypeError("unsupported operand")
+
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit) as ended:
+        run_command(mendable)
+    assert ended.value.code == "error: there are no images in photos."
+    with pytest.raises(TypeError):
+        run_command(bug)
+    assert signal.getsignal(signal.SIGINT) is before
