@@ -6,6 +6,7 @@ Ctrl-C (SIGINT) and SIGTERM end a command with one sentence on stderr, what is k
 
 import importlib
 import multiprocessing
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -182,6 +183,7 @@ def _on_stop(number: int, frame: FrameType | None) -> None:
         _last_sentence()
         for child in multiprocessing.active_children():
             child.kill()
+        multiprocessing.util._run_finalizers(0)  # semaphores, of which the resource tracker would speak otherwise
         os._exit(128 + _state.signal)
     _state.signal = number
     raise KeyboardInterrupt

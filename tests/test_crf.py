@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stopping import stop
 
 from bitrans_hf.crf import (
     CRF_PRESETS,
@@ -412,3 +413,32 @@ def is_running(pid: int) -> bool:
     except OSError:
         return False
     return state != "Z"
+
+
+# ---- Stopped.
+
+STOPPED_POOL = """
+import sys, time
+from bitrans_hf.commands import run_command
+from bitrans_hf.crf import ImagePool
+
+def work(seconds):
+    print("working", file=sys.stderr, flush=True)
+    time.sleep(seconds)
+
+def main():
+    with ImagePool(2) as pool:
+        print("starting", file=sys.stderr, flush=True)
+        list(pool.run(work, [(str(number), 600) for number in range(8)]))
+
+if __name__ == "__main__":
+    run_command(main)
+"""
+
+
+@pytest.mark.parametrize(("word", "count", "times"), [("starting", 1, 1), ("working", 2, 1), ("working", 2, 2)])
+def test_a_pool_that_is_stopped_ends_at_once_with_its_processes(word: str, count: int, times: int, tmp_path: Path):
+    (tmp_path / "program.py").write_text(STOPPED_POOL)
+    ended = stop([str(tmp_path / "program.py")], lambda said: said.count(word) == count, tmp_path, times=times)
+    lines = [line for line in ended.err.splitlines() if line not in ("starting", "working")]
+    assert (ended.status, lines) == (130, ["stopped; to go on, rerun the same command."])
