@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from .errors import MissingExtraError, ends_with_a_sentence
+from .commands import if_stopped, run_command, starting
+from .errors import MissingExtraError
+from .progress import progress
 
 REFINERS = ("crf", "par")
 """Those of the pipeline by name, whose module takes seconds to import."""
@@ -50,14 +51,13 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; an error that a person can mend ends it with one sentence, not a traceback."""
-    options = build_parser().parse_args(arguments)
-    run: Callable[[argparse.Namespace], None] = options.run
-    try:
-        with ends_with_a_sentence():
-            run(options)
-    except KeyboardInterrupt as error:
-        raise SystemExit("stopped; give the same command again to go on.") from error
+    """Run the command; Ctrl-C, or an error that a person can mend, ends it with one sentence, not a traceback."""
+
+    def run() -> None:
+        options = build_parser().parse_args(arguments)
+        options.run(options)
+
+    run_command(run)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -165,18 +165,17 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_masks(options: argparse.Namespace) -> None:
     """Write the masks of a folder."""
-    from .mask_folder import run_masks as run
+    with starting("bitrans masks", quiet=options.quiet):
+        from .mask_folder import run_masks as run
 
     run(options)
 
 
 def run_check(options: argparse.Namespace) -> None:
     """Print what is in a folder; end with status 1 if something is wrong with it."""
-    from tqdm import tqdm
-
     from .data import check_folder
 
-    bar = not options.quiet and sys.stderr.isatty()
+    if_stopped(lambda: "before the report was made")
     report = check_folder(
         options.folder,
         options.labels,
@@ -184,7 +183,7 @@ def run_check(options: argparse.Namespace) -> None:
         allow_empty=options.allow_empty,
         caller="check",
         mask_values=options.mask_values,
-        progress=lambda images, total: tqdm(images, total=total, desc="check", unit="image", disable=not bar),
+        progress=lambda images, total: progress(images, total=total, desc="check", unit="image", quiet=options.quiet),
     )
     print(report)
     if not report.ok:
@@ -194,7 +193,8 @@ def run_check(options: argparse.Namespace) -> None:
 def run_app(options: argparse.Namespace) -> None:
     """Serve the app until it is stopped, or write the folder of a Space."""
     try:
-        from .app import serve, write_space  # here, because gradio is an extra and takes seconds to import
+        with starting("bitrans app", quiet=False):
+            from .app import serve, write_space  # here, because gradio is an extra and takes seconds to import
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise

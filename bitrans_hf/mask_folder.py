@@ -12,9 +12,10 @@ from typing import Any, cast
 
 import numpy as np
 import transformers
+from huggingface_hub.utils import disable_progress_bars
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 
+from .commands import children_without_signals, if_stopped
 from .data import load_folder
 from .data.common import is_background, without_suffix
 from .data.folder import TABLE_NAMES
@@ -22,27 +23,30 @@ from .data.image_files import list_images
 from .errors import InputError
 from .files import OUTPUT_MARK, mark_output, refuse_overwriting, refuse_same_folder
 from .pipeline_bitrans import LocalisedPicture, PseudoMaskPipeline, Refiner
+from .progress import progress, say_progress, say_result, working
 from .pseudo_labels import write_label_png
 from .store import atomic_write
 
 
 def run_masks(options: argparse.Namespace) -> None:
     """Write the masks of a folder; the options are those of `bitrans masks`."""
-    bar = not options.quiet and sys.stderr.isatty()
-    if not bar:
+    if options.quiet or not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
+        disable_progress_bars()
     if not options.images.is_dir():
         raise InputError(f"{options.images} is not a folder; give the folder that holds the pictures.")
     if (options.images / OUTPUT_MARK).is_file():
         raise InputError(f"{options.images} holds masks that bitrans wrote; give the folder that holds the images.")
     refuse_same_folder(options.out, options.images, "--out")
-    pipe = LabelMapPipeline.from_pretrained(options.model, options.device)
+    with working(f"masks: loading the model {options.model}", quiet=options.quiet):
+        pipe = LabelMapPipeline.from_pretrained(options.model, options.device)
     if background := [name for name in pipe.class_names if is_background(name)]:
         raise InputError(
             f"model {options.model} has a class {background[0]!r}, expected object classes alone: background has the "
             "label id 0 in every mask. Train a model on labels without that name."
         )
-    pictures = pictures_with_labels(options.images, options.labels, pipe.class_names, options.separator)
+    with working(f"masks: reading the list of images in {options.images}", quiet=options.quiet):
+        pictures = pictures_with_labels(options.images, options.labels, pipe.class_names, options.separator)
     settings = {
         "threshold": options.threshold,
         "label_threshold": options.label_threshold,
@@ -69,9 +73,19 @@ def run_masks(options: argparse.Namespace) -> None:
     write_record(options.out / "masks.json", record, overwrite=options.overwrite)
     todo = [picture for picture in pictures if options.overwrite or not mask_path(options.out, picture).is_file()]
 
+    if not options.quiet:
+        views = len(options.scales) * (1 if options.no_flip else 2)
+        say_progress(
+            f"masks: {len(todo):,} of {len(pictures):,} images to do, {views} view(s) of each; batch size "
+            f"{options.batch_size}, device {pipe.device}"
+        )
     unreadable: list[str] = []
     answers = pipe(PictureList(todo), batch_size=options.batch_size, num_workers=options.workers, **settings)
-    for picture, answer in zip(tqdm(todo, desc="masks", unit="picture", disable=not bar), answers, strict=True):
+    bar = progress(todo, desc="masks", unit="image", quiet=options.quiet)
+    with children_without_signals():
+        answered = zip(bar, answers, strict=True)  # starts the workers that load images
+    if_stopped(lambda: f"before all {len(todo):,} masks were made; masks that are written are kept")
+    for picture, answer in answered:
         if isinstance(answer, RefusedPicture):
             if options.strict:
                 raise InputError(answer.reason)
@@ -79,8 +93,8 @@ def run_masks(options: argparse.Namespace) -> None:
         else:
             write_label_png(mask_path(options.out, picture), answer)
     for reason in unreadable:
-        say(f"left out: {reason}", sys.stderr)
-    say(
+        say_progress(f"left out: {reason}")
+    say_result(
         f"masks: {len(pictures):,} pictures, {len(todo) - len(unreadable):,} written, {len(pictures) - len(todo):,} "
         f"there before, {len(unreadable):,} left out -> {options.out}"
     )
@@ -177,10 +191,10 @@ def pictures_with_labels(
     else:
         unused = [name for name in TABLE_NAMES if (folder / name).is_file()]
         if unused:
-            say(f"note: {folder / unused[0]} is not used; --labels {unused[0]} uses its labels.", sys.stderr)
+            say_progress(f"note: {folder / unused[0]} is not used; --labels {unused[0]} uses its labels.")
         listing = list_images(folder)
         for note in listing.left_out():
-            say(f"note: {note}", sys.stderr)
+            say_progress(f"note: {note}")
         pictures = [PictureFile(without_suffix(name), f"{folder}/{name}", None) for name in listing.names]
     if not pictures:
         raise InputError(f"{folder} holds no images, expected files such as .jpg, .png, .tif or .webp.")
@@ -216,8 +230,3 @@ def write_record(path: Path, record: Mapping[str, Any], *, overwrite: bool) -> N
         return
     with atomic_write(path) as temporary:
         temporary.write_text(f"{text}\n", encoding="utf-8")
-
-
-def say(text: str, stream: Any = None) -> None:
-    """Print a line between the steps of a progress bar."""
-    tqdm.write(text, file=stream or sys.stdout)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from stopping import stop
 from tiny_models import picture, tiny_model
 
 from bitrans_hf import BiTransImageProcessor, PseudoMaskPipeline, cli, pipeline_bitrans
@@ -146,6 +147,27 @@ def test_strict_stops_at_the_first_broken_picture(model_folder: Path, photos: Pa
     (photos / "p2.png").write_bytes(b"")
     with pytest.raises(SystemExit, match=r"error: picture \S*p2\.png cannot be read"):
         main(masks_command(model_folder, photos, tmp_path / "masks", "--strict"))
+
+
+def test_ctrl_c_ends_a_run_with_its_workers_and_keeps_the_masks(model_folder: Path, tmp_path: Path):
+    folder, out = tmp_path / "photos", tmp_path / "masks"
+    folder.mkdir()
+    for index in range(24):
+        picture(40, 48, seed=index).save(folder / f"{index:03}.png")
+    command = masks_command(model_folder, folder, out, "--batch-size", "1", "--scales", "1.0", "2.0", "--workers", "2")
+    ended = stop(["-m", "bitrans_hf", *command], lambda _: len(list(out.glob("[!.]*.png"))) >= 2, tmp_path / "said")
+    assert ended.status == 130
+    assert ended.err.splitlines() == [
+        "bitrans masks: loading PyTorch and its libraries ...",
+        f"masks: loading the model {model_folder} ...",
+        f"masks: reading the list of images in {folder} ...",
+        "masks: 24 of 24 images to do, 4 view(s) of each; batch size 1, device cpu",
+        "stopped before all 24 masks were made; masks that are written are kept; to go on, rerun the same command.",
+    ]
+    masks = list(out.glob("[!.]*.png"))
+    assert 2 <= len(masks) < 24
+    for path in masks:
+        label_map_of(path)  # whole files alone
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_masks(model_folder: Path, tmp_path: Path):

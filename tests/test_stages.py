@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from accelerate.state import PartialState
 from PIL import Image
 from safetensors.torch import load_file
 from stage_processes import kill_everything, launch
+from stopping import stop
 from timm.scheduler import CosineLRScheduler
 
 from bitrans_hf import BiTransModel
@@ -185,6 +187,7 @@ def test_a_killed_run_resumes_to_the_same_weights(num_processes: int, tmp_path: 
     options = (
         "--train.checkpoint_every", "2", "--train.gradient_accumulation", "2", "--train.batch_size", "2",
         "--model.drop_path_rate", "0.3", "--data.num_train", "96", "--train.num_workers", "1",
+        "--train.trackers", "[tensorboard]",
     )  # fmt: skip
 
     def command(name: str) -> list[str]:
@@ -217,6 +220,33 @@ def test_a_killed_run_resumes_to_the_same_weights(num_processes: int, tmp_path: 
     ]
     steps = [[json.loads(line)["step"] for line in log] for log in logs]
     assert steps[0] == steps[1], "log lines are missing or there twice after the resume"
+
+
+def test_ctrl_c_ends_a_training_with_its_workers_and_the_same_command_goes_on(tmp_path: Path):
+    more = ["--train.checkpoint_every", "2", "--train.num_workers", "2", "--quiet", "false"]
+    command = [str(TRAINING / "run_all.py"), *arguments(tmp_path / "stopped", *more)]
+    checkpoints = tmp_path / "stopped" / "tiny" / "train" / "checkpoints"
+    ended = stop(command, lambda _: bool(list(checkpoints.glob("step_*"))), tmp_path / "said")
+    assert ended.status == 130
+    said = ended.err.splitlines()
+    assert said[:2] == ["run_all: loading PyTorch and its libraries ...", "stage 1 of 3: train"]
+    assert "train: 48 images, 2 epochs, 24 steps of 4 images; batch size 4, 1 process(es), device cpu" in said[-2]
+    (newest,) = checkpoints.glob("step_*")
+    step = int(newest.name.removeprefix("step_"))
+    assert re.fullmatch(
+        rf"stopped in stage train after step \d+; the checkpoint of step {step} is kept; to go on, rerun the same "
+        r"command\.",
+        said[-1],
+    )
+    assert "Traceback" not in ended.err + ended.out
+
+    again = launch(command)
+    said_again = again.communicate(timeout=240)[0]
+    assert again.returncode == 0, said_again
+    assert f"train: going on after step {step} (" in said_again
+    train_main(arguments(tmp_path / "whole", *more[:2]))
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
+    assert max(float((expected[name] - actual[name]).abs().max()) for name in expected) == 0.0
 
 
 def test_two_processes_make_the_same_seeds_and_scores_as_one(tmp_path: Path):

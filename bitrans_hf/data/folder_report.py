@@ -121,9 +121,12 @@ def check_folder(
         for name in found.unlisted
     ]
     there = [position for position in found.kept if (found.folder / found.rows[position].file_name).is_file()]
-    with ThreadPoolExecutor() as pool:  # PIL and hashlib release the interpreter lock
+    pool = ThreadPoolExecutor()  # PIL and hashlib release the interpreter lock
+    try:
         checked = pool.map(lambda position: _check_files(found, position, decode), there)
         results = list(progress(checked, len(there)))
+    finally:
+        pool.shutdown(cancel_futures=True)
     first_of: dict[bytes, str] = {}
     findings = [finding for _, finding, _ in results if finding is not None]
     for position, (digest, finding, own_problems) in zip(there, results, strict=True):
