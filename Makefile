@@ -57,10 +57,10 @@ $(BIN)/python:
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	@echo "== installing bitrans-hf and what it needs into .venv (once, some minutes: PyTorch is large)"
-	@$(BIN)/python -m pip install -q -e .
+	@$(BIN)/python -m pip install -e .
 	@touch $@
 
 $(INSTALLED_DEV): pyproject.toml | $(BIN)/python
 	@echo "== installing bitrans-hf with the development tools into .venv (once, some minutes: PyTorch is large)"
-	@$(BIN)/python -m pip install -q -e '.[dev]'
+	@$(BIN)/python -m pip install -e '.[dev]'
 	@touch $@ $(INSTALLED)

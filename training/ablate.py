@@ -91,7 +91,7 @@ class Ablation:
         num_images: Images that the page shows under every variant.
         gallery_rows: Rows that the page shows pictures of; null for all, but at most the first eight.
         cpu: Run on the CPU even where there is a GPU.
-        quiet: No progress bar.
+        quiet: Print results alone: no plan, no progress.
     """
 
     name: str

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--masks", required=True, metavar="FOLDER", help="where the PNGs go")
     parser.add_argument("--overlap", choices=tuple(OVERLAPS), default="later", help=said(OVERLAPS))
     parser.add_argument("--crowd", choices=tuple(CROWDS), default="background", help=said(CROWDS))
-    parser.add_argument("--quiet", action="store_true", help="no progress bar, only the result")
+    parser.add_argument("--quiet", action="store_true", help="print the result alone")
     options = parser.parse_args(arguments)
 
     if_stopped(lambda: "before the end; masks that are painted are kept")

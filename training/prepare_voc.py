@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--reduced", metavar="FOLDER", help="write a smaller copy here; without --sbd nothing else is done"
     )
     parser.add_argument("--max_side", type=int, default=256, metavar="PIXELS", help="longest side there (256)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
+    parser.add_argument("--quiet", action="store_true", help="print the result alone")
     options = parser.parse_args(arguments)
 
     if_stopped(lambda: "before the end; files that are written are kept")

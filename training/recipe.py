@@ -744,7 +744,7 @@ class RunOptions:
 
     Attributes:
         cpu: Run on the CPU even where there is a GPU.
-        quiet: No progress bars, only the result.
+        quiet: Print results alone: no plan, no progress.
         strict: Stop at the first image that cannot be read.
         workers: Processes that refine label maps, for each process that was launched; null for one for each CPU core.
         dry_run: publish: list what would be uploaded, and upload nothing.
