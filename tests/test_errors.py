@@ -13,6 +13,7 @@ from PIL import Image
 from tiny_models import picture
 
 from bitrans_hf import BiTransConfig, InputError, cli
+from bitrans_hf.commands import run_command
 from bitrans_hf.crf import ImagePool
 from bitrans_hf.data import folder_report
 from bitrans_hf.errors import MissingExtraError, MissingFileError, ends_with_a_sentence, sentence_of
@@ -23,7 +24,7 @@ from accelerate import Accelerator
 from tiny_models import tiny_model
 
 from bitrans_hf import BiTransImageProcessor
-from runtime import StageError, run_script
+from runtime import StageError
 from train import validate
 
 
@@ -55,7 +56,7 @@ def test_a_bug_keeps_its_traceback_in_commands_and_stages(
         cli.main(["check", str(folder)])
     assert caught.value is bug
     with pytest.raises(type(bug)) as caught:
-        run_script(raising(bug))
+        run_command(raising(bug))
     assert caught.value is bug
 
 
@@ -74,7 +75,7 @@ def test_a_bug_keeps_its_traceback_in_commands_and_stages(
 )
 def test_what_the_disk_refuses_ends_with_one_sentence(number: int, remedy: str):
     refused = raising(OSError(number, os.strerror(number), "masks/a.png"))
-    for run in (lambda: run_script(refused), ends_with_a_sentence()(refused)):
+    for run in (lambda: run_command(refused), ends_with_a_sentence()(refused)):
         with pytest.raises(SystemExit) as ended:
             run()
         assert ended.value.code == f"error: masks/a.png: {os.strerror(number)}; {remedy}"  # printed, with status 1
@@ -83,16 +84,16 @@ def test_what_the_disk_refuses_ends_with_one_sentence(number: int, remedy: str):
 @pytest.mark.parametrize("kind", [InputError, StageError, MissingFileError, MissingExtraError])
 def test_an_error_of_ours_ends_with_its_own_sentence(kind: type[InputError]):
     with pytest.raises(SystemExit, match=r"^error: no model here; train one\.$"):
-        run_script(raising(kind("no model here; train one.")))
+        run_command(raising(kind("no model here; train one.")))
     assert isinstance(MissingFileError(), FileNotFoundError)
     assert isinstance(MissingExtraError(), ImportError)
 
 
 def test_a_wrong_value_of_a_configuration_ends_with_its_reason_alone():
     with pytest.raises(SystemExit, match=r"^error: hidden_size 10 must be a multiple of num_attention_heads, got 3"):
-        run_script(lambda: BiTransConfig(hidden_size=10, num_attention_heads=3))
+        run_command(lambda: BiTransConfig(hidden_size=10, num_attention_heads=3))
     with pytest.raises(SystemExit, match=r"^error: Field 'image_size' expected int, got str \(value: 'abc'\)$"):
-        run_script(lambda: BiTransConfig(image_size="abc"))
+        run_command(lambda: BiTransConfig(image_size="abc"))
 
 
 def test_the_app_without_gradio_names_the_extra(monkeypatch: pytest.MonkeyPatch):
