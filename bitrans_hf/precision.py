@@ -19,7 +19,7 @@ def has_native_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
+            return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     if device.type != "cpu":
         return False
     asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # absent where torch was built without oneDNN
