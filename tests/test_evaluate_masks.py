@@ -351,9 +351,9 @@ def test_masks_of_0_and_255_are_refused_until_their_meaning_is_said(binary, caps
     record = evaluate(predictions, targets, *dog, "--mask_values", "binary", "--prediction_values", "0=0,255=1")
     assert (record["per_class"]["dog"]["iou"], record["per_class"]["background"]["iou"]) == (50.0, 80.0)
     assert record["notes"] == []
-    record = evaluate(predictions, targets, *dog, "--mask_values", "ids", "--prediction_values", "ids")
-    assert len(record["notes"]) == 2
-    assert "note: no true mask holds a pixel of a class" in capsys.readouterr().out
+    record = evaluate(predictions, targets, *dog, "--mask_values", "binary", "--prediction_values", "ids")
+    assert record["notes"] == ["no prediction holds a pixel of a class"]
+    assert "note: no prediction holds a pixel of a class" in capsys.readouterr().out
 
 
 def test_names_that_all_differ_in_one_way_are_matched_and_this_is_said(folders, capsys: pytest.CaptureFixture[str]):
