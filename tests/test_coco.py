@@ -32,7 +32,7 @@ from bitrans_hf.labels import COCO_CLASSES
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
 
 from prepare_coco import main as prepare_coco_main
-from recipe import DataRecipe, load_images
+from recipe import DataRecipe, Recipe, ReportRecipe, SeedsRecipe, check_later_splits, load_images
 
 RULES = [CocoMaskRule(overlap, crowd) for overlap, crowd in product(OVERLAPS, CROWDS)]
 
@@ -267,6 +267,23 @@ def test_the_script_writes_masks_that_recipes_use(
     assert "crowd regions are 255" in str(mask_rule(load_images(painted, "val2014", masks=True)))
     with pytest.raises(ValueError, match="COCO has no images without a split"):
         load_images(recipe, None, masks=False)
+
+
+def test_splits_that_later_stages_use_are_looked_at_before_a_training(
+    make_coco: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_coco(first_annotation(segmentation=[]))
+
+    def recipe(splits: list[str | None]) -> Recipe:
+        data = DataRecipe(source="coco", root=str(root), train_split="val2014", val_split=None)
+        return Recipe(data=data, seeds=SeedsRecipe(splits=splits), report=ReportRecipe(split="val2014"))
+
+    check_later_splits(recipe(["val2014"]))
+    assert "the masks of 1 of 3 images are not known" in caplog.text
+    with pytest.raises(DataError, match=r"no instances_test2014\.json, found val2014"):
+        check_later_splits(recipe(["val2014", "test2014"]))
+    with pytest.raises(ValueError, match="COCO has no images without a split"):
+        check_later_splits(recipe(["val2014", None]))
 
 
 # ---- Bad input.

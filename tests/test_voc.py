@@ -70,6 +70,12 @@ def test_image_labels_are_the_classes_of_all_objects(devkit: Path, above: bool) 
     assert open_image(dataset[0]["image"]).size == (6, 4)
 
 
+def test_names_in_another_case_or_name_space_are_vocs_classes(devkit: Path) -> None:
+    other = annotation([" Dog ", "PERSON"]).replace("<annotation>", '<annotation xmlns="http://example.org/voc">')
+    (devkit / "Annotations/2007_000002.xml").write_text(other, encoding="utf-8-sig")
+    assert load_voc(devkit, "train")["labels"][1] == [DOG, PERSON]
+
+
 def test_vocs_own_masks_come_before_merged_ones(devkit: Path) -> None:
     dataset = load_voc(devkit, "train")
     assert open_mask(dataset[0]["mask"]).tolist() == [[0, DOG + 1, PERSON + 1, 255]]
@@ -147,6 +153,7 @@ def write(name: str, content: str) -> Callable[[Path], object]:
         (remove("Annotations/2007_000003.xml"), {}, r"annotation .*2007_000003\.xml is not there"),
         (write("Annotations/2007_000003.xml", "<annotation><obj"), {}, r"2007_000003\.xml is no valid XML"),
         (write("Annotations/2007_000003.xml", annotation(["dgo"])), {}, r"000003\.xml names the class 'dgo'.*'dog'"),
+        (write("Annotations/2007_000003.xml", annotation([" "])), {}, r"000003\.xml has an object without a name"),
         (remove("Annotations"), {}, "image 2007_000003 has neither an annotation nor a mask"),
         (remove("Annotations"), {"masks": False}, "masks=False forbids .* pass label_file="),
         (write("x", ""), {"classes": ["dog", "unicorn"]}, "class 'unicorn' is not in the VOC classes"),

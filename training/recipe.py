@@ -861,6 +861,23 @@ def _drawn(size: int, seed: int, image_size: int) -> Dataset:
     return make_shapes(size, seed, image_size=image_size)
 
 
+def check_later_splits(recipe: Recipe) -> None:
+    """Load the splits that the stages after the training use: what is wrong with one shows before hours of training.
+
+    Raises:
+        DataError: one cannot be loaded.
+    """
+    if recipe.data.source == "shapes":
+        return
+    splits = [*recipe.seeds.splits]
+    if recipe.segmentation is not None and recipe.segmentation.val_split is not None:
+        splits.append(recipe.segmentation.val_split)
+    if recipe.prediction is not None:
+        splits += recipe.prediction.splits
+    for split in dict.fromkeys(splits):
+        load_images(recipe.data, split, masks=True)
+
+
 def describe_folder(data: DataRecipe, split: str | None) -> str | None:
     """Say what a folder of somebody's own images holds and what is wrong with it; None for other sources.
 

@@ -16,7 +16,7 @@ from make_report import make_report
 from make_seeds import make_seeds
 from predict_masks import predict_masks
 from publish import publish
-from recipe import parse_recipe
+from recipe import check_later_splits, parse_recipe
 from train import train
 from train_affinity import train_affinity
 from train_segmentation import train_segmentation
@@ -25,6 +25,7 @@ from train_segmentation import train_segmentation
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages from command-line arguments."""
     recipe, options = parse_recipe(__doc__, arguments)
+    check_later_splits(recipe)
     stages = {"train": train, "seeds": make_seeds}
     if recipe.affinity is not None:
         stages["affinity"] = train_affinity

@@ -19,6 +19,7 @@ from ..store import atomic_write
 from .common import (
     DataError,
     chosen_classes,
+    folded_name,
     image_size,
     index_png,
     masks_in_order,
@@ -26,6 +27,7 @@ from .common import (
     open_mask,
     read_id_list,
     suggest,
+    tidy_name,
 )
 from .label_files import read_label_file
 from .rows import build_dataset
@@ -500,12 +502,15 @@ def _labels_from_xml(path: Path) -> list[int]:
         raise DataError(f"annotation {path} is not there; unpack the whole Annotations folder.") from error
     except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise DataError(f"annotation {path} is no valid XML ({error}); unpack it again.") from error
+    known = {folded_name(name): class_id for class_id, name in enumerate(VOC_CLASSES)}
     class_ids = []
-    for thing in tree.findall("object"):
-        name = (thing.findtext("name") or "").strip()
-        if name not in VOC_CLASSES:
+    for thing in tree.findall("{*}object"):  # in any name space; the parts of objects have names of their own
+        name = tidy_name(thing.findtext("{*}name") or "")
+        if not name:
+            raise DataError(f"annotation {path} has an object without a name, expected one of VOC's classes.")
+        if folded_name(name) not in known:
             raise DataError(f"annotation {path} names the class {name!r}: {suggest(name, VOC_CLASSES)}")
-        class_ids.append(VOC_CLASSES.index(name))
+        class_ids.append(known[folded_name(name)])
     return class_ids
 
 
