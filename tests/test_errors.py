@@ -119,9 +119,9 @@ def test_validation_images_of_which_none_can_be_read_are_one_sentence(tmp_path: 
     (tmp_path / "a.png").write_bytes(b"no image")
     images = [{"image": {"path": str(tmp_path / "a.png"), "bytes": None}, "labels": [0]}]
     with pytest.raises(StageError, match=r"^none of the 1 images of data\.val_split can be read, so the model"):
-        validate(Accelerator(cpu=True), tiny_model(), BiTransImageProcessor(), images)
+        validate(Accelerator(cpu=True), RunOptions(), tiny_model(), BiTransImageProcessor(), images)
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "a.png")
-    assert set(validate(Accelerator(cpu=True), tiny_model(), BiTransImageProcessor(), images)) == {
+    assert set(validate(Accelerator(cpu=True), RunOptions(), tiny_model(), BiTransImageProcessor(), images)) == {
         "map_class",
         "map_patch",
         "image_ap_class",
