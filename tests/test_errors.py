@@ -24,6 +24,7 @@ from accelerate import Accelerator
 from tiny_models import tiny_model
 
 from bitrans_hf import BiTransImageProcessor
+from recipe import RunOptions
 from runtime import StageError
 from train import validate
 
