@@ -32,6 +32,7 @@ from .modeling_bitrans import BiTransModel
 from .progress import working
 from .seeds import refine_with_affinity
 from .store import atomic_write
+from .weight_files import load_trained
 
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 OUTPUTS = ("logits", "seeds", "affinity")
@@ -306,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         with working("export: loading the model"):
-            model = BiTransModel.from_pretrained(options.model, revision=options.revision)
+            model = load_trained(BiTransModel, options.model, revision=options.revision)
             processor = BiTransImageProcessor.from_pretrained(options.model, revision=options.revision)
     except (InputError, OSError) as error:  # transformers says with a bare OSError that there is no such model
         sentence = hub_error_sentence(error, options.model, options.revision)

@@ -1,8 +1,8 @@
 """What went wrong with the Hugging Face Hub, in one sentence that says what to do."""
 
+import urllib.error
 from collections.abc import Iterator
 
-import httpx2
 from huggingface_hub import constants, get_token
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -62,9 +62,22 @@ def _sentence(error: BaseException, repo_id: str, revision: str) -> str | None:
         return f"{repo_id} lacks a file that was asked for: {str(error).splitlines()[-1].strip()}"
     if isinstance(error, HfHubHTTPError):
         return _status_sentence(error.response.status_code, repo_id, endpoint)
-    if isinstance(error, httpx2.TransportError):
+    if is_connection_error(error):
         return f"the connection to {endpoint} broke or could not be made ({type(error).__name__})"
     return None
+
+
+def is_connection_error(error: BaseException) -> bool:
+    """Whether a connection broke or could not be made, in the words of any library that the Hub is asked through.
+
+    huggingface_hub asks through httpx2 since its version 2.4 or so and through httpx before, timm and datasets in part
+    through requests and urllib: neither is a dependency of ours, so the first two are known by name.
+    """
+    transport = ("httpx", "httpx2")
+    names = {(base.__module__.partition(".")[0], base.__name__) for base in type(error).__mro__}
+    return any((library, "TransportError") in names for library in transport) or isinstance(
+        error, ConnectionError | TimeoutError | urllib.error.URLError
+    )
 
 
 def _status_sentence(status: int, repo_id: str, endpoint: str) -> str:

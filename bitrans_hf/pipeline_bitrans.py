@@ -31,6 +31,7 @@ from .image_processing_bitrans import (
 from .modeling_bitrans import BiTransModel
 from .par import pixel_adaptive_refinement
 from .seeds import fused_maps, present_class_ids
+from .weight_files import check_model_folder, load_trained
 
 TASK = "pseudo-mask-generation"
 
@@ -219,9 +220,10 @@ class PseudoMaskPipeline(Pipeline):
             device: Where the model goes; None: a GPU if there is one.
 
         Raises:
-            OSError: there is no such folder or repository, or it cannot be reached.
-            ValueError: it holds another kind of model.
+            InputError: there is no such folder or repository, it cannot be reached, it holds another kind of model,
+                or a file of it is missing or damaged.
         """
+        check_model_folder(source)
         try:
             model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
         except OSError as error:
@@ -234,9 +236,18 @@ class PseudoMaskPipeline(Pipeline):
                 f"{source} holds a model of the kind {model_type!r}, expected 'bitrans'; segmentation networks run in "
                 'pipeline("image-segmentation").'
             )
+        model = load_trained(BiTransModel, source).eval()
+        try:
+            processor = BiTransImageProcessor.from_pretrained(source)
+        except OSError as error:
+            reason = str(error).partition("\n")[0]
+            raise InputError(
+                f"{source} lacks its image processor ({reason}); copy preprocessor_config.json from where the model "
+                "was trained."
+            ) from error
         return cls(
-            model=BiTransModel.from_pretrained(source).eval(),
-            image_processor=BiTransImageProcessor.from_pretrained(source),
+            model=model,
+            image_processor=processor,
             task=TASK,
             device=device,  # type: ignore[arg-type]  # also takes text
         )

@@ -4,31 +4,32 @@ DeiT from timm and MCTformer's checkpoints as a `BiTransModel`; PSA's and MCTfor
 and DeepLab; ImageNet weights for their backbones, from timm or from MXNet's `.params`, which is read without mxnet.
 """
 
-import argparse
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from .backbones import ResNet38Backbone, TimmFeatures
+from .checkpoints import Checkpoint, StateDict, read_checkpoint
 from .configuration_affinitynet import AffinityNetConfig
 from .configuration_bitrans import BiTransConfig
 from .configuration_deeplab import DeepLabConfig
 from .errors import InputError, MissingFileError
+from .hub_errors import hub_error_sentence
 from .modeling_affinitynet import AffinityNetModel
 from .modeling_bitrans import BiTransModel
 from .modeling_cam import CamModel
 from .modeling_deeplab import DeepLabForSemanticSegmentation
 
-StateDict = Mapping[str, torch.Tensor]
+_VISION_TRANSFORMER = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+_RESNET38 = ("conv1a.weight", "b7.conv_branch1.weight", "arg:conv1a_weight")
+"""Names that tell the network in a checkpoint, see `read_checkpoint`."""
 
 # timm's (and so DeiT's and MCTformer's) names, in the order in which they are replaced.
 _RENAMES = (
@@ -48,20 +49,14 @@ def from_timm(
 
     Raises:
         ValueError: timm has no pretrained model of that name, or it is no plain vision transformer.
-        OSError: the weights are neither cached nor can be downloaded.
+        MissingFileError: the weights are neither cached nor can be downloaded.
     """
     if not timm.is_model(name.split(".")[0]) or not timm.models.is_model_pretrained(name):
         raise InputError(
             f"timm has no pretrained model {name!r}; name one such as 'deit_small_patch16_224.fb_in1k' "
             "(timm.list_pretrained('deit*') lists them)."
         )
-    try:
-        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
-    except Exception as error:
-        raise MissingFileError(
-            f"could not get the weights of {name!r} ({type(error).__name__}: {error}); go online once, or save them "
-            "as safetensors and use from_timm_state_dict."
-        ) from error
+    model = _from_the_hub(name, lambda: timm.create_model(name, pretrained=True, num_classes=0))
     heads = model.blocks[0].attn.num_heads if hasattr(model, "blocks") else None
     return from_timm_state_dict(
         model.state_dict(),
@@ -87,7 +82,7 @@ def from_timm_state_dict(
     3x3 head is new.
 
     Args:
-        weights: State dict in timm's names, or a `.safetensors` or `.pth` file of one.
+        weights: State dict in timm's names, or a file of one; wrapped or prefixed as `read_checkpoint` finds it.
         id2label: Names of the C object classes.
         class_token_noise: Standard deviation of the Gaussian noise added to each class token, as a multiple of the
             class token's own standard deviation. 0, the reference, leaves all class tokens identical, so that only the
@@ -100,16 +95,17 @@ def from_timm_state_dict(
         ValueError: the weights are not those of a vision transformer with one class token.
         FileNotFoundError: there is no such file.
     """
-    state = _state_dict(weights)
-    cls_token, pos_embed = _required(state, "cls_token"), _required(state, "pos_embed")
+    checkpoint = read_checkpoint(weights, _VISION_TRANSFORMER)
+    cls_token, pos_embed = _required(checkpoint, "cls_token"), _required(checkpoint, "pos_embed")
     if cls_token.shape[1] != 1:
         raise InputError(
-            f"expected one class token, got {cls_token.shape[1]}; use from_mctformer for multi-class-token weights."
+            f"{checkpoint.name}: expected one class token, got {cls_token.shape[1]}; use from_mctformer for "
+            "multi-class-token weights."
         )
     num_classes = len(id2label)
-    model = _model_from_shapes(state, pos_embed[:, 1:], id2label, config, seed)
+    model = _model_from_shapes(checkpoint, pos_embed[:, 1:], id2label, config, seed)
     grid = model.config.image_size // model.config.patch_size
-    state = {key: value for key, value in state.items() if not key.startswith("head.")}
+    state = {key: value for key, value in checkpoint.tensors.items() if not key.startswith("head.")}
     state |= {
         "class_tokens": cls_token.repeat(1, num_classes, 1),
         "class_position": pos_embed[:, :1].repeat(1, num_classes, 1),
@@ -118,7 +114,7 @@ def from_timm_state_dict(
     if class_token_noise:
         noise = torch.randn(1, num_classes, cls_token.shape[2], generator=torch.Generator().manual_seed(seed))
         state["class_tokens"] = state["class_tokens"] + class_token_noise * cls_token.float().std() * noise
-    return _loaded(model, state, new=("seg_head.weight", "seg_head.bias"))
+    return _loaded(model, Checkpoint(state, checkpoint.name), new=("seg_head.weight", "seg_head.bias"))
 
 
 def from_mctformer(
@@ -131,7 +127,7 @@ def from_mctformer(
     """Build a `BiTransModel` from a public MCTformer V2 or MCTformer+ checkpoint.
 
     Args:
-        weights: State dict, or a `.pth` file of the training script (its "model" entry is taken) or `.safetensors`.
+        weights: State dict, or a file of one, such as the training script's `.pth`; see `read_checkpoint`.
         id2label: Names of the C object classes, in the checkpoint's order.
         num_attention_heads: None for hidden_size // 64; the shapes do not tell.
         **config: Further fields of `BiTransConfig`, such as the view; the sizes are read off the shapes.
@@ -140,58 +136,56 @@ def from_mctformer(
         ValueError: names or shapes do not fit, or `id2label` has another number of classes.
         FileNotFoundError: there is no such file.
     """
-    state = _state_dict(weights)
-    cls_token = _required(state, "cls_token")
+    checkpoint = read_checkpoint(weights, _VISION_TRANSFORMER)
+    state, cls_token = checkpoint.tensors, _required(checkpoint, "cls_token")
     num_classes = cls_token.shape[1]
     if len(id2label) != num_classes:
-        raise InputError(f"the checkpoint has {num_classes} classes, id2label names {len(id2label)}.")
+        raise InputError(f"{checkpoint.name}: {num_classes} classes, id2label names {len(id2label)}; name each one.")
     if "pos_embed" in state:  # V2: one tensor, class part first
         class_position, patch_position = state["pos_embed"][:, :num_classes], state["pos_embed"][:, num_classes:]
     else:  # MCTformer+
-        class_position, patch_position = _required(state, "pos_embed_cls"), _required(state, "pos_embed_pat")
-    model = _model_from_shapes(state, patch_position, id2label, {"num_attention_heads": num_attention_heads, **config})
-    state |= {"class_tokens": cls_token, "class_position": class_position, "patch_position": patch_position}
-    return _loaded(model, state, new=())
+        class_position, patch_position = (_required(checkpoint, f"pos_embed_{part}") for part in ("cls", "pat"))
+    config = {"num_attention_heads": num_attention_heads, **config}
+    model = _model_from_shapes(checkpoint, patch_position, id2label, config)
+    moved = {"class_tokens": cls_token, "class_position": class_position, "patch_position": patch_position}
+    return _loaded(model, Checkpoint({**state, **moved}, checkpoint.name), new=())
 
 
-def _state_dict(weights: StateDict | str | Path) -> dict[str, torch.Tensor]:
-    if isinstance(weights, Mapping):
-        return dict(weights)
-    path = Path(weights)
-    if not path.is_file():
-        raise MissingFileError(f"no weights file at {path}; expected a .safetensors or .pth file.")
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    if path.suffix == ".params":
-        return read_mxnet_params(path)
-    # DeiT and MCTformer save their parsed arguments beside the weights: a Namespace is admitted, nothing else is.
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    return dict(loaded.get("model", loaded))
+def _required(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+    if name not in checkpoint.tensors:
+        raise InputError(
+            f"{checkpoint.name} lacks {name!r}; expected a vision transformer in timm's names (DeiT), found "
+            f"{_first(checkpoint)}."
+        )
+    return checkpoint.tensors[name]
 
 
-def _required(state: StateDict, name: str) -> torch.Tensor:
-    if name not in state:
-        raise InputError(f"the weights have no {name!r}; expected a vision transformer in timm's names (DeiT).")
-    return state[name]
+def _first(checkpoint: Checkpoint) -> str:
+    """The first names of a checkpoint, for messages."""
+    names = list(checkpoint.tensors)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _model_from_shapes(
-    state: StateDict, patch_position: torch.Tensor, id2label: Mapping[int, str], config: dict[str, Any], seed: int = 0
+    checkpoint: Checkpoint,
+    patch_position: torch.Tensor,
+    id2label: Mapping[int, str],
+    config: dict[str, Any],
+    seed: int = 0,
 ) -> BiTransModel:
-    patch_weight = _required(state, "patch_embed.proj.weight")
+    patch_weight = _required(checkpoint, "patch_embed.proj.weight")
     hidden_size, num_channels, patch_size = patch_weight.shape[:3]
-    depths = [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]
+    depths = [int(match[1]) for key in checkpoint.tensors if (match := re.match(r"blocks\.(\d+)\.", key))]
     sizes = {
         "hidden_size": hidden_size,
         "num_channels": num_channels,
         "patch_size": patch_size,
         "num_hidden_layers": 1 + max(depths, default=-1),
-        "mlp_ratio": _required(state, "blocks.0.mlp.fc1.weight").shape[0] / hidden_size,
+        "mlp_ratio": _required(checkpoint, "blocks.0.mlp.fc1.weight").shape[0] / hidden_size,
     }
     for name, value in sizes.items():
         if config.get(name, value) != value:
-            raise InputError(f"{name} is {value} in the weights, got {config[name]}; leave it out.")
+            raise InputError(f"{name} is {value} in {checkpoint.name}, got {config[name]}; leave it out.")
     defaults = {"image_size": math.isqrt(patch_position.shape[1]) * patch_size}
     given = {name: value for name, value in config.items() if value is not None}
     heads = given.pop("num_attention_heads", max(1, hidden_size // 64))
@@ -210,10 +204,10 @@ def _resized_grid(patch_position: torch.Tensor, grid: int) -> torch.Tensor:
     return F.interpolate(square, size=(grid, grid), mode="bicubic").flatten(2).transpose(1, 2)
 
 
-def _loaded(model: BiTransModel, state: StateDict, new: tuple[str, ...]) -> BiTransModel:
+def _loaded(model: BiTransModel, checkpoint: Checkpoint, new: tuple[str, ...]) -> BiTransModel:
     own = model.state_dict()
     found: dict[str, torch.Tensor] = {}
-    for key, value in state.items():
+    for key, value in checkpoint.tensors.items():
         name = key
         for pattern, replacement in _RENAMES:
             name = re.sub(pattern, replacement, name)
@@ -221,22 +215,25 @@ def _loaded(model: BiTransModel, state: StateDict, new: tuple[str, ...]) -> BiTr
             found[name] = value  # DeiT's final LayerNorm among them, where the model has one
         elif not re.match(r"(norm|fc_norm|cls_token|pos_embed|head_dist|dist_token)\b|pos_embed_", key):
             raise InputError(
-                f"the weights hold {key!r}, which the model has no place for; expected a DeiT or MCTformer."
+                f"{checkpoint.name}: it holds {key!r}, which the model has no place for; expected a DeiT or MCTformer."
             )
-    _fill(model, found, new)
+    _fill(model, Checkpoint(found, checkpoint.name), new)
     return model
 
 
-def _fill(module: nn.Module, found: StateDict, new: Collection[str] = ()) -> None:
-    """Load `found`; all other tensors of `module` must be in `new`."""
-    own = module.state_dict()
+def _fill(module: nn.Module, checkpoint: Checkpoint, new: Collection[str] = ()) -> None:
+    """Load a checkpoint in the module's names; all other tensors of `module` must be in `new`."""
+    own, found = module.state_dict(), checkpoint.tensors
     missing = [name for name in own if name not in found and name not in new]
     if missing:
-        raise InputError(f"the weights lack {len(missing)} tensors, first {missing[0]!r}; the file is not complete.")
+        raise InputError(
+            f"{checkpoint.name} lacks {len(missing)} tensors, first {missing[0]!r}; the file is not complete."
+        )
     for name, value in found.items():
         if value.shape != own[name].shape:
             raise InputError(
-                f"{name} has shape {tuple(value.shape)} in the weights, expected {tuple(own[name].shape)}."
+                f"{checkpoint.name}: {name} has shape {tuple(value.shape)}, expected {tuple(own[name].shape)}; these "
+                "are the weights of a network of another size."
             )
     module.load_state_dict({**own, **found})
 
@@ -265,9 +262,9 @@ def affinitynet_from_psa(weights: StateDict | str | Path, **config: Any) -> Affi
         ValueError: names or shapes do not fit.
         FileNotFoundError: there is no such file.
     """
-    state = _public_resnet38(_state_dict(weights))
-    model = AffinityNetModel(AffinityNetConfig(backbone_config=_width(state), **config))
-    _fill_public(model, state)
+    checkpoint = _public_resnet38(weights)
+    model = AffinityNetModel(AffinityNetConfig(backbone_config=_width(checkpoint), **config))
+    _fill_public(model, checkpoint)
     return model
 
 
@@ -285,16 +282,16 @@ def deeplab_from_mctformer(
         ValueError: names or shapes do not fit, or `id2label` has another number of labels.
         FileNotFoundError: there is no such file.
     """
-    state = _public_resnet38(_state_dict(weights))
-    classifier = state.get("head.fc8_seg_conv2.weight")
+    checkpoint = _public_resnet38(weights)
+    classifier = checkpoint.tensors.get("head.fc8_seg_conv2.weight")
     if classifier is None:
-        raise InputError("the weights have no 'fc8_seg_conv2.weight'; expected MCTformer's segmentation network.")
+        raise InputError(f"{checkpoint.name} lacks 'fc8_seg_conv2.weight'; expected MCTformer's segmentation network.")
     num_labels = len(classifier)
     if id2label is not None and len(id2label) != num_labels:
-        raise InputError(f"the checkpoint has {num_labels} labels, id2label names {len(id2label)}.")
+        raise InputError(f"{checkpoint.name} has {num_labels} labels, id2label names {len(id2label)}; name each.")
     labels = {"num_labels": num_labels} if id2label is None else {"id2label": dict(id2label)}
-    model = DeepLabForSemanticSegmentation(DeepLabConfig(backbone_config=_width(state), **labels, **config))
-    _fill_public(model, state)
+    model = DeepLabForSemanticSegmentation(DeepLabConfig(backbone_config=_width(checkpoint), **labels, **config))
+    _fill_public(model, checkpoint)
     return model
 
 
@@ -313,19 +310,21 @@ def load_backbone(
     Raises:
         ValueError: names or shapes do not fit, or the backbone takes no such weights.
         FileNotFoundError: there is no such file.
-        OSError: timm's weights are neither cached nor can be downloaded.
+        MissingFileError: timm's weights are neither cached nor can be downloaded.
     """
     backbone = model.backbone
     if isinstance(backbone, TimmFeatures):
         _load_timm(model, weights)
     elif isinstance(backbone, ResNet38Backbone) and weights is not None:
-        state = _public_resnet38(_state_dict(weights))
-        trunk = {name.removeprefix(_TRUNK): value for name, value in state.items() if name.startswith(_TRUNK)}
+        checkpoint = _public_resnet38(weights)
+        trunk = {
+            name.removeprefix(_TRUNK): value for name, value in checkpoint.tensors.items() if name.startswith(_TRUNK)
+        }
         unknown = [name for name in trunk if name not in backbone.network.state_dict() and name != "fc8.weight"]
         if unknown:
-            raise InputError(f"the weights hold {unknown[0]!r}, which ResNet38 has no place for.")
+            raise InputError(f"{checkpoint.name}: it holds {unknown[0]!r}, which ResNet38 has no place for.")
         trunk.pop("fc8.weight", None)  # the classifier of res38_cls
-        _fill(backbone.network, trunk, _batch_counters(backbone.network))
+        _fill(backbone.network, Checkpoint(trunk, checkpoint.name), _batch_counters(backbone.network))
     else:
         raise InputError(
             f"backbone {model.config.backbone!r} takes no such weights; give a file for resnet38, and build one on a "
@@ -333,98 +332,11 @@ def load_backbone(
         )
 
 
-def read_mxnet_params(path: str | Path) -> dict[str, torch.Tensor]:
-    """Read a `.params` file of MXNet, a list of dense arrays with names, without mxnet.
-
-    The format is that of `NDArray::Save` in MXNet 0.5 to 1.9: a header, the arrays (each with its own version, shape,
-    device and type), and their names, all little-endian.
-
-    Args:
-        path: The file; its arrays are copied.
-
-    Returns:
-        Tensors by name, such as "arg:conv1a_weight" and "aux:bn7_moving_mean".
-
-    Raises:
-        ValueError: the file is no such list, ends early, or holds a sparse array or one of an unknown type.
-        FileNotFoundError: there is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise MissingFileError(f"no weights file at {path}; expected a .params file of MXNet.")
-    reader = _MxnetReader(path)
-    if reader.numbers("<u8", 1) != [_MXNET_LIST]:
-        raise InputError(f"{path.name} is no list of MXNet arrays: it does not start with 0x112.")
-    reader.numbers("<u8", 1)  # reserved
-    arrays = [reader.array() for _ in range(reader.numbers("<u8", 1)[0])]
-    names = [reader.text() for _ in range(reader.numbers("<u8", 1)[0])]
-    if len(names) != len(arrays) or reader.rest():
-        raise InputError(
-            f"{path.name} holds {len(arrays)} arrays, {len(names)} names and {reader.rest()} bytes more; expected a "
-            "name for each array and nothing after."
-        )
-    return dict(zip(names, arrays, strict=True))
-
-
-_MXNET_LIST = 0x112
-# First four bytes of an array. Before the first version they were the number of dimensions.
-_MXNET_V1, _MXNET_V2, _MXNET_V3 = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
-_MXNET_TYPES = {0: "<f4", 1: "<f8", 2: "<f2", 3: "u1", 4: "<i4", 5: "i1", 6: "<i8", 7: "?"}
-
-
-class _MxnetReader:
-    """Reads a file from its beginning; a number of bytes that is not there is an error by name."""
-
-    def __init__(self, path: Path):
-        self.name = path.name
-        self.bytes = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
-        self.position = 0
-
-    def rest(self) -> int:
-        return len(self.bytes) - self.position
-
-    def values(self, dtype: str, count: int) -> np.ndarray:
-        size = np.dtype(dtype).itemsize * count
-        if size > self.rest():
-            raise InputError(
-                f"{self.name} ends early: {size} bytes are missing after byte {self.position}, {self.rest()} are left."
-            )
-        part = self.bytes[self.position : self.position + size]
-        self.position += size
-        return np.array(part).view(dtype)
-
-    def numbers(self, dtype: str, count: int) -> list[int]:
-        return [int(number) for number in self.values(dtype, count)]
-
-    def text(self) -> str:
-        return self.values("u1", self.numbers("<u8", 1)[0]).tobytes().decode()
-
-    def array(self) -> torch.Tensor:
-        version = self.numbers("<u4", 1)[0]
-        if version in (_MXNET_V2, _MXNET_V3) and self.numbers("<i4", 1) != [0]:
-            raise InputError(f"{self.name} holds a sparse array; only dense ones are read.")
-        if version in (_MXNET_V1, _MXNET_V2, _MXNET_V3):
-            dimensions, size_type = self.numbers("<i4", 1)[0], "<i8"
-        else:
-            dimensions, size_type = version, "<u4"
-        unset = -1 if version == _MXNET_V3 else 0  # a scalar has no dimensions in the third version
-        if dimensions == unset:
-            return torch.zeros(0)
-        if not 0 <= dimensions <= 32:
-            raise InputError(f"{self.name} holds an array of {dimensions} dimensions; expected at most 32.")
-        shape = self.numbers(size_type, dimensions)
-        self.numbers("<i4", 2)  # the device it was on
-        kind = self.numbers("<i4", 1)[0]
-        if kind not in _MXNET_TYPES:
-            raise InputError(f"{self.name} holds an array of MXNet's type {kind}; expected 0 to 7.")
-        return torch.from_numpy(self.values(_MXNET_TYPES[kind], math.prod(shape)).reshape(shape))
-
-
-def _public_resnet38(state: StateDict) -> dict[str, torch.Tensor]:
-    """Rename MXNet's, PSA's and MCTformer's tensors to those of our networks."""
+def _public_resnet38(weights: StateDict | str | Path) -> Checkpoint:
+    """Read a network on ResNet38 and rename MXNet's, PSA's and MCTformer's tensors to those of our networks."""
+    checkpoint = read_checkpoint(weights, _RESNET38)
     renamed = {}
-    for key, value in state.items():
-        name = key.removeprefix("module.")  # of a model in DataParallel
+    for name, value in checkpoint.tensors.items():
         if name.startswith(("arg:", "aux:")):
             name = _from_mxnet(name)
             if name.startswith("linear1000"):  # ImageNet's classifier
@@ -432,8 +344,11 @@ def _public_resnet38(state: StateDict) -> dict[str, torch.Tensor]:
         prefix = _HEADS.get(name.split(".")[0], _TRUNK)
         renamed[prefix + name] = value
     if f"{_TRUNK}conv1a.weight" not in renamed:
-        raise InputError("the weights have no 'conv1a.weight'; expected a network on ResNet38 (PSA or MCTformer).")
-    return renamed
+        raise InputError(
+            f"{checkpoint.name} lacks 'conv1a.weight'; expected a network on ResNet38 (PSA or MCTformer), found "
+            f"{_first(checkpoint)}."
+        )
+    return Checkpoint(renamed, checkpoint.name)
 
 
 def _from_mxnet(name: str) -> str:
@@ -454,9 +369,9 @@ def _from_mxnet(name: str) -> str:
     return f"{layer}.{tensor}"
 
 
-def _width(state: StateDict) -> dict[str, float]:
+def _width(checkpoint: Checkpoint) -> dict[str, float]:
     """`backbone_config` of the trunk that the weights belong to."""
-    return {"width_multiplier": len(state[f"{_TRUNK}conv1a.weight"]) / 64}
+    return {"width_multiplier": len(checkpoint.tensors[f"{_TRUNK}conv1a.weight"]) / 64}
 
 
 def _batch_counters(module: nn.Module) -> list[str]:
@@ -464,12 +379,12 @@ def _batch_counters(module: nn.Module) -> list[str]:
     return [name for name in module.state_dict() if name.endswith("num_batches_tracked")]
 
 
-def _fill_public(model: nn.Module, state: StateDict) -> None:
-    unknown = [name for name in state if name not in model.state_dict()]
+def _fill_public(model: nn.Module, checkpoint: Checkpoint) -> None:
+    unknown = [name for name in checkpoint.tensors if name not in model.state_dict()]
     if unknown:
         public = unknown[0].removeprefix(_TRUNK)
-        raise InputError(f"the weights hold {public!r}, which a {type(model).__name__} has no place for.")
-    _fill(model, state, _batch_counters(model))
+        raise InputError(f"{checkpoint.name}: it holds {public!r}, which a {type(model).__name__} has no place for.")
+    _fill(model, checkpoint, _batch_counters(model))
 
 
 def _load_timm(
@@ -480,7 +395,10 @@ def _load_timm(
     options = {"pretrained": True, **(config.backbone_config or {})}
     overlay: dict[str, Any] | None = None
     if weights is not None:
-        state = dict(_state_dict(weights))
+        with torch.device("meta"):
+            own: Any = timm.create_model(config.backbone, num_classes=0, **(config.backbone_config or {}))
+        checkpoint = read_checkpoint(weights, own.state_dict().keys())
+        state = checkpoint.tensors
         known: Any = timm.get_pretrained_cfg(config.backbone)
         classifiers = known.classifier if known is not None and known.classifier is not None else ()
         for layer in (classifiers,) if isinstance(classifiers, str) else classifiers:
@@ -491,20 +409,31 @@ def _load_timm(
         try:
             whole: Any = timm.create_model(config.backbone, pretrained_cfg_overlay=overlay, num_classes=0, **options)
         except RuntimeError as error:
-            raise InputError(f"the weights do not fit {config.backbone!r}: {error}") from error
+            raise InputError(f"{checkpoint.name}: the weights do not fit {config.backbone!r}: {error}") from error
         overlay = {"state_dict": whole.state_dict()}
-    try:
-        features: Any = timm.create_model(
+    features = _from_the_hub(
+        config.backbone,
+        lambda: timm.create_model(
             config.backbone,
             pretrained_cfg_overlay=overlay,
             features_only=True,
             out_indices=model.backbone.out_indices,
             output_stride=config.output_stride,
             **options,
-        )
-    except Exception as error:
-        raise MissingFileError(
-            f"could not get the weights of {config.backbone!r} ({type(error).__name__}: {error}); go online once, or "
-            "give a file in timm's names."
-        ) from error
+        ),
+    )
     model.backbone.get_submodule("network._backbone").load_state_dict(features.state_dict())
+
+
+def _from_the_hub(name: str, create: Callable[[], Any]) -> Any:
+    """Create a timm model whose weights come from the Hub; a fault that is not of the network stays what it is."""
+    try:
+        return create()
+    except Exception as error:
+        reason = hub_error_sentence(error, name)
+        if reason is None:
+            raise
+        raise MissingFileError(
+            f"could not get the weights of {name!r}: {reason}; go online once, or give a .safetensors or .pth file in "
+            "timm's names instead of the name."
+        ) from error

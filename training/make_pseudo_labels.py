@@ -32,6 +32,7 @@ from bitrans_hf.modeling_affinitynet import AffinityNetModel
 from bitrans_hf.pseudo_labels import scores_to_label_map, seeds_to_label_map, write_label_png
 from bitrans_hf.random_walk import propagate_scores
 from bitrans_hf.store import LabelScoreStore
+from bitrans_hf.weight_files import load_trained
 from label_maps import (
     Background,
     LabelMap,
@@ -201,7 +202,7 @@ class RandomWalk:
             )
         stride = settings.output_stride
         finer: dict[str, Any] = {} if stride is None else {"output_stride": stride, "stride": None}
-        model = AffinityNetModel.from_pretrained(folder, **finer).to(accelerator.device).eval()
+        model = load_trained(AffinityNetModel, folder, **finer).to(accelerator.device).eval()
         return cls(model, BiTransImageProcessor.from_pretrained(folder), settings, accelerator)
 
     @torch.no_grad()

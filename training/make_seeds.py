@@ -31,6 +31,7 @@ from bitrans_hf.modeling_cam import CamModel
 from bitrans_hf.pseudo_labels import seeds_to_label_map, write_label_png
 from bitrans_hf.seeds import sum_over_views
 from bitrans_hf.store import SeedStore
+from bitrans_hf.weight_files import load_trained
 from label_maps import scored_images
 from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, parse_recipe, variants_of
 from runtime import (
@@ -72,11 +73,11 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     model: BiTransModel | CamModel
     with working("seeds: loading the model", accelerator, options):
         if recipe.model.architecture == "cam":
-            model = CamModel.from_pretrained(trained)
+            model = load_trained(CamModel, trained)
         else:
             names = ("num_seed_layers", "num_affinity_layers")
             changed = {name: value for name in names if (value := getattr(recipe.seeds, name)) is not None}
-            model = BiTransModel.from_pretrained(trained, **changed)
+            model = load_trained(BiTransModel, trained, **changed)
         model = model.to(accelerator.device).eval()
     processor = BiTransImageProcessor.from_pretrained(trained)
     variants = variants_of(recipe)

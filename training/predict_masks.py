@@ -35,6 +35,7 @@ from bitrans_hf.par import pixel_adaptive_refinement
 from bitrans_hf.pseudo_labels import write_label_png
 from bitrans_hf.segment import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
 from bitrans_hf.store import atomic_write
+from bitrans_hf.weight_files import load_trained
 from label_maps import label_file, num_workers, result_of, score_steps, scored_images, stored_label_maps
 from recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, parse_recipe
 from runtime import (
@@ -138,7 +139,7 @@ def load_network(
     folder = own if settings.network is None else Path(settings.network)
     if not (folder / "config.json").is_file():
         raise StageError(f"no segmentation network at {folder}; run training/train_segmentation.py first.")
-    return DeepLabForSemanticSegmentation.from_pretrained(folder), BiTransImageProcessor.from_pretrained(folder)
+    return load_trained(DeepLabForSemanticSegmentation, folder), BiTransImageProcessor.from_pretrained(folder)
 
 
 # ---- Label maps.

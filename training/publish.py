@@ -37,6 +37,7 @@ from bitrans_hf.publishing import (
     write_model_folder,
     write_pseudo_label_folder,
 )
+from bitrans_hf.weight_files import load_trained
 from recipe import PublishRecipe, Recipe, RunOptions, parse_recipe
 from runtime import Stage, StageError, make_accelerator, say, working
 
@@ -215,7 +216,7 @@ def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part
     source = folder / cast(str, part.stage) / "model"
     try:
         write_model_folder(
-            out, model_class.from_pretrained(source), BiTransImageProcessor.from_pretrained(source), card, picture
+            out, load_trained(model_class, source), BiTransImageProcessor.from_pretrained(source), card, picture
         )
     except PublishError as error:
         raise StageError(str(error)) from error

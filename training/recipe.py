@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar, get_args, get_type_hints
 
 from datasets import Dataset
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
@@ -129,14 +129,20 @@ class DataRecipe:
     mask_values: str | None = None
 
 
+def null_weights_are_scratch(settings: Any) -> None:
+    """Let `weights: null` mean "scratch"; from the command line it comes as text."""
+    if settings.weights in (None, "null"):
+        object.__setattr__(settings, "weights", "scratch")
+
+
 @dataclass(frozen=True)
 class ModelRecipe:
     """Which network; null leaves a size to the weights or to `BiTransConfig`'s default.
 
     Attributes:
-        weights: "scratch"; "timm:<name>" for ImageNet weights from the Hub; a `.safetensors` or `.pth` file of a timm
-            vision transformer. cam: "scratch"; "timm" for the backbone's weights from the Hub; a file of them, as
-            `bitrans_hf.weights.load_backbone` reads it.
+        weights: "scratch" or null; "timm:<name>" for ImageNet weights from the Hub; a `.safetensors` or `.pth` file of
+            a timm vision transformer. cam: "scratch" or null; "timm" for the backbone's weights from the Hub; a file
+            of them, as `bitrans_hf.weights.load_backbone` reads it.
         class_token_noise: Noise that tells the repeated class tokens apart at the start, as a multiple of their
             standard deviation; 0 is the reference.
         image_size: Side of the training crops in pixels.
@@ -192,6 +198,10 @@ class ModelRecipe:
     architecture: Literal["bitrans", "cam"] | None = None
     backbone: str | None = None
     options: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Read null weights as "scratch"."""
+        null_weights_are_scratch(self)
 
 
 @dataclass(frozen=True)
@@ -300,8 +310,8 @@ class AffinityRecipe:
         relation: "psa" (distance of features) or "irn" (the strongest boundary on the way).
         radius: Pairs of cells nearer than this are trained on (psa: 5, irn: 10).
         backbone: "bitrans" (the run's own encoder), "resnet38" or the name of a timm network.
-        weights: What the backbone starts from. "trained": bitrans, the run's own model; "scratch"; "timm": a timm
-            network's weights from the Hub; else a file: PSA's or MCTformer's `.pth`, MXNet's `.params`.
+        weights: What the backbone starts from. "trained": bitrans, the run's own model; "scratch" or null; "timm": a
+            timm network's weights from the Hub; else a file: PSA's or MCTformer's `.pth`, MXNet's `.params`.
         options: Further fields of `AffinityNetConfig`, such as output_stride, the pixels of a cell.
         crop_size: Side of the training crops in pixels; smaller images are padded.
         color_jitter: Strength of the jitter of brightness, contrast and saturation (hue: a third of it); 0 for none.
@@ -351,6 +361,10 @@ class AffinityRecipe:
     log_every: int = 10
     checkpoint_every: int | None = None
     trackers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Read null weights as "scratch"."""
+        null_weights_are_scratch(self)
 
 
 @dataclass(frozen=True)
@@ -411,9 +425,9 @@ class SegmentationRecipe:
         val_every: Epochs between these scores; the last epoch is always scored.
         preset: "mctformer" or "deeplab-v1" (SEAM's retraining): head, frozen parts, optimiser and augmentation.
         backbone: "resnet38", "bitrans" (the run's own encoder) or the name of a timm network.
-        weights: What the backbone starts from. "trained": bitrans, the run's own model; "scratch"; "timm": a timm
-            network's weights from the Hub; a file: the public ResNet38 `.pth`, MXNet's `.params`, a timm network's
-            `.safetensors`; the folder of a finished segmentation network of the same classes.
+        weights: What the backbone starts from. "trained": bitrans, the run's own model; "scratch" or null; "timm": a
+            timm network's weights from the Hub; a file: the public ResNet38 `.pth`, MXNet's `.params`, a timm
+            network's `.safetensors`; the folder of a finished segmentation network of the same classes.
         options: Further fields of `DeepLabConfig`, such as output_stride, the pixels of a cell.
         batch_norm: "frozen" or "trained" in the backbone; "sync": trained, with the statistics of all GPUs; null for
             the preset's.
@@ -463,6 +477,10 @@ class SegmentationRecipe:
     log_every: int = 10
     checkpoint_every: int | None = None
     trackers: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Read null weights as "scratch"."""
+        null_weights_are_scratch(self)
 
 
 @dataclass(frozen=True)
@@ -580,6 +598,7 @@ class Recipe:
         Raises:
             ValueError: a value is out of range.
         """
+        self._check_nulls()
         sections = {"train": self.train, "affinity": self.affinity, "segmentation": self.segmentation}
         for section, settings in sections.items():
             for name in ("epochs", "batch_size", "gradient_accumulation", "log_every"):
@@ -609,6 +628,17 @@ class Recipe:
         self._check_pseudo_labels()
         self._check_segmentation()
         self._check_prediction()
+
+    def _check_nulls(self) -> None:
+        """Refuse null where the type does not take it: in a YAML file, jsonargparse lets it pass."""
+        sections = {f"{each.name}.": getattr(self, each.name) for each in dataclasses.fields(self)}
+        for prefix, settings in {"": self, **sections}.items():
+            types = get_type_hints(type(settings)) if dataclasses.is_dataclass(settings) else {}
+            for name, kind in types.items():
+                if getattr(settings, name) is None and type(None) not in get_args(kind):
+                    raise InputError(
+                        f"{prefix}{name} must not be null; give a value, or leave the key out for its default."
+                    )
 
     def _check_model(self) -> None:
         is_cnn = self.model.architecture == "cam"

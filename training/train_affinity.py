@@ -34,6 +34,7 @@ from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.labels import IGNORE_INDEX
 from bitrans_hf.modeling_affinitynet import AffinityNetModel
 from bitrans_hf.modeling_bitrans import BiTransModel
+from bitrans_hf.weight_files import load_trained
 from bitrans_hf.weights import load_backbone
 from label_maps import (
     Background,
@@ -335,7 +336,7 @@ def build_network(recipe: Recipe, settings: AffinityRecipe, id2label: dict[int, 
         folder = model_folder(recipe) if settings.weights == "trained" else Path(settings.weights)
         if not folder.is_dir():
             raise StageError(f"no trained model at {folder}; affinity.weights must be the folder of one, or trained.")
-        return AffinityNetModel.from_bitrans(BiTransModel.from_pretrained(folder), **fields)
+        return AffinityNetModel.from_bitrans(load_trained(BiTransModel, folder), **fields)
     model = AffinityNetModel(AffinityNetConfig(backbone=settings.backbone, **fields))
     if settings.weights != "scratch":
         load_backbone(model, None if settings.weights == "timm" else settings.weights)

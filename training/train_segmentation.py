@@ -34,6 +34,7 @@ from bitrans_hf.metrics import confusion_counts, iou_from_counts, miou_from_coun
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.modeling_deeplab import DeepLabForSemanticSegmentation
 from bitrans_hf.segment import SINGLE_SCALE, multi_scale_scores
+from bitrans_hf.weight_files import load_trained
 from bitrans_hf.weights import load_backbone
 from loop import RateSchedule, TrainingLoop
 from recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, load_images, parse_recipe
@@ -275,10 +276,10 @@ def build_network(
     set_seed(recipe.seed)
     if settings.weights == "trained":
         refuse_cnn(recipe, "segmentation")
-        bitrans = BiTransModel.from_pretrained(model_folder(recipe))
+        bitrans = load_trained(BiTransModel, model_folder(recipe))
         return DeepLabForSemanticSegmentation.from_bitrans(bitrans, **options)
     if Path(settings.weights).is_dir():
-        model = DeepLabForSemanticSegmentation.from_pretrained(settings.weights)
+        model = load_trained(DeepLabForSemanticSegmentation, settings.weights)
         check_classes(model, classes)
         return model
     model = DeepLabForSemanticSegmentation(DeepLabConfig(backbone=settings.backbone, **options))
