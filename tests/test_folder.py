@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import ClassLabel, Features, Image, List, Value, load_dataset
+from datasets import ClassLabel, Features, Image, Value, load_dataset
+from datasets import Sequence as List
 from PIL import Image as PILImage
 
 from bitrans_hf.data import (

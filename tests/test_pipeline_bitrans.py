@@ -187,7 +187,7 @@ def dataset_of(names: list[str]) -> datasets.Dataset:
     features = datasets.Features(
         {
             "image": datasets.Image(),
-            "labels": datasets.List(datasets.ClassLabel(names=names)),
+            "labels": datasets.Sequence(datasets.ClassLabel(names=names)),
             "image_id": datasets.Value("string"),
         }
     )
@@ -498,7 +498,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
     [
         ({"picture": datasets.Image()}, "the columns picture, expected one called image"),
         (
-            {"image": datasets.Image(), "labels": datasets.List(datasets.Value("int64"))},
+            {"image": datasets.Image(), "labels": datasets.Sequence(datasets.Value("int64"))},
             "column 'labels' is .*expected",
         ),
         ({"image": datasets.Image(), "label": datasets.Value("int64")}, "column 'label' is .*expected class names"),

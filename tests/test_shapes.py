@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Image, List, Value
+from datasets import ClassLabel, Image, Value
+from datasets import Sequence as List
 from PIL import Image as PILImage
 
 from bitrans_hf.data import class_names, make_shapes, open_image, open_mask

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pyarrow as pa  # type: ignore[import-untyped]
-from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, Value
+from datasets import Sequence as List  # the name that every version knows; a `List` since datasets 4
 from datasets.table import InMemoryTable
 
 from .common import DataError, collector_paused
@@ -112,7 +113,7 @@ def class_names(dataset: Dataset) -> list[str]:
     names = getattr(getattr(feature, "feature", None), "names", None)
     if names is None:
         raise DataError(
-            f"the data set's column 'labels' is {feature!r}, expected List(ClassLabel(names=...)); "
+            f"the data set's column 'labels' is {feature!r}, expected Sequence(ClassLabel(names=...)); "
             "load it with a loader of bitrans_hf.data or cast the column."
         )
     return list(names)
