@@ -70,8 +70,8 @@ def _sentence(error: BaseException, repo_id: str, revision: str) -> str | None:
 def is_connection_error(error: BaseException) -> bool:
     """Whether a connection broke or could not be made, in the words of any library that the Hub is asked through.
 
-    huggingface_hub asks through httpx2 since its version 2.4 or so and through httpx before, timm and datasets in part
-    through requests and urllib: neither is a dependency of ours, so the first two are known by name.
+    huggingface_hub asks through httpx2 or, in older versions, httpx. Neither is a dependency of ours, so their errors
+    are known by name.
     """
     transport = ("httpx", "httpx2")
     names = {(base.__module__.partition(".")[0], base.__name__) for base in type(error).__mro__}

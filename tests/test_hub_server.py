@@ -33,7 +33,7 @@ def test_files_branches_tags_and_ranges_come_back_as_they_were_pushed(hub: HubSe
     (tmp_path / "folder" / "deep" / "weights.safetensors").write_bytes(bytes(range(256)) * 40)
     result = run_client(
         """
-import httpx2
+import urllib.request
 from huggingface_hub import HfApi, get_token, snapshot_download
 from pathlib import Path
 api, repo = HfApi(), "me/things"
@@ -51,7 +51,7 @@ result = {
     "name": api.whoami()["name"], "first": first, "now": sorted(api.list_repo_files(repo)),
     "side": sorted(entry.path for entry in api.list_repo_tree(repo, revision="side", recursive=True)),
     "readme": (old / "README.md").read_text(), "weights": len((old / "deep" / "weights.safetensors").read_bytes()),
-    "range": list(httpx2.get(url, headers=headers).content),
+    "range": list(urllib.request.urlopen(urllib.request.Request(url, headers=headers)).read()),
     "license": api.model_info(repo, revision="v1").card_data.license,
     "refs": [sorted(ref.name for ref in refs.branches), sorted(ref.name for ref in refs.tags)],
     "titles": [commit.title for commit in api.list_repo_commits(repo)],

@@ -11,11 +11,11 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
-import httpx2
 import numpy as np
 import pytest
 from datasets import load_dataset
 from hub_server import HubServer
+from huggingface_hub.utils import get_session
 from open_published import open_without_the_package, run_published
 from PIL import Image
 from test_hub_server import run_client
@@ -279,9 +279,15 @@ def test_every_refusal_of_the_hub_is_one_sentence_and_changes_nothing(hub: HubSe
     assert set(hub.repositories) == {("model", "me/there")}
 
 
+def refused_connection() -> Exception:
+    """As huggingface_hub's client raises it: its version decides which library it asks through."""
+    library = sys.modules[type(get_session()).__module__.partition(".")[0]]
+    return library.ConnectError("refused")
+
+
 def test_a_connection_that_broke_is_found_under_what_was_raised_from_it():
     error = RuntimeError("Error while uploading 'model.safetensors' to the Hub.")
-    error.__cause__ = httpx2.ConnectError("refused")
+    error.__cause__ = refused_connection()
     assert "broke or could not be made (ConnectError)" in str(hub_error_sentence(error, "me/x"))
     assert hub_error_sentence(RuntimeError("something else"), "me/x") is None
 
