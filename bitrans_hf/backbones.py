@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import initialization as init
 
 from .configuration_bitrans import BiTransConfig
+from .encoder import ClassTokenEncoder
 from .errors import InputError
 from .modeling_bitrans import BiTransModel
 from .resnet38 import STAGES, TAP_STRIDES, TAPS, ResNet38
@@ -90,11 +91,9 @@ class BiTransBackbone(Backbone):
             raise InputError(
                 f"output_stride of backbone 'bitrans' must divide its patch size {config.patch_size}, got {stride}."
             )
-        self.encoder = BiTransModel(config)
         self.out_indices = chosen_maps(out_indices, (stride,) * config.num_hidden_layers)
         # What the last map does not need would be a parameter without gradient.
-        del self.encoder.seg_head
-        self.encoder.layers = self.encoder.layers[: self.out_indices[-1] + 1]
+        self.encoder = ClassTokenEncoder(config, num_layers=self.out_indices[-1] + 1)
         self.patch_size, self.stride = config.patch_size, stride
         self.channels = (config.hidden_size,) * len(self.out_indices)
         self.strides = (stride,) * len(self.out_indices)
@@ -102,20 +101,15 @@ class BiTransBackbone(Backbone):
 
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """Map (B, 3, H, W) to the chosen maps."""
-        encoder, margin = self.encoder, self.patch_size - self.stride
-        # Half the overlap on each side centres patch i on the pixels from i * stride on.
+        margin = self.patch_size - self.stride
+        # Half the overlap on each side centers patch i on the pixels from i * stride on.
         before, after = margin // 2, margin - margin // 2
-        pixel_values = F.pad(pixel_values, (before, after, before, after)).to(encoder.patch_embed.weight.dtype)
-        patches = F.conv2d(pixel_values, encoder.patch_embed.weight, encoder.patch_embed.bias, stride=self.stride)
-        h, w = patches.shape[2:]
-        class_tokens = encoder.class_tokens.expand(len(patches), -1, -1).to(patches.dtype)
-        position = encoder.position_embedding(h * self.patch_size, w * self.patch_size)
-        tokens = torch.cat([class_tokens, patches.flatten(2).transpose(1, 2)], dim=1) + position
-        maps = []
-        for index, layer in enumerate(encoder.layers):
+        tokens, grid = self.encoder.embed(F.pad(pixel_values, (before, after, before, after)), self.stride)
+        num_patches, maps = grid[0] * grid[1], []
+        for index, layer in enumerate(self.encoder.layers):
             tokens, _ = layer(tokens, with_map=False)
             if index in self.out_indices:
-                maps.append(token_map(tokens[:, class_tokens.shape[1] :], (h, w)))
+                maps.append(token_map(tokens[:, -num_patches:], grid))
         return maps
 
     def stage_of_parameters(self) -> dict[str, int]:
