@@ -42,8 +42,8 @@ test-oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
 	@echo "== installing the oldest versions into $(OLDEST) (once, some minutes: PyTorch is large)"
 	@$(PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install -c tests/oldest.txt -e '.[crf,sbd]' \
-		pycocotools hypothesis playwright pytest pytest-xdist
+	@$(OLDEST)/bin/python -m pip install -c tests/oldest.txt -e '.[coco,crf,sbd]' \
+		hypothesis playwright pytest pytest-xdist
 	@touch $@
 
 test-slow: $(INSTALLED_DEV)

@@ -43,7 +43,7 @@ from .common import (
     tidy_name,
     without_suffix,
 )
-from .outlines import OutlineError, read_outline
+from .outlines import OutlineError, polygon_painter, read_outline
 from .rows import build_dataset
 
 logger = logging.getLogger(__name__)
@@ -130,6 +130,7 @@ def load_coco(
 
     Raises:
         DataError: a file is missing or damaged, or does not fit; the message names it.
+        MissingExtraError: masks are wanted and pycocotools is not installed.
         ValueError: an unknown value of `overlap` or `crowd`.
     """
     rule = CocoMaskRule(overlap or "later", crowd or "background")
@@ -162,6 +163,7 @@ def load_coco(
 
     cells: Sequence[Path | bytes | str | None] = [None] * len(images)
     if masks is True:
+        polygon_painter()  # without it no mask could be painted: now, not after training
         canvases = _canvases(images, folder)
         reasons = _unknown_masks(instances, images, canvases, rule)
         _say_unknown(path, reasons, len(images))
@@ -209,6 +211,7 @@ def write_coco_masks(
 
     Raises:
         DataError: as `load_coco`, or the folder holds masks of another rule or file.
+        MissingExtraError: masks are wanted and pycocotools is not installed.
         ValueError: an unknown value of `overlap` or `crowd`.
     """
     rule = CocoMaskRule(overlap, crowd)
