@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 
 from .commands import if_stopped
 from .errors import InputError
+from .file_names import label_path
 from .files import lies_in
 from .image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized, strongest_row
 from .labels import palette
@@ -322,7 +323,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
         maps = maps_of(path)
         class_ids = ids_of(chosen)
         seeds = maps.seeds(class_ids, num_scales, layers)["refined"]
-        file = Path(masks_folder.name) / str(request.session_hash) / f"{Path(path).stem}_mask.png"
+        file = label_path(Path(masks_folder.name) / str(request.session_hash), f"{Path(path).stem}_mask")
         write_label_png(file, maps.label_map(class_ids, seeds, cut, maps.size))
         return gr.DownloadButton(value=str(file), interactive=True)
 

@@ -24,6 +24,15 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 from .errors import InputError
 from .image_decoding import to_rgb
 
+MAX_SIDE = 640
+"""Longest side in pixels that images are worked on at, unless set otherwise; VOC and COCO images pass as they are."""
+
+MAX_ASPECT = 10
+"""Side ratio from which on an image is a panorama, whose longer side may exceed the bound: see `bounded_size`."""
+
+STRIP_VALUES = 1 << 22
+"""Numbers in a strip of `enlarged_strips`: 16 MiB of float32."""
+
 
 class BiTransImageProcessorKwargs(ImagesKwargs, total=False):
     """What may be given to `BiTransImageProcessor` and its calls, besides the usual options of image processors.
@@ -65,7 +74,7 @@ class BiTransImageProcessor(TorchvisionBackend):
     image_mean = IMAGENET_DEFAULT_MEAN
     image_std = IMAGENET_DEFAULT_STD
     size = {"height": 224, "width": 224}  # noqa: RUF012 - transformers reads these as class attributes
-    max_side: int | None = 640
+    max_side: int | None = MAX_SIDE
     do_resize = True
     do_rescale = True
     do_normalize = True
@@ -156,12 +165,7 @@ class BiTransImageProcessor(TorchvisionBackend):
         """
         image = to_rgb(image)
         max_side = self.max_side if max_side is None else max_side
-        height, width = image.height, image.width
-        if max_side is not None:
-            height, width = bounded_size((height, width), max_side)
-        if (width, height) == image.size:
-            return image
-        return image.resize((width, height), Image.Resampling.BICUBIC)
+        return image if max_side is None else bounded_image(image, max_side)
 
     def scaled_views(self, image: Image.Image, scales: Sequence[float] = (1.0,)) -> list[torch.Tensor]:
         """Return the whole image at every scale, normalised: (1, 3, round(H * s), round(W * s)) float32 each.
@@ -307,6 +311,40 @@ def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(flat, size=size, mode="bilinear").reshape(*leading, *size)
 
 
+def enlarged_strips(maps: torch.Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Resize maps (L, h, w) to (L, H, W) bilinearly, as `resized` does, in strips: bounded memory at any size.
+
+    No value leaves the range of its map. Maps of that size come back as they are, in one strip.
+
+    Args:
+        maps: Any float type.
+        size: (H, W), at least (h, w).
+
+    Yields:
+        Rows of the result, from top to bottom, and the values there, (L, rows, W).
+    """
+    height, width = size
+    if maps.shape[-2:] == size:
+        yield slice(0, height), maps
+        return
+    rows = max(1, STRIP_VALUES // (max(1, len(maps)) * width))
+    for start in range(0, height, rows):
+        stop = min(start + rows, height)
+        yield slice(start, stop), interpolated(interpolated(maps, 1, height, start, stop), 2, width, 0, width)
+
+
+def interpolated(maps: torch.Tensor, dim: int, length: int, start: int, stop: int) -> torch.Tensor:
+    """Return the places `start` to `stop` of one side of `maps`, were it resized linearly to `length`."""
+    source = maps.shape[dim]
+    places = ((torch.arange(start, stop, dtype=torch.float64) + 0.5) * source / length - 0.5).clamp(0, source - 1)
+    low = places.long()
+    high = (low + 1).clamp(max=source - 1)
+    shape = [-1 if axis == dim else 1 for axis in range(maps.dim())]
+    weight = (places - low).to(maps.dtype).reshape(shape).to(maps.device)
+    ends = (maps.index_select(dim, each.to(maps.device)) for each in (low, high))
+    return torch.lerp(*ends, weight)  # which does not leave the range of its ends
+
+
 def strongest_row(label_ids: Sequence[int], rows: Iterable[torch.Tensor]) -> torch.Tensor:
     """Give every pixel the label id of its highest score, as `argmax` over stacked rows does: of equals the first.
 
@@ -366,18 +404,31 @@ def check_label_maps(pictures: Sequence[torch.Tensor], label_maps: Sequence[torc
 
 
 def bounded_size(size: Sequence[int], max_side: int) -> tuple[int, int]:
-    """Return (height, width) with the longer side at most `max_side`, proportions kept, at least one pixel each.
+    """Return (height, width) reduced so that the longer side is at most `max_side`, proportions kept.
+
+    The longer side of a panorama, which is more than ten times the shorter one, may exceed `max_side`: its shorter
+    side keeps a tenth of `max_side`, so that patches fit in, as long as the area is at most `max_side` squared.
 
     Raises:
         ValueError: `max_side` is below 1.
     """
     if max_side < 1:
         raise InputError(f"max_side must be at least 1 pixel, got {max_side}.")
-    longest = max(size)
+    longest, shortest = max(size), min(size)
     if longest <= max_side:
         return cast(tuple[int, int], tuple(size))
-    height, width = (max(1, round(side * max_side / longest)) for side in size)
+    if longest <= MAX_ASPECT * shortest:
+        height, width = (max(1, round(side * max_side / longest)) for side in size)
+    else:
+        scale = min(1.0, max_side / (MAX_ASPECT * shortest), max_side / (longest * shortest) ** 0.5)
+        height, width = (max(1, round(side * scale)) for side in size)
     return height, width
+
+
+def bounded_image(image: Image.Image, max_side: int) -> Image.Image:
+    """Return an RGB image reduced to `bounded_size` with PIL's bicubic filter; a small one as it is."""
+    height, width = bounded_size((image.height, image.width), max_side)
+    return image if (width, height) == image.size else image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 def scaled(image: Image.Image, scale: float) -> Image.Image:

@@ -21,6 +21,7 @@ from .data.common import is_background, without_suffix
 from .data.folder import TABLE_NAMES
 from .data.image_files import list_images
 from .errors import InputError
+from .file_names import label_path
 from .files import OUTPUT_MARK, mark_output, refuse_overwriting, refuse_same_folder
 from .pipeline_bitrans import LocalisedPicture, PseudoMaskPipeline, Refiner
 from .progress import progress, say_progress, say_result, working
@@ -91,7 +92,7 @@ def run_masks(options: argparse.Namespace) -> None:
                 raise InputError(answer.reason)
             unreadable.append(answer.reason)
         else:
-            write_label_png(mask_path(options.out, picture), answer)
+            write_label_png(mask_path(options.out, picture), answer, picture.image_id)
     for reason in unreadable:
         say_progress(f"left out: {reason}")
     say_result(
@@ -207,7 +208,7 @@ def pictures_with_labels(
 
 def mask_path(folder: Path, picture: PictureFile) -> Path:
     """Return where a picture's mask goes."""
-    return folder / f"{picture.image_id}.png"
+    return label_path(folder, picture.image_id)
 
 
 def write_record(path: Path, record: Mapping[str, Any], *, overwrite: bool) -> None:

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
 from .errors import InputError, MissingExtraError, MissingFileError
-from .image_decoding import DECODING_ERRORS, to_rgb
+from .image_decoding import DECODING_ERRORS, TOO_LARGE, opened, to_rgb
 from .image_processing_bitrans import (
     CAM_FUSIONS,
     BiTransImageProcessor,
@@ -76,7 +76,7 @@ def open_picture(source: Any, *, upright: bool = True, timeout: float | None = N
             source = base64.b64decode(source.partition("base64,")[2] or source, validate=True)
         if not isinstance(source, bytes) and Path(source).is_dir():
             raise IsADirectoryError("it is a folder; give its pictures one by one or use `bitrans masks`")
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with opened(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _as_rgb(image, upright)
     except FileNotFoundError as error:
         raise InputError(f"picture {name} is not there; was it moved or deleted?") from error
@@ -84,6 +84,8 @@ def open_picture(source: Any, *, upright: bool = True, timeout: float | None = N
         raise InputError(
             f"picture {name} cannot be read: it is no image file, or a damaged one; give a PNG, JPEG or the like."
         ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(f"picture {name} {TOO_LARGE}.") from error
     except (*DECODING_ERRORS, urllib.error.URLError, binascii.Error) as error:
         raise InputError(f"picture {name} cannot be read ({type(error).__name__}: {error}).") from error
 
@@ -318,10 +320,16 @@ class PseudoMaskPipeline(Pipeline):
         image = processor.bounded(image, max_side=max_side)
         patch_size = self.model.config.patch_size
         if round(min(image.size) * min(scales)) < patch_size:
+            if min(size) < patch_size:
+                remedy = "enlarge it first"
+            elif round(min(size) * min(scales)) < patch_size:
+                remedy = "leave out the small scales, or enlarge it first"
+            else:
+                remedy = "give a larger max_side, or cut it into pieces"
             raise InputError(
                 f"picture {name_of(source)} is smaller than a patch: {size[0]} x {size[1]} pixels (height x width)"
                 + (f", worked on at {image.height} x {image.width}" if size != (image.height, image.width) else "")
-                + f", at scale {min(scales)}; expected at least {patch_size} x {patch_size}, enlarge it first."
+                + f", at scale {min(scales)}; expected at least {patch_size} x {patch_size}: {remedy}."
             )
         views = processor.scaled_views(image, scales)
         # In a list, or the loader would look for tensors to pad.

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from .crf import dense_crf
 from .errors import InputError, MissingFileError
+from .file_names import ID_KEY, SHORTENED, label_files
+from .image_processing_bitrans import enlarged_strips
 from .labels import BACKGROUND, IGNORE_INDEX, palette
 from .markdown import literal
 from .par import pixel_adaptive_refinement
@@ -74,12 +77,13 @@ REFINERS: dict[str, Refiner] = {"none": _unrefined, "crf": dense_crf, "par": _pa
 # ---- Label maps.
 
 
-def scores_to_label_map(class_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+def scores_to_label_map(class_ids: np.ndarray, scores: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
     """Take the best label of each pixel; of equal ones the first, so background before classes.
 
     Args:
         class_ids: (K,) 0-based ids of the classes that rows 1 to K belong to.
-        scores: (1 + K, H, W), background as row 0.
+        scores: (1 + K, h, w), background as row 0.
+        size: (H, W) of the label map where the scores are smaller; they are enlarged bilinearly, a strip at a time.
 
     Returns:
         (H, W) uint8 with 0 for background and class id + 1 for objects.
@@ -88,17 +92,18 @@ def scores_to_label_map(class_ids: np.ndarray, scores: np.ndarray) -> np.ndarray
         ValueError: the rows do not fit the class ids, a class id above 253, or NaN.
     """
     label_ids = _label_ids(class_ids, scores)
-    label_map: np.ndarray = label_ids[scores.argmax(axis=0)]
-    return label_map
+    strips = enlarged_strips(torch.from_numpy(np.ascontiguousarray(scores)), size or scores.shape[1:])
+    return np.concatenate([label_ids[strip.numpy().argmax(axis=0)] for _, strip in strips])
 
 
-def seeds_to_label_map(seeds: Seeds, threshold: float) -> np.ndarray:
+def seeds_to_label_map(seeds: Seeds, threshold: float, size: tuple[int, int] | None = None) -> np.ndarray:
     """Cut seeds into a label map: the class with the highest score where it exceeds the background score.
 
     Args:
         seeds: K class maps (K, H, W) in [0, 1].
         threshold: Constant background score in [0, 1]; a pixel whose best class only equals it stays background, and
             of equal classes the first wins, as `argmax` over [threshold; maps] does.
+        size: (H, W) of the label map where the seeds were read at a smaller size.
 
     Returns:
         (H, W) uint8 with 0 for background and class id + 1 for objects.
@@ -106,7 +111,7 @@ def seeds_to_label_map(seeds: Seeds, threshold: float) -> np.ndarray:
     Raises:
         ValueError: the threshold is outside [0, 1].
     """
-    return scores_to_label_map(seeds.class_ids, with_background(seeds.maps, threshold=threshold))
+    return scores_to_label_map(seeds.class_ids, with_background(seeds.maps, threshold=threshold), size)
 
 
 def label_map_with_ignore_band(class_ids: np.ndarray, maps: np.ndarray, *, low: float, high: float) -> np.ndarray:
@@ -184,8 +189,13 @@ def _check_threshold(name: str, value: float) -> None:
 # ---- Files.
 
 
-def write_label_png(path: Path, label_map: np.ndarray) -> None:
+def write_label_png(path: Path, label_map: np.ndarray, image_id: str | None = None) -> None:
     """Write a label map (H, W) uint8 as a PNG with the VOC palette, by atomic rename.
+
+    Args:
+        path: See `file_names.label_path`.
+        label_map: (H, W) uint8.
+        image_id: Kept in the file where its name is too long to hold it, for `file_names.label_files`.
 
     Raises:
         ValueError: not two axes of uint8.
@@ -195,15 +205,19 @@ def write_label_png(path: Path, label_map: np.ndarray) -> None:
         raise InputError(f"a label map is (H, W) uint8, got {label_map.shape} {label_map.dtype}.")
     image = Image.fromarray(label_map)
     image.putpalette(palette())
+    text = None
+    if image_id is not None and any(SHORTENED in part for part in path.parts):
+        text = PngInfo()
+        text.add_itxt(ID_KEY, image_id)
     with atomic_write(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=text)
 
 
 def pseudo_label_dataset(folder: str | Path, *, image_ids: list[str] | None = None) -> Dataset:
     """Read a folder of pseudo labels as a data set that can be saved, pushed to the Hub and joined by `image_id`.
 
     Args:
-        folder: PNGs named `<image_id>.png`, in subfolders where ids have a "/".
+        folder: PNGs named `<image_id>.png`, in subfolders where ids have a "/"; see `file_names.label_path`.
         image_ids: Which, in this order; None takes all, sorted.
 
     Returns:
@@ -214,11 +228,7 @@ def pseudo_label_dataset(folder: str | Path, *, image_ids: list[str] | None = No
         MissingFileError: an image without a label map, or a folder without any.
     """
     folder = Path(folder)
-    paths = {
-        path.relative_to(folder).with_suffix("").as_posix(): path
-        for path in sorted(folder.rglob("*.png"))
-        if not path.name.startswith(".")  # still being written, or left by a kill
-    }
+    paths = label_files(folder)
     if not paths:
         raise MissingFileError(f"no pseudo labels (<image_id>.png) in {folder}; make them first.")
     chosen = sorted(paths) if image_ids is None else image_ids

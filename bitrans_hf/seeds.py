@@ -4,7 +4,7 @@ The procedure is MCTformer's: every scale and its horizontal flip is passed thro
 fused, refined and resized to the image, summed, and min-max normalised for each present class.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from .errors import InputError
 from .image_processing_bitrans import CAM_FUSIONS as CAM_FUSIONS  # under this name also from here
-from .image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized
+from .image_processing_bitrans import BiTransImageProcessor, enlarged_strips, min_max_normalized, resized
 from .image_processing_bitrans import refine_with_affinity as refine_with_affinity
 from .modeling_bitrans import BiTransModel, BiTransOutput
 
@@ -38,7 +38,8 @@ class Seeds:
 
     Attributes:
         class_ids: (K,) int64, 0-based ids of the present object classes, ascending.
-        maps: (K, H, W) float32 in [0, 1] at the image's size; each map's minimum is 0 and its maximum 1.
+        maps: (K, H, W) float32 in [0, 1] at the image's size, or at a smaller size where a reader asked for that; each
+            map's minimum is 0 and its maximum 1.
     """
 
     class_ids: np.ndarray
@@ -77,7 +78,7 @@ def fused_maps(
 
 
 def sum_over_views(
-    model: torch.nn.Module,
+    model: Callable[[torch.Tensor], BiTransOutput],
     scaled_views: Sequence[torch.Tensor],
     variants: Mapping[str, tuple[str, bool]],
     *,
@@ -136,6 +137,12 @@ def normalized_seeds(class_ids: np.ndarray, maps: torch.Tensor, size: tuple[int,
     return Seeds(np.asarray(class_ids, dtype=np.int64), values.cpu().numpy())
 
 
+def seed_strips(seeds: Seeds, size: tuple[int, int]) -> Iterator[tuple[slice, Seeds]]:
+    """Bring seeds that were read at a smaller size to the image's (H, W), in strips of rows."""
+    for rows, strip in enlarged_strips(torch.from_numpy(seeds.maps), size):
+        yield rows, Seeds(seeds.class_ids, strip.numpy())
+
+
 def extract_seeds(
     model: BiTransModel,
     image: Image.Image,
@@ -155,7 +162,7 @@ def extract_seeds(
         model: A trained model; it runs in evaluation mode and is left in the mode it was in.
         image: PIL image of any mode, at least one patch in height and width.
         image_labels: Names of the present classes, or a multi-hot vector (C,).
-        processor: Resizes and normalises.
+        processor: Resizes and normalises; an image with a longer side than its `max_side` is worked on at that size.
         scales: Sizes to average over, relative to the image; the first must be 1.0.
         flip: Average over the horizontal flip of each size too.
         mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), its root "fused_sqrt", "sc_cam" or "coarse_cam".
@@ -175,8 +182,8 @@ def extract_seeds(
     if len(scales) == 0 or scales[0] != 1.0:
         raise InputError(f"the first scale must be 1.0, which sets the size of the seeds; got {tuple(scales)}.")
     class_ids = present_class_ids(image_labels, cast("Mapping[int, str]", model.config.id2label))
-    size = (image.height, image.width)
-    views = [view.to(device=model.device, dtype=model.dtype) for view in processor.scaled_views(image, scales)]
+    bounded = processor.bounded(image)
+    views = [view.to(device=model.device, dtype=model.dtype) for view in processor.scaled_views(bounded, scales)]
     was_training = model.training
     model.eval()
     try:
@@ -185,13 +192,13 @@ def extract_seeds(
             views,
             {mode: (mode, refine)},
             flip=flip,
-            size=size,
+            size=(bounded.height, bounded.width),
             refine_steps=refine_steps,
             normalize_affinity=normalize_affinity,
         )[mode]
     finally:
         model.train(was_training)
-    return normalized_seeds(class_ids, total[0, torch.from_numpy(class_ids)], size)
+    return normalized_seeds(class_ids, total[0, torch.from_numpy(class_ids)], (image.height, image.width))
 
 
 def present_class_ids(

@@ -1,18 +1,20 @@
 """Seeds and refined scores on disk: one small `.npz` for each image, no pickle, complete or absent."""
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote
 
 import numpy as np
 import torch
 
 from .errors import InputError, MissingFileError
+from .file_names import ID_KEY, MAX_NAME_BYTES, ascii_name, image_id_of
+from .image_processing_bitrans import bounded_size
 from .seeds import Seeds, normalized_seeds
 
 
@@ -25,12 +27,16 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Give a temporary path in the same folder and rename it to `path` at the end, so that readers see all or nothing.
 
     The temporary file is removed when the body raises. Its name keeps `path`'s suffix, which libraries look at, and
-    carries the process id, so that two processes do not share it.
+    carries the process id, so that two processes do not share it. It is short, however long `path`'s own name is.
 
     Raises:
         DiskFullError: the disk, a quota or a limit on the size of files leaves no room.
     """
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    end = f".{os.getpid()}.tmp{path.suffix}"
+    name = f".{path.stem}{end}"
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{end}"
+    temporary = path.with_name(name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -59,17 +65,35 @@ class ImageStore:
 
     def path(self, image_id: str) -> Path:
         """Return the file of an image; ids with "/" or other special characters are percent-encoded."""
-        name = quote(image_id, safe=" ")
-        if name.startswith("."):  # hidden files are those that are still being written
-            name = f"%2E{name[1:]}"
-        return self.folder / f"{name}.npz"
+        return self.folder / ascii_name(image_id, ".npz")
 
     def __contains__(self, image_id: str) -> bool:
         return self.path(image_id).is_file()
 
     def ids(self) -> list[str]:
         """Return the ids of all stored images, sorted."""
-        return sorted(unquote(path.stem) for path in self.folder.glob("[!.]*.npz"))
+        # Hidden files are those that are still being written.
+        return sorted(self._id_of(path) for path in self.folder.glob("[!.]*.npz"))
+
+    def _id_of(self, path: Path) -> str:
+        image_id = image_id_of(path.stem)
+        if image_id is None:  # the name was too long to hold the id
+            with np.load(path, allow_pickle=False) as arrays:
+                image_id = str(arrays[ID_KEY])
+        return image_id
+
+    def _write(self, image_id: str, arrays: Mapping[str, Any]) -> None:
+        with atomic_write(self.path(image_id)) as temporary:
+            np.savez_compressed(temporary, allow_pickle=False, **{ID_KEY: np.array(image_id)}, **arrays)
+
+    def _check_id(self, image_id: str, arrays: Mapping[str, Any]) -> None:
+        """Refuse another image's file, which a disk that does not tell a from A hands out."""
+        stored = str(arrays[ID_KEY]) if ID_KEY in arrays else image_id  # older files hold no id
+        if stored != image_id:
+            raise InputError(
+                f"{self.folder} holds {stored!r} where {image_id!r} belongs: the names differ in case alone, and this "
+                "disk keeps one file for both; rename one of the images."
+            )
 
 
 class SeedStore(ImageStore):
@@ -100,15 +124,28 @@ class SeedStore(ImageStore):
                 raise InputError(f"{image_id}: the maps of {variant!r} hold NaN or infinity; the model is broken.")
             scaled = normalized_seeds(class_ids, values, (values.shape[1], values.shape[2])).maps
             arrays[f"maps_{variant}"] = scaled.astype(np.float16)
-        with atomic_write(self.path(image_id)) as temporary:
-            np.savez_compressed(temporary, allow_pickle=False, **arrays)
+        self._write(image_id, arrays)
 
-    def read(self, image_id: str, variant: str) -> Seeds:
-        """Read one variant of an image's seeds at the image's size; raises what `read_variants` does."""
-        return self.read_variants(image_id, [variant])[variant]
+    def size(self, image_id: str) -> tuple[int, int]:
+        """Return the (H, W) of an image whose seeds are here."""
+        with np.load(self.path(image_id), allow_pickle=False) as arrays:
+            height, width = (int(side) for side in arrays["size"])
+            return height, width
 
-    def read_variants(self, image_id: str, variants: Iterable[str]) -> dict[str, Seeds]:
+    def read(self, image_id: str, variant: str, *, max_side: int | None = None) -> Seeds:
+        """Read one variant of an image's seeds; takes and raises what `read_variants` does."""
+        return self.read_variants(image_id, [variant], max_side=max_side)[variant]
+
+    def read_variants(
+        self, image_id: str, variants: Iterable[str], *, max_side: int | None = None
+    ) -> dict[str, Seeds]:
         """Read several variants of an image's seeds at the image's size: variant -> seeds.
+
+        Args:
+            image_id: Name of the image.
+            variants: Names of the maps.
+            max_side: Give the maps at the image's `bounded_size` instead, which takes less memory for large images;
+                `enlarged_strips` brings them to the image's size.
 
         Raises:
             MissingFileError: the image has no seeds here.
@@ -120,14 +157,16 @@ class SeedStore(ImageStore):
                 f"no seeds of image {image_id!r} in {self.folder}; run training/make_seeds.py first."
             )
         with np.load(path, allow_pickle=False) as arrays:
+            self._check_id(image_id, arrays)
             class_ids, (height, width) = arrays["class_ids"], arrays["size"].tolist()
+            size = (height, width) if max_side is None else bounded_size((height, width), max_side)
             seeds = {}
             for variant in variants:
                 if f"maps_{variant}" not in arrays:
                     stored = ", ".join(name.removeprefix("maps_") for name in arrays if name.startswith("maps_"))
                     raise InputError(f"{path} holds the variants {stored}, not {variant!r}.")
                 maps = torch.from_numpy(arrays[f"maps_{variant}"].astype(np.float32))
-                seeds[variant] = normalized_seeds(class_ids, maps, (height, width))
+                seeds[variant] = normalized_seeds(class_ids, maps, size)
             return seeds
 
 
@@ -174,8 +213,7 @@ class LabelScoreStore(ImageStore):
             if not ((values >= -1e-3) & (values <= 1 + 1e-3)).all():
                 raise InputError(f"{image_id}: scores {name!r} must be in [0, 1] without NaN; refine them again.")
             arrays[f"scores_{name}"] = np.rint(255 * np.clip(values, 0, 1).astype(np.float32)).astype(np.uint8)
-        with atomic_write(self.path(image_id)) as temporary:
-            np.savez_compressed(temporary, allow_pickle=False, **arrays)
+        self._write(image_id, arrays)
 
     def read(self, image_id: str) -> LabelScores:
         """Read an image's scores.
@@ -187,6 +225,7 @@ class LabelScoreStore(ImageStore):
         if not path.is_file():
             raise MissingFileError(f"no label scores of image {image_id!r} in {self.folder}; refine its seeds first.")
         with np.load(path, allow_pickle=False) as arrays:
+            self._check_id(image_id, arrays)
             names = [name for name in arrays if name.startswith("scores_")]
             scores = {name.removeprefix("scores_"): arrays[name].astype(np.float32) / 255 for name in names}
             return LabelScores(arrays["class_ids"], scores)

@@ -37,7 +37,9 @@ EVERY_IMAGE_SHOWS_THE_CAT = (
 def save_picture(path: Path, size: tuple[int, int] = (8, 6)) -> None:
     """Write a picture of (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    PILImage.fromarray(np.full((*size, 3), 100, dtype=np.uint8)).save(path)
+    pixels = np.full((*size, 3), 100, dtype=np.uint8)
+    pixels[:, -1] = 200  # a constant image would be remarked upon
+    PILImage.fromarray(pixels).save(path)
 
 
 @pytest.fixture
@@ -530,6 +532,20 @@ def test_a_sound_folder_is_counted(make_folder: MakeFolder) -> None:
         f"  note: {EVERY_IMAGE_SHOWS_THE_CAT}",
         "  no problems found",
     ]
+
+
+def test_images_that_show_nothing_or_whose_bits_are_guessed_are_named_and_no_fault(make_folder: MakeFolder) -> None:
+    root = make_folder("file_name,labels\na.png,cat\nb.png,cat\ndeep.png,cat\n", pictures=("a.png",))
+    PILImage.new("RGB", (6, 4)).save(root / "images/b.png")
+    PILImage.fromarray(np.array([[0, 4095]], dtype=np.uint16)).save(root / "images/deep.png")
+    report = check_folder(root)
+    assert report.ok
+    assert [remark.name for remark in report.remarks] == ["b.png", "deep.png"]
+    printed = str(report)
+    assert "  look at: 2\n    b.png: it is nearly constant, its values lie in [0, 0]" in printed
+    assert "    deep.png: its values are taken to lie in [0, 4095], which is guessed" in printed
+    assert printed.endswith("  no problems found")
+    assert check_folder(root, decode=False).remarks == ()
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from tiny_models import picture, pixels, tiny_model
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
 from bitrans_hf import BiTransImageProcessor, extract_seeds
-from bitrans_hf.image_decoding import to_rgb
-from bitrans_hf.image_processing_bitrans import scaled
+from bitrans_hf.data import open_image
+from bitrans_hf.image_decoding import decoding_notes, to_rgb
+from bitrans_hf.image_processing_bitrans import bounded_size, enlarged_strips, resized, scaled
 from bitrans_hf.pseudo_labels import seeds_to_label_map
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -86,9 +88,76 @@ def test_the_stored_pixels_are_used_and_not_turned_by_exif(tmp_path: Path):
         assert to_rgb(image).size == (30, 20)
 
 
-def test_a_floating_point_picture_is_refused():
-    with pytest.raises(ValueError, match=r"got a floating-point image \(mode F\).*save it as 8 or 16 bit"):
-        to_rgb(Image.new("F", (2, 2)))
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_twelve_bits_in_larger_numbers_are_not_black(dtype: type, tmp_path: Path):
+    values = np.array([[0, 1023, 2048, 4095]], dtype=dtype)
+    Image.fromarray(values).save(tmp_path / "deep.tif")
+    with Image.open(tmp_path / "deep.tif") as image:
+        np.testing.assert_array_equal(np.asarray(to_rgb(image))[0, :, 0], [0, 64, 128, 255])
+
+
+@pytest.mark.parametrize(
+    ("values", "seen"),
+    [
+        (np.array([0, 100, 255], dtype=np.uint16), [0, 100, 255]),
+        (np.array([0, 1023], dtype=np.uint16), [0, 255]),
+        (np.array([0, 16383], dtype=np.uint16), [0, 255]),
+        (np.array([0, 16384], dtype=np.uint16), [0, 63]),
+        (np.array([-1000, 0, 1000], dtype=np.int32), [0, 128, 255]),
+        (np.array([0, 2_000_000], dtype=np.int32), [0, 255]),
+        (np.array([0, 0.25, 1], dtype=np.float32), [0, 64, 255]),
+        (np.array([0, 100, 255], dtype=np.float32), [0, 100, 255]),
+        (np.array([-1, 0, 3], dtype=np.float32), [0, 64, 255]),
+        (np.array([np.nan, 0.5, np.inf], dtype=np.float32), [0, 128, 255]),
+        (np.array([0, 0], dtype=np.float32), [0, 0]),
+        (np.array([-7, -7], dtype=np.int32), [0, 0]),
+    ],
+)
+def test_gray_values_of_more_than_eight_bits_are_scaled_by_the_bits_in_use(values: np.ndarray, seen: list[int]):
+    np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(values[None])))[0, :, 0], seen)
+
+
+@pytest.mark.parametrize(
+    ("image", "words"),
+    [
+        (Image.fromarray(np.array([[0, 4095]], dtype=np.uint16)), [r"lie in \[0, 4095\], which is guessed"]),
+        (Image.fromarray(np.array([[0, 65535]], dtype=np.uint16)), []),
+        (Image.fromarray(np.array([[0, 1]], dtype=np.float32)), [r"lie in \[0, 1\], which is guessed"]),
+        (Image.new("RGB", (4, 4), (255, 0, 7)), ["nearly constant"]),
+        (Image.new("1", (4, 4), 1), [r"nearly constant, its values lie in \[255, 255\]"]),
+        (picture(8, 8), []),
+    ],
+)
+def test_what_is_guessed_about_an_image_is_said(image: Image.Image, words: list[str]):
+    notes = decoding_notes(image, to_rgb(image))
+    assert len(notes) == len(words)
+    assert all(re.search(expected, note) for note, expected in zip(notes, words, strict=True))
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.tif"])
+def test_of_several_frames_or_pages_the_first_is_used_and_said(name: str, tmp_path: Path):
+    frames = [Image.new("RGB", (16, 16), color) for color in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    for frame in frames:
+        frame.paste((255, 255, 255), (0, 0, 8, 8))
+    options = {"lossless": True} if name == "a.webp" else {}
+    frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+    with Image.open(tmp_path / name) as image:
+        rgb = to_rgb(image).copy()
+        assert decoding_notes(image, rgb) == ["it has 3 frames or pages, of which the first is used"]
+    assert rgb.getpixel((12, 12)) == (250, 0, 0)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_an_image_with_too_many_pixels_to_open_is_one_sentence(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    picture(10, 10 * size).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 60)  # PIL warns above, and refuses above twice of it
+    if size == 1:
+        assert open_image(tmp_path / "huge.png").size == (10, 10)
+        return
+    with pytest.raises(ValueError, match=r"huge\.png has more than 178 million pixels.*save a smaller copy"):
+        open_image(tmp_path / "huge.png")
 
 
 # ---- Sizes that seeds need.
@@ -204,7 +273,7 @@ def test_label_maps_that_do_not_belong_to_the_pictures_are_refused(label_maps: l
 
 
 @pytest.mark.parametrize(
-    ("size", "bounded"), [((90, 60), (48, 32)), ((20, 96), (10, 48)), ((48, 31), (48, 31)), ((1, 500), (1, 48))]
+    ("size", "bounded"), [((90, 60), (48, 32)), ((20, 96), (10, 48)), ((48, 31), (48, 31)), ((96, 10), (48, 5))]
 )
 def test_the_longer_side_is_bounded_and_proportions_stay(size: tuple[int, int], bounded: tuple[int, int]):
     processor, image = BiTransImageProcessor(max_side=48), picture(*size)
@@ -213,6 +282,46 @@ def test_the_longer_side_is_bounded_and_proportions_stay(size: tuple[int, int], 
     expected = image if size == bounded else image.resize((bounded[1], bounded[0]), Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
     assert processor(image, do_resize=False, return_tensors="pt").pixel_values.shape[2:] == bounded
+
+
+@pytest.mark.parametrize(
+    ("size", "bounded"),
+    [
+        ((150, 8000), (64, 3413)),  # a tenth of the bound is left of the shorter side
+        ((3000, 30), (3000, 30)),  # less than that: nothing is reduced
+        ((500, 6000), (64, 768)),
+        ((600, 6000), (64, 640)),
+        ((20, 8000), (20, 8000)),
+        ((150, 100000), (25, 16525)),  # no larger an area than a square of the bound has
+        ((1, 3000), (1, 3000)),
+    ],
+)
+def test_the_shorter_side_of_a_panorama_stays_large_enough_for_patches(
+    size: tuple[int, int], bounded: tuple[int, int]
+):
+    assert bounded_size(size, 640) == bounded
+    assert bounded_size(size[::-1], 640) == bounded[::-1]
+    assert bounded[0] * bounded[1] <= 1.01 * 640**2
+
+
+def test_maps_enlarged_in_strips_are_those_enlarged_at_once(monkeypatch: pytest.MonkeyPatch):
+    maps = torch.rand(3, 13, 17, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr("bitrans_hf.image_processing_bitrans.STRIP_VALUES", 3 * 50 * 7)  # seven rows a strip
+    strips = list(enlarged_strips(maps, (40, 50)))
+    assert [(rows.start, rows.stop) for rows, _ in strips] == [(0, 7), (7, 14), (14, 21), (21, 28), (28, 35), (35, 40)]
+    torch.testing.assert_close(torch.cat([strip for _, strip in strips], dim=1), resized(maps, (40, 50)))
+    assert max(strip.max() for _, strip in strips) <= maps.max()
+
+
+def test_maps_of_the_right_size_come_back_as_they_are():
+    maps = torch.rand(2, 5, 6)
+    ((rows, strip),) = enlarged_strips(maps, (5, 6))
+    assert strip is maps
+    assert rows == slice(0, 5)
+
+
+def test_no_maps_have_strips_too():
+    assert [strip.shape for _, strip in enlarged_strips(torch.zeros(0, 5, 6), (10, 12))] == [(0, 10, 12)]
 
 
 def test_the_bound_can_be_set_for_a_call_and_is_saved(tmp_path: Path):

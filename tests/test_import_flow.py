@@ -29,6 +29,7 @@ ORDER = (
     "weight_files",
     "labels",
     "views",
+    "file_names",
     "configuration_bitrans",
     "image_processing_bitrans",
     "losses",

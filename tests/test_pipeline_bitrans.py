@@ -438,12 +438,11 @@ def test_the_crf_without_the_package_says_what_to_install(monkeypatch: pytest.Mo
     [
         ({"inputs": Image.new("RGB", (1, 1))}, ValueError, r"smaller than a patch: 1 x 1 pixels.*at least 8 x 8"),
         (
-            {"inputs": Image.new("RGB", (900, 10)), "max_side": 90},
+            {"inputs": Image.new("RGB", (8000, 8)), "max_side": 90},
             ValueError,
-            "10 x 900 pixels .*worked on at 1 x 90",
+            "8 x 8000 pixels .*worked on at 3 x 2846.*give a larger max_side",
         ),
         ({"inputs": Image.new("RGB", (20, 20)), "scales": (1.0, 0.3)}, ValueError, "at scale 0.3"),
-        ({"inputs": Image.new("F", (20, 20))}, ValueError, "held in memory cannot be read.*mode F"),
         ({"inputs": "nowhere.jpg"}, ValueError, "picture nowhere.jpg is not there"),
         ({"inputs": "/"}, ValueError, "it is a folder; give its pictures one by one or use `bitrans masks`"),
         (
@@ -489,7 +488,7 @@ def test_a_url_that_does_not_answer_is_named(web: str):
 def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     Image.new("L", (300, 300)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(ValueError, match=r"bomb.png cannot be read \(DecompressionBombError"):
+    with pytest.raises(ValueError, match=r"bomb\.png has more than 178 million pixels.*save a smaller copy"):
         open_picture(tmp_path / "bomb.png")
 
 

@@ -285,6 +285,18 @@ def test_wrong_input_is_named(labels: Any, options: dict[str, Any], message: str
         seeds_of(labels, **options)
 
 
+def test_a_large_image_is_worked_on_at_the_processors_bound():
+    image = picture(60, 90)
+    processor = BiTransImageProcessor(max_side=45)
+    seeds = extract_seeds(tiny_model(), image, ["dog"], processor=processor)
+    small = extract_seeds(tiny_model(), processor.bounded(image), ["dog"], processor=processor)
+    assert seeds.maps.shape == (1, 60, 90)
+    assert small.maps.shape == (1, 30, 45)
+    enlarged = torch.nn.functional.interpolate(torch.from_numpy(small.maps)[None], (60, 90), mode="bilinear")[0]
+    low, high = enlarged.amin(), enlarged.amax()
+    torch.testing.assert_close(torch.from_numpy(seeds.maps), (enlarged - low) / (high - low))
+
+
 def test_a_picture_smaller_than_a_patch_is_refused_at_the_scale_that_makes_it_so():
     with pytest.raises(ValueError, match="smaller than a patch: got 5 x 10 pixels"):
         extract_seeds(tiny_model(), picture(10, 20), ["cat"], processor=BiTransImageProcessor(), scales=(1.0, 0.5))

@@ -412,7 +412,7 @@ def test_an_image_smaller_than_a_patch_is_named_and_the_rest_is_done(
     assert capsys.readouterr().out.count("smaller than a patch: 03") == 1
     assert metrics(tmp_path, "seeds")["splits"]["all_images"]["images"] == 15
     with pytest.raises(UnreadableImageError, match=r"03 is smaller than a patch: 9 x 40 pixels .* at least 16 x 16"):
-        check_size("03", (9, 40), [1.0], 16)
+        check_size("03", (9, 40), (9, 40), [1.0], 16)
 
 
 def test_strict_stops_at_an_unreadable_image(tmp_path: Path, folder_with_a_broken_image: Path):

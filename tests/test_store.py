@@ -79,13 +79,17 @@ def test_a_file_holds_no_pickle(tmp_path: Path):
     store = SeedStore(tmp_path)
     store.write("a", IDS, {"fused": grids()}, (48, 72))
     with zipfile.ZipFile(store.path("a")) as archive:
-        assert sorted(archive.namelist()) == ["class_ids.npy", "maps_fused.npy", "size.npy"]
+        assert sorted(archive.namelist()) == ["class_ids.npy", "image_id.npy", "maps_fused.npy", "size.npy"]
         assert not any(b"|O" in archive.read(name)[:128] for name in archive.namelist())
 
 
 # ---- Names.
 
-NAMES = ["2007_000032", "train2017/000001", "a b.c", "ä%2F", "..", "../up", ".hidden", "C:\\x", "*"]
+NAMES = [
+    "2007_000032", "train2017/000001", "a b.c", "ä%2F", "..", "../up", ".hidden", "C:\\x", "*",
+    "사진" * 16, "사진" * 40, "x" * 250, "folder/" * 60 + "x", "con", "new\nline", "-dash", "dot.", "blank ",
+    "🐶" * 60,
+]  # fmt: skip
 
 
 def test_ids_of_any_kind_are_found_again_inside_the_folder(tmp_path: Path):
@@ -97,6 +101,30 @@ def test_ids_of_any_kind_are_found_again_inside_the_folder(tmp_path: Path):
     assert [store.read(name, "fused").class_ids.tolist() for name in NAMES] == [[i] for i in range(len(NAMES))]
     assert [path.name for path in tmp_path.iterdir()] == ["seeds"]
     assert len(list((tmp_path / "seeds").iterdir())) == len(NAMES)
+
+
+def test_stores_of_earlier_runs_are_read(tmp_path: Path):
+    np.savez_compressed(
+        tmp_path / "a%2F%C3%A4.npz", class_ids=IDS, size=np.array([48, 72], dtype=np.int32), maps_fused=grids().numpy()
+    )
+    store = SeedStore(tmp_path)
+    assert store.ids() == ["a/ä"]
+    assert store.read("a/ä", "fused").class_ids.tolist() == IDS.tolist()
+
+
+def test_the_seeds_of_another_image_are_not_handed_out_by_a_disk_that_ignores_case(tmp_path: Path):
+    store = SeedStore(tmp_path)
+    store.write("IMG_1", IDS, {"fused": grids()}, (48, 72))
+    store.path("IMG_1").rename(store.path("img_1"))  # what such a disk answers when it is asked for img_1
+    with pytest.raises(ValueError, match=r"holds 'IMG_1' where 'img_1' belongs.*differ in case"):
+        store.read("img_1", "fused")
+
+
+def test_a_file_with_the_longest_name_is_written(tmp_path: Path):
+    for path in (tmp_path / ("x" * 251 + ".png"), tmp_path / ("사" * 83 + "xx.png")):
+        with atomic_write(path) as temporary:
+            temporary.write_text("whole", encoding="utf-8")
+        assert path.read_text(encoding="utf-8") == "whole"
 
 
 def test_a_store_without_a_folder_is_empty(tmp_path: Path):
@@ -173,7 +201,7 @@ def test_what_is_not_there_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no seeds of image 'b' in .*make_seeds"):
         store.read("b", "fused")
     store.write("a", IDS, {"fused": grids(), "sc_cam": grids()}, (48, 72))
-    with pytest.raises(ValueError, match="holds the variants fused, sc_cam, not 'refined'"):
+    with pytest.raises(ValueError, match=r"holds the variants fused, sc_cam, not 'refined'"):
         store.read("a", "refined")
 
 

@@ -31,7 +31,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 
 from bitrans_hf.commands import if_stopped
 from bitrans_hf.data import class_names, open_image, open_mask
+from bitrans_hf.data.segmentation import resized_label_map
 from bitrans_hf.errors import InputError
+from bitrans_hf.image_processing_bitrans import MAX_SIDE, bounded_image
 from bitrans_hf.progress import progress, say_progress, say_result
 from bitrans_hf.report import VARIANT_TITLES, GalleryRow, Table, recipe_table, write_report
 from bitrans_hf.seeds import SEED_VARIANTS
@@ -618,11 +620,16 @@ def gallery(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> Iterator[Gall
     half = min(len(several), ablation.num_images // 2)
     for index in spread(several, half) + spread(single, ablation.num_images - half):
         row = images[index]
+        image = bounded_image(open_image(row["image"]), MAX_SIDE)
+        size = (image.height, image.width)
         yield GalleryRow(
             image_id=row["image_id"],
-            image=open_image(row["image"]),
-            target=None if row["mask"] is None else open_mask(row["mask"]),
-            maps={name: store.read(row["image_id"], shown[name].seeds.variant) for name, store in stores.items()},
+            image=image,
+            target=None if row["mask"] is None else resized_label_map(open_mask(row["mask"]), size),
+            maps={
+                name: store.read(row["image_id"], shown[name].seeds.variant, max_side=MAX_SIDE)
+                for name, store in stores.items()
+            },
             label_map=None,
             class_names=class_names(images),
         )

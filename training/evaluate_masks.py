@@ -35,14 +35,18 @@ from bitrans_hf.data import DataError, MaskValues, class_names, mask_rule, open_
 from bitrans_hf.data.coco import CocoMaskRule
 from bitrans_hf.data.common import check_classes, read_class_file, read_text
 from bitrans_hf.data.mask_names import mask_files, match_masks
+from bitrans_hf.data.segmentation import resized_label_map
 from bitrans_hf.errors import InputError
+from bitrans_hf.file_names import label_name, label_path
 from bitrans_hf.files import mark_output, refuse_same_folder
+from bitrans_hf.image_processing_bitrans import MAX_SIDE, bounded_image
 from bitrans_hf.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES
 from bitrans_hf.metrics import MeanIoU, SweepResult, ThresholdSweep
 from bitrans_hf.pseudo_labels import seeds_to_label_map
 from bitrans_hf.report import GalleryRow, Table, confusion_picture, write_report
+from bitrans_hf.seeds import Seeds, seed_strips
 from bitrans_hf.store import SeedStore, atomic_write
-from recipe import Recipe, RunOptions, load_images, parse_recipe_with
+from recipe import Recipe, RunOptions, load_images, max_side_of, parse_recipe_with
 from runtime import StageError, announce, make_accelerator, progress, provenance, say, working, write_json
 
 LabelMap: TypeAlias = NDArray[np.uint8]
@@ -121,9 +125,7 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
     sweep = None
     if isinstance(predictions, SeedPredictions) and predictions.threshold is None:
         sweep = best_threshold(accelerator, truth, predictions, known, options)
-        predictions = SeedPredictions(
-            predictions.store, predictions.variant, predictions.num_classes, sweep.best_threshold
-        )
+        predictions = dataclasses.replace(predictions, threshold=sweep.best_threshold)
     metric, images = score(accelerator, truth, predictions, known, evaluation, options)
     notes = masks_without_objects(metric, images, predictions, evaluation, recipe)
     if all(image.identical for image in images) and isinstance(predictions, MaskPredictions):
@@ -334,14 +336,19 @@ class MaskPredictions:
         Raises:
             StageError: an image could have several.
         """
-        names = {f"{image_id}.png": image_id for image_id in image_ids}
+        # Names that no file can have are ours alone, see `label_path`.
+        own = {name: label_path(self.folder, name) for name in image_ids if label_name(name) != f"{name}.png"}
+        own = {name: path for name, path in own.items() if path.is_file()}
+        names = {f"{image_id}.png": image_id for image_id in image_ids if image_id not in own}
         match = match_masks(list(names), self.folder, image_word="true masks", mask_word="predictions")
         for name, files in match.ambiguous.items():
             raise StageError(
                 f"{names[name]} may have the predictions {' and '.join(files)} in {self.folder}; keep one."
             )
-        paths = {names[name]: path for name, path in match.paths.items()}
-        return dataclasses.replace(self, paths=paths, rule=match.rule, unmatched=match.unmatched)
+        paths = {names[name]: path for name, path in match.paths.items()} | own
+        taken = {path.relative_to(self.folder).as_posix() for path in own.values()}
+        unmatched = [name for name in match.unmatched if name not in taken]
+        return dataclasses.replace(self, paths=paths, rule=match.rule, unmatched=unmatched)
 
     def others(self, image_ids: Sequence[str]) -> list[str]:
         """Return what the folder holds beside the predictions of images."""
@@ -349,7 +356,7 @@ class MaskPredictions:
 
     def path(self, image_id: str) -> Path:
         """Return the file of an image, or what it would be called."""
-        return self.paths.get(image_id, self.folder / f"{image_id}.png")
+        return self.paths.get(image_id, label_path(self.folder, image_id))
 
     def label_map(self, image_id: str) -> LabelMap:
         """Open the label map of an image."""
@@ -358,12 +365,16 @@ class MaskPredictions:
 
 @dataclass(frozen=True)
 class SeedPredictions:
-    """A folder of seeds, cut at a background score; `threshold` is None until it is chosen."""
+    """A folder of seeds, cut at a background score; `threshold` is None until it is chosen.
+
+    Seeds of images with a longer side than `max_side` are read at their bounded size and enlarged in strips.
+    """
 
     store: SeedStore
     variant: str
     num_classes: int
     threshold: float | None
+    max_side: int
 
     def others(self, image_ids: Sequence[str]) -> list[str]:
         """Return the ids of predictions of other images."""
@@ -373,17 +384,21 @@ class SeedPredictions:
         """Return the file of an image."""
         return self.store.path(image_id)
 
+    def read(self, image_id: str) -> Seeds:
+        """Read the seeds of an image at its bounded size."""
+        return self.store.read(image_id, self.variant, max_side=self.max_side)
+
     def label_map(self, image_id: str) -> LabelMap:
         """Cut the seeds of an image into a label map."""
         if self.threshold is None:
             raise StageError("the seeds have no background score yet.")
-        seeds = self.store.read(image_id, self.variant)
+        seeds = self.read(image_id)
         if seeds.class_ids.size and seeds.class_ids.max() >= self.num_classes:
             raise DataError(
                 f"seeds of {image_id} hold class id {seeds.class_ids.max()}, expected ids below {self.num_classes}; "
                 "score them with the classes that they were made for."
             )
-        return seeds_to_label_map(seeds, self.threshold)
+        return seeds_to_label_map(seeds, self.threshold, self.store.size(image_id))
 
 
 Predictions: TypeAlias = MaskPredictions | SeedPredictions
@@ -399,7 +414,7 @@ def open_predictions(folder: Path, recipe: Recipe, evaluation: EvaluationOptions
         return MaskPredictions(folder, num_classes, given_values(evaluation.prediction_values, num_classes))
     if next(folder.glob("*.npz"), None) is not None:
         variant = evaluation.variant or recipe.seeds.variant
-        return SeedPredictions(SeedStore(folder), variant, num_classes, evaluation.threshold)
+        return SeedPredictions(SeedStore(folder), variant, num_classes, evaluation.threshold, max_side_of(recipe))
     raise StageError(
         f"{folder} holds no predictions, expected <image_id>.png label maps or .npz seeds; a seeds stage has them in "
         "<split>/masks and <split>/seeds."
@@ -497,7 +512,14 @@ def best_threshold(
     for position in progress(own, accelerator, options, desc="sweep", unit="image"):
         image_id = truth.ids[position]
         try:
-            sweep.add(predictions.store.read(image_id, predictions.variant), truth.label_map(position))
+            target, size = truth.label_map(position), predictions.store.size(image_id)
+            if target.shape != size:
+                raise DataError(
+                    f"its seeds are for {size[0]} x {size[1]} pixels (height x width), its ground truth has "
+                    f"{target.shape[0]} x {target.shape[1]}; score the data that the seeds were made of."
+                )
+            for rows, strip in seed_strips(predictions.read(image_id), size):
+                sweep.add(strip, target[rows])
         except InputError as error:
             problems.append(f"{image_id}: {error}")
     stop_at_problems(problems, len(known))
@@ -682,13 +704,15 @@ def write_result(
     rows = []
     for image in images[: evaluation.num_worst]:
         label_map = predictions.label_map(image.image_id)
+        photo = bounded_image(truth.photo(image.position, label_map.shape), MAX_SIDE)
+        size = (photo.height, photo.width)
         rows.append(
             GalleryRow(
                 image_id=image.image_id,
-                image=truth.photo(image.position, label_map.shape),
-                target=truth.label_map(image.position),
+                image=photo,
+                target=resized_label_map(truth.label_map(image.position), size),
                 maps={},
-                label_map=label_map,
+                label_map=resized_label_map(label_map, size),
                 class_names=truth.classes,
                 caption=f"mean IoU {image.miou:.1f} %",
             )

@@ -14,6 +14,8 @@ from datasets import Dataset
 from bitrans_hf.crf import ImagePool, Outcome, available_cores, dense_crf
 from bitrans_hf.data import UnreadableImageError, class_names, mask_rule, open_image, open_mask
 from bitrans_hf.data.common import ImageCell
+from bitrans_hf.file_names import label_path
+from bitrans_hf.image_processing_bitrans import bounded_image
 from bitrans_hf.labels import BACKGROUND, IGNORE_INDEX
 from bitrans_hf.metrics import confusion_counts, iou_from_counts, miou_from_counts
 from bitrans_hf.pseudo_labels import (
@@ -26,7 +28,7 @@ from bitrans_hf.pseudo_labels import (
 from bitrans_hf.seeds import Seeds
 from bitrans_hf.store import SeedStore
 from recipe import ALL_IMAGES, Recipe, RunOptions
-from runtime import StageError, progress
+from runtime import StageError, announce, progress
 
 LabelMap = npt.NDArray[np.uint8]
 Result = TypeVar("Result")
@@ -60,7 +62,9 @@ class LabelMapJob:
         crf_preset: Of the CRF.
         seeds: Folder of the seeds and their variant; None with `class_ids` and `scores`.
         class_ids: (K,) 0-based ids of the classes of `scores`.
-        scores: (1 + K, H, W) with background first; the outputs' background scores then mean nothing.
+        scores: (1 + K, h, w) with background first, at the picture's bounded size; the outputs' background scores then
+            mean nothing.
+        max_side: Longest side that the picture is refined at; label maps have the picture's size.
         strict: Raise what makes an image unusable.
     """
 
@@ -70,6 +74,7 @@ class LabelMapJob:
     outputs: tuple[tuple[Path, Background], ...]
     refiner: str
     crf_preset: str
+    max_side: int
     seeds: tuple[Path, str] | None = None
     class_ids: npt.NDArray[np.int64] | None = None
     scores: npt.NDArray[np.float32] | None = None
@@ -88,11 +93,13 @@ def write_label_maps(job: LabelMapJob) -> bool:
         DiskFullError: there is no room for a label map.
     """
     try:
-        pixels = np.asarray(open_image(job.image))
+        image = open_image(job.image)
     except UnreadableImageError:
         if job.strict:
             raise
         return False
+    size = (image.height, image.width)
+    pixels = np.asarray(bounded_image(image, job.max_side))
     for path, background in job.outputs:
         if path.is_file():
             continue
@@ -101,13 +108,13 @@ def write_label_maps(job: LabelMapJob) -> bool:
         else:
             assert job.seeds is not None
             folder, variant = job.seeds
-            seeds = read_seeds(job.image_id, SeedStore(folder), variant, job.labels, pixels.shape[:2])
+            seeds = read_seeds(job.image_id, SeedStore(folder), variant, job.labels, size, job.max_side)
             class_ids, scores = seeds.class_ids, background.scores(seeds.maps)
         if len(class_ids) == 0:
-            label_map = np.zeros(pixels.shape[:2], dtype=np.uint8)
+            label_map = np.zeros(size, dtype=np.uint8)
         else:
-            label_map = scores_to_label_map(class_ids, refined(pixels, scores, job.refiner, job.crf_preset))
-        write_label_png(path, label_map)
+            label_map = scores_to_label_map(class_ids, refined(pixels, scores, job.refiner, job.crf_preset), size)
+        write_label_png(path, label_map, job.image_id)
     return True
 
 
@@ -120,15 +127,17 @@ def refined(
     return REFINERS[refiner](pixels, scores)
 
 
-def read_seeds(image_id: str, store: SeedStore, variant: str, labels: Sequence[int], size: Sequence[int]) -> Seeds:
-    """Read the seeds of an image of (H, W) pixels that holds the classes `labels`.
+def read_seeds(
+    image_id: str, store: SeedStore, variant: str, labels: Sequence[int], size: tuple[int, int], max_side: int
+) -> Seeds:
+    """Read the seeds of an image of (H, W) pixels that holds the classes `labels`, at its bounded size.
 
     Raises:
         StageError: they do not belong to this picture or to these classes, or are broken.
     """
-    seeds = store.read(image_id, variant)
-    if seeds.maps.shape[1:] != tuple(size):
-        height, width = seeds.maps.shape[1:]
+    seeds = store.read(image_id, variant, max_side=max_side)
+    height, width = store.size(image_id)
+    if (height, width) != size:
         raise StageError(
             f"the seeds of image {image_id} are for {height} x {width} pixels (height x width), the picture has "
             f"{size[0]} x {size[1]}: it was changed since. Delete the seeds stage and make the seeds again."
@@ -147,11 +156,6 @@ def read_seeds(image_id: str, store: SeedStore, variant: str, labels: Sequence[i
     return seeds
 
 
-def label_file(folder: Path, image_id: str) -> Path:
-    """Return the file of an image's label map."""
-    return folder / f"{image_id}.png"
-
-
 def read_label_map(path: Path) -> LabelMap:
     """Read a label map (H, W) uint8."""
     return open_mask(path)
@@ -161,7 +165,7 @@ def stored_label_maps(folder: Path) -> Callable[[str], LabelMap | None]:
     """Return a function from an image id to its label map in a folder, None if it has none."""
 
     def read(image_id: str) -> LabelMap | None:
-        path = label_file(folder, image_id)
+        path = label_path(folder, image_id)
         return read_label_map(path) if path.is_file() else None
 
     return read
@@ -215,8 +219,18 @@ def seeds_of_split(recipe: Recipe, split: str | None) -> SeedStore:
 # ---- A set of images.
 
 
+BYTES_A_PIXEL, BYTES_A_PROCESS = 600, 0.5e9
+"""What a process that refines takes: PAR keeps 3 x 48 numbers of float32 for each pixel; the libraries come on top."""
+
+
 def run_jobs(
-    jobs: Iterable[LabelMapJob], accelerator: Accelerator, options: RunOptions, total: int, refiner: str, name: str
+    jobs: Iterable[LabelMapJob],
+    accelerator: Accelerator,
+    options: RunOptions,
+    total: int,
+    refiner: str,
+    name: str,
+    max_side: int,
 ) -> set[str]:
     """Write the label maps of this process' jobs; return the ids of the pictures that cannot be read.
 
@@ -228,6 +242,14 @@ def run_jobs(
         DiskFullError: there is no room.
     """
     workers = 1 if refiner == "none" else num_workers(accelerator, options, total)
+    if refiner != "none" and total:
+        most = (BYTES_A_PROCESS + BYTES_A_PIXEL * max_side**2) / 1e9
+        announce(
+            f"{name}: {workers} process{'es' if workers > 1 else ''} to refine, each takes up to about {most:.1f} GB, "
+            f"for an image of {max_side} x {max_side} pixels",
+            accelerator,
+            options,
+        )
     unreadable: set[str] = set()
     with ImagePool(workers) as pool:
         outcomes = pool.run(write_label_maps, ((job.image_id, job) for job in jobs))

@@ -27,7 +27,8 @@ from accelerate.utils import gather_object
 
 from bitrans_hf.configuration_affinitynet import RELATIONS
 from bitrans_hf.data import UnreadableImageError, class_names, image_size, open_image
-from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.file_names import label_path
+from bitrans_hf.image_processing_bitrans import BiTransImageProcessor, bounded_image
 from bitrans_hf.modeling_affinitynet import AffinityNetModel
 from bitrans_hf.pseudo_labels import scores_to_label_map, seeds_to_label_map, write_label_png
 from bitrans_hf.random_walk import propagate_scores
@@ -37,7 +38,6 @@ from label_maps import (
     Background,
     LabelMap,
     LabelMapJob,
-    label_file,
     read_seeds,
     run_jobs,
     score_steps,
@@ -45,7 +45,7 @@ from label_maps import (
     seeds_of_split,
     stored_label_maps,
 )
-from recipe import ALL_IMAGES, PseudoLabelsRecipe, Recipe, RunOptions, load_images, parse_recipe
+from recipe import ALL_IMAGES, PseudoLabelsRecipe, Recipe, RunOptions, load_images, max_side_of, parse_recipe
 from runtime import (
     Stage,
     StageError,
@@ -271,6 +271,7 @@ class SplitLabels:
         self.images = load_images(recipe.data, split, masks=True)
         self.store = seeds_of_split(recipe, split)
         self.variant = self.settings.variant or recipe.seeds.variant
+        self.max_side = max_side_of(recipe)
         self.folder, self.background, self.walk = folder, background, walk
         best = background.threshold if self.settings.threshold == "best" else None
         self.seed_threshold = recipe.seeds.threshold if best is None else best
@@ -314,7 +315,9 @@ class SplitLabels:
             self.options,
         )
         jobs = self._walked_jobs(own) if self.walk is not None else self._jobs_from_seeds(todo)
-        broken = run_jobs(jobs, self.accelerator, self.options, len(todo), self.settings.refiner, "pseudo labels")
+        broken = run_jobs(
+            jobs, self.accelerator, self.options, len(todo), self.settings.refiner, "pseudo labels", self.max_side
+        )
         wait_for_everyone(self.accelerator, self.options)
         return set(gather_object(sorted(self.left_out | broken)))
 
@@ -331,8 +334,8 @@ class SplitLabels:
         def seed(image_id: str) -> LabelMap | None:
             if image_id not in self.store:
                 return None
-            seeds = self.store.read(image_id, self.variant)
-            return seeds_to_label_map(seeds, self.seed_threshold)
+            seeds = self.store.read(image_id, self.variant, max_side=self.max_side)
+            return seeds_to_label_map(seeds, self.seed_threshold, self.store.size(image_id))
 
         steps: dict[str, Callable[[str], LabelMap | None]] = {"seed": seed}
         if self.affinity_labels is not None:
@@ -350,16 +353,17 @@ class SplitLabels:
         return {**counts, **score_steps(self.accelerator, self.options, self.images, steps)}
 
     def _is_done(self, row: dict[str, Any]) -> bool:
-        return label_file(self.folder / "labels", row["image_id"]).is_file()
+        return label_path(self.folder / "labels", row["image_id"]).is_file()
 
     def _job(self, row: dict[str, Any], **source: Any) -> LabelMapJob:
         return LabelMapJob(
             image_id=row["image_id"],
             image=row["image"],
             labels=tuple(row["labels"]),
-            outputs=((label_file(self.folder / "labels", row["image_id"]), self.background),),
+            outputs=((label_path(self.folder / "labels", row["image_id"]), self.background),),
             refiner=self.settings.refiner,
             crf_preset=self.settings.crf_preset,
+            max_side=self.max_side,
             strict=self.options.strict,
             **source,
         )
@@ -392,13 +396,15 @@ class SplitLabels:
                 pictures, seeds, readable = [], [], []
                 for row in rows:
                     try:
-                        pictures.append(open_image(row["image"]))
+                        pictures.append(bounded_image(open_image(row["image"]), self.max_side))
                     except UnreadableImageError:
                         if self.options.strict:
                             raise
                         self.left_out.add(row["image_id"])
                         continue
-                    seeds.append(read_seeds(row["image_id"], self.store, self.variant, row["labels"], size))
+                    seeds.append(
+                        read_seeds(row["image_id"], self.store, self.variant, row["labels"], size, self.max_side)
+                    )
                     readable.append(row)
                 if not readable:
                     continue
@@ -407,8 +413,8 @@ class SplitLabels:
                     if self._is_done(row):
                         continue
                     if self.settings.refiner != "none":
-                        path = label_file(self.folder / "walk", row["image_id"])
-                        write_label_png(path, scores_to_label_map(each.class_ids, scores))
+                        path = label_path(self.folder / "walk", row["image_id"])
+                        write_label_png(path, scores_to_label_map(each.class_ids, scores, size), row["image_id"])
                     if self.settings.keep_scores:
                         kept = LabelScoreStore(self.folder / "scores")
                         kept.write(row["image_id"], each.class_ids, {"walk": scores})

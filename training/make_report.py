@@ -17,6 +17,8 @@ from typing import Any
 
 from bitrans_hf.commands import if_stopped
 from bitrans_hf.data import class_names, open_image, open_mask
+from bitrans_hf.data.segmentation import resized_label_map
+from bitrans_hf.image_processing_bitrans import bounded_image
 from bitrans_hf.pseudo_labels import seeds_to_label_map
 from bitrans_hf.report import (
     Chart,
@@ -30,7 +32,7 @@ from bitrans_hf.report import (
 )
 from bitrans_hf.store import SeedStore
 from label_maps import LabelMap, cell_labels, stored_label_maps
-from recipe import ALL_IMAGES, Recipe, RunOptions, load_images, parse_recipe, variants_of
+from recipe import ALL_IMAGES, Recipe, RunOptions, load_images, max_side_of, parse_recipe, variants_of
 from runtime import StageError, make_accelerator, say, working
 
 PREDICTION_STEPS = {
@@ -135,15 +137,21 @@ def gallery(recipe: Recipe, run: Path, split: str) -> Iterator[GalleryRow]:
     half = min(len(several), recipe.report.num_images // 2)
     for index in spread(several, half) + spread(single, recipe.report.num_images - half):
         row = images[index]
-        maps = store.read_variants(row["image_id"], variants_of(recipe))
+        max_side = max_side_of(recipe)
+        maps = store.read_variants(row["image_id"], variants_of(recipe), max_side=max_side)
+        image = bounded_image(open_image(row["image"]), max_side)
+        size = (image.height, image.width)
         yield GalleryRow(
             image_id=row["image_id"],
-            image=open_image(row["image"]),
-            target=None if row["mask"] is None else open_mask(row["mask"]),
+            image=image,
+            target=None if row["mask"] is None else resized_label_map(open_mask(row["mask"]), size),
             maps=maps,
             label_map=seeds_to_label_map(maps[recipe.seeds.variant], recipe.seeds.threshold),
             class_names=class_names(images),
-            steps=dict(later_label_maps(run, split, row["image_id"])),
+            steps={
+                heading: resized_label_map(label_map, size)
+                for heading, label_map in later_label_maps(run, split, row["image_id"])
+            },
         )
 
 

@@ -24,16 +24,17 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from bitrans_hf.data import UnreadableImageError, class_names, image_size, mask_rule, open_image, open_mask
-from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.file_names import label_path
+from bitrans_hf.image_processing_bitrans import MAX_SIDE, BiTransImageProcessor, bounded_size
 from bitrans_hf.metrics import SweepResult, ThresholdSweep
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.modeling_cam import CamModel
 from bitrans_hf.pseudo_labels import seeds_to_label_map, write_label_png
-from bitrans_hf.seeds import sum_over_views
+from bitrans_hf.seeds import seed_strips, sum_over_views
 from bitrans_hf.store import SeedStore
 from bitrans_hf.weight_files import load_trained
 from label_maps import scored_images
-from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, parse_recipe, variants_of
+from recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, max_side_of, parse_recipe, variants_of
 from runtime import (
     Stage,
     StageError,
@@ -80,6 +81,7 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
             model = load_trained(BiTransModel, trained, **changed)
         model = model.to(accelerator.device).eval()
     processor = BiTransImageProcessor.from_pretrained(trained)
+    processor.max_side = max_side_of(recipe)
     variants = variants_of(recipe)
 
     splits: dict[str, dict[str, Any]] = {}
@@ -96,17 +98,19 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
                 "use the recipe that the model was trained with."
             )
         folder = stage.folder / name
-        broken = extract_split(
+        broken, reduced = extract_split(
             accelerator, model, processor, images, SeedStore(folder / "seeds"), variants, recipe.seeds, options
         )
         first = next(iter(splits.values()), {}).get("threshold")
-        splits[name] = score_split(accelerator, images, folder, variants, recipe.seeds, first, options)
+        scores = score_split(accelerator, images, folder, variants, recipe, first, options)
+        splits[name] = {**scores, "reduced": reduced} if reduced else scores
         unreadable |= broken
 
     head = next(iter(splits.values()))
     stage.finish(
         {
             **{key: head[key] for key in ("miou", "threshold") if key in head},
+            "max_side": max_side_of(recipe),
             "splits": splits,
             "unreadable": sorted(unreadable),
         }
@@ -134,32 +138,43 @@ def extract_split(
     variants: Mapping[str, tuple[str, bool]],
     recipe: SeedsRecipe,
     options: RunOptions,
-) -> set[str]:
-    """Write the seeds of this process' share of a split; return the ids of unusable images of all processes.
+) -> tuple[set[str], int]:
+    """Write the seeds of this process' share of a split.
 
-    Images of one size go through the network together. One scale keeps its maps on the token grid, several scales
-    are summed at a quarter of the image.
+    Images of one size go through the network together. Images with a longer side than the processor's bound are
+    reduced to it, and as many of them go together as keeps the memory of `batch_size` images of the usual bound. One
+    scale keeps its maps on the token grid, several scales are summed at a quarter of the image.
+
+    Returns:
+        The ids of unusable images and the number of larger images, of all processes and whatever was done before.
     """
+    assert processor.max_side is not None
     unreadable: set[str] = set()
+    reduced = 0
     smallest = model.config.stride if isinstance(model, CamModel) else model.config.patch_size
     todo = defaultdict(list)
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
     for index in progress(own, accelerator, options, desc="sizes of the images", unit="image"):
         row = images[index]
         if row["image_id"] in store:
+            size = store.size(row["image_id"])
+            reduced += bounded_size(size, processor.max_side) != size
             continue
         try:
             size = image_size(row["image"])
-            check_size(row["image_id"], size, recipe.scales, smallest)
+            check_size(row["image_id"], size, bounded_size(size, processor.max_side), recipe.scales, smallest)
+            reduced += bounded_size(size, processor.max_side) != size
             todo[size].append(index)
         except UnreadableImageError:
             if options.strict:
                 raise
             unreadable.add(row["image_id"])
+    worked_at = {size: bounded_size(size, processor.max_side) for size in todo}
+    numbers = {size: images_at_once(worked_at[size], recipe.batch_size) for size in todo}
     batches = [
-        (size, indices[start : start + recipe.batch_size])
+        (size, indices[start : start + numbers[size]])
         for size, indices in sorted(todo.items())
-        for start in range(0, len(indices), recipe.batch_size)
+        for start in range(0, len(indices), numbers[size])
     ]
     num_views = len(recipe.scales) * (2 if recipe.flip else 1)
     announce(
@@ -168,12 +183,33 @@ def extract_split(
         accelerator,
         options,
     )
+    total = sum(gather_object([reduced]))
+    if batches:
+        need = max(memory_of_views(model, worked_at[size], recipe, len(indices)) for size, indices in batches)
+        announce(
+            f"seeds: the largest batch takes about {need / 1e9:.1f} GB of memory beside the model's",
+            accelerator,
+            options,
+        )
+    if total:
+        say(
+            accelerator,
+            f"seeds: {total} of {len(images)} images are larger than {processor.max_side} pixels and are reduced to "
+            "that (seeds.max_side); their label maps have the images' own sizes",
+        )
+
+    def network(pixel_values: torch.Tensor) -> Any:
+        # Its maps are float32 and stay so: refining them in bfloat16 would round them.
+        with accelerator.autocast():
+            return model(pixel_values)
+
     for size, indices in progress(batches, accelerator, options, desc="seeds", unit="batch"):
         rows, views = [], []
         for index in indices:
             row = images[index]
             try:
-                views.append(processor.scaled_views(open_image(row["image"]), recipe.scales))
+                image = processor.bounded(open_image(row["image"]))
+                views.append(processor.scaled_views(image, recipe.scales))
                 rows.append(row)
             except UnreadableImageError:
                 if options.strict:
@@ -182,36 +218,73 @@ def extract_split(
         if not rows:
             continue
         batch = [torch.cat(scale).to(accelerator.device) for scale in zip(*views, strict=True)]
-        quarter = None if len(recipe.scales) == 1 else (-(-size[0] // 4), -(-size[1] // 4))
-        with accelerator.autocast():
-            totals = sum_over_views(
-                model,
-                batch,
-                variants,
-                flip=recipe.flip,
-                size=quarter,
-                refine_steps=recipe.refine_steps or 1,
-                normalize_affinity=bool(recipe.normalize_affinity),
-            )
+        height, width = worked_at[size]
+        totals = sum_over_views(
+            network,
+            batch,
+            variants,
+            flip=recipe.flip,
+            size=None if len(recipe.scales) == 1 else (-(-height // 4), -(-width // 4)),
+            refine_steps=recipe.refine_steps or 1,
+            normalize_affinity=bool(recipe.normalize_affinity),
+        )
         for position, row in enumerate(rows):
             class_ids = np.array(row["labels"], dtype=np.int64)
             maps = {variant: total[position, row["labels"]].float().cpu() for variant, total in totals.items()}
             store.write(row["image_id"], class_ids, maps, size)
     wait_for_everyone(accelerator, options)
-    return set(gather_object(sorted(unreadable)))
+    return set(gather_object(sorted(unreadable))), total
 
 
-def check_size(image_id: str, size: tuple[int, int], scales: Sequence[float], patch_size: int) -> None:
-    """Check that an image of (height, width) pixels holds a patch at every scale.
+def images_at_once(size: tuple[int, int], batch_size: int) -> int:
+    """Return how many images of a size go through the network together: at least one, at most `batch_size`.
+
+    The memory of attention maps grows with the square of the area. As many images go together as take no more of it
+    than `batch_size` images of `MAX_SIDE` by `MAX_SIDE` pixels.
+    """
+    share = MAX_SIDE**2 / (size[0] * size[1])
+    return max(1, min(batch_size, int(batch_size * share**2)))
+
+
+def memory_of_views(
+    model: BiTransModel | CamModel, size: tuple[int, int], recipe: SeedsRecipe, num_images: int
+) -> float:
+    """Estimate the bytes that a batch takes in the network, beside the weights.
+
+    A transformer has five (T, T) maps of float32 alive for each view of T tokens (the scores, weights and running
+    mean of a layer's attention, and the affinity), and the MLP's activations. A CNN has about 1,200 bytes for a pixel.
+    """
+    height, width = (round(side * max(recipe.scales)) for side in size)
+    views = num_images * (2 if recipe.flip else 1)
+    if isinstance(model, CamModel):
+        return 1200.0 * views * height * width
+    config = model.config
+    tokens = config.num_labels + (height // config.patch_size) * (width // config.patch_size)
+    hidden = config.hidden_size * (4 + 2 * config.mlp_ratio)
+    return 4.0 * views * tokens * (5 * tokens + hidden)
+
+
+def check_size(
+    image_id: str, size: tuple[int, int], working: tuple[int, int], scales: Sequence[float], patch_size: int
+) -> None:
+    """Check that an image of (height, width) pixels holds a patch at every scale of the size that it is worked on at.
 
     Raises:
         UnreadableImageError: it does not; such an image is left out as a broken one is.
     """
-    if round(min(size) * min(scales)) < patch_size:
-        raise UnreadableImageError(
-            f"image {image_id} is smaller than a patch: {size[0]} x {size[1]} pixels (height x width) at scale "
-            f"{min(scales)}, expected at least {patch_size} x {patch_size}; enlarge it or leave it out."
-        )
+    if round(min(working) * min(scales)) >= patch_size:
+        return
+    if min(size) < patch_size:
+        remedy = "enlarge it or leave it out"
+    elif round(min(size) * min(scales)) < patch_size:
+        remedy = "leave out the small factors of seeds.scales, or enlarge the image"
+    else:
+        remedy = "raise seeds.max_side, or cut the image into pieces"
+    raise UnreadableImageError(
+        f"image {image_id} is smaller than a patch: {size[0]} x {size[1]} pixels (height x width)"
+        + (f", worked on at {working[0]} x {working[1]}" if working != size else "")
+        + f", at scale {min(scales)}; expected at least {patch_size} x {patch_size}: {remedy}."
+    )
 
 
 def score_split(
@@ -219,7 +292,7 @@ def score_split(
     images: Dataset,
     folder: Path,
     variants: Collection[str],
-    recipe: SeedsRecipe,
+    recipe: Recipe,
     given_thresholds: dict[str, float] | None,
     options: RunOptions,
 ) -> dict[str, Any]:
@@ -243,18 +316,20 @@ def score_split(
         if row["image_id"] not in store:
             continue
         counts["images"] += 1
-        seeds = store.read_variants(row["image_id"], variants)
-        label_map = seeds_to_label_map(seeds[recipe.variant], recipe.threshold)
-        write_label_png(folder / "masks" / f"{row['image_id']}.png", label_map)
+        max_side, size = max_side_of(recipe), store.size(row["image_id"])
+        seeds = store.read_variants(row["image_id"], variants, max_side=max_side)
+        label_map = seeds_to_label_map(seeds[recipe.seeds.variant], recipe.seeds.threshold, size)
+        write_label_png(label_path(folder / "masks", row["image_id"]), label_map, row["image_id"])
         if row["mask"] is None:
             continue
         target = open_mask(row["mask"], image_size=label_map.shape, num_classes=num_classes)
         counts["scored"] += 1
         counts["several_classes"] += len(row["labels"]) > 1
         for variant, maps in seeds.items():
-            sweeps["all"][variant].add(maps, target)
-            if len(row["labels"]) > 1:
-                sweeps["several_classes"][variant].add(maps, target)
+            for rows, strip in seed_strips(maps, size):
+                sweeps["all"][variant].add(strip, target[rows])
+                if len(row["labels"]) > 1:
+                    sweeps["several_classes"][variant].add(strip, target[rows])
     counts = {name: sum(part[name] for part in gather_object([counts])) for name in counts}
     for by_variant in sweeps.values():
         for sweep in by_variant.values():
@@ -269,7 +344,7 @@ def score_split(
             variant: dict(zip(classes, map(rounded, each.per_class_iou), strict=True))
             for variant, each in swept.items()
         }
-        result["miou_at_recipe_threshold"] = at_thresholds(swept, dict.fromkeys(variants, recipe.threshold))
+        result["miou_at_recipe_threshold"] = at_thresholds(swept, dict.fromkeys(variants, recipe.seeds.threshold))
         if given_thresholds:
             result["miou_at_given_threshold"] = at_thresholds(swept, given_thresholds)
     if counts["several_classes"]:

@@ -29,15 +29,16 @@ from datasets import Dataset
 
 from bitrans_hf.crf import CrfJob, CrfNotInstalledError, Outcome, check_crf_installed, crf_pool
 from bitrans_hf.data import UnreadableImageError, class_names, open_image
-from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.file_names import label_path
+from bitrans_hf.image_processing_bitrans import BiTransImageProcessor, enlarged_strips
 from bitrans_hf.modeling_deeplab import DeepLabForSemanticSegmentation
 from bitrans_hf.par import pixel_adaptive_refinement
 from bitrans_hf.pseudo_labels import write_label_png
 from bitrans_hf.segment import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
 from bitrans_hf.store import atomic_write
 from bitrans_hf.weight_files import load_trained
-from label_maps import label_file, num_workers, result_of, score_steps, scored_images, stored_label_maps
-from recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, parse_recipe
+from label_maps import num_workers, result_of, score_steps, scored_images, stored_label_maps
+from recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, max_side_of, parse_recipe
 from runtime import (
     Stage,
     StageError,
@@ -139,7 +140,9 @@ def load_network(
     folder = own if settings.network is None else Path(settings.network)
     if not (folder / "config.json").is_file():
         raise StageError(f"no segmentation network at {folder}; run training/train_segmentation.py first.")
-    return load_trained(DeepLabForSemanticSegmentation, folder), BiTransImageProcessor.from_pretrained(folder)
+    processor = BiTransImageProcessor.from_pretrained(folder)
+    processor.max_side = max_side_of(recipe)
+    return load_trained(DeepLabForSemanticSegmentation, folder), processor
 
 
 # ---- Label maps.
@@ -167,22 +170,31 @@ def view_options(settings: PredictionRecipe) -> ViewOptions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Scores of one image on their way to the last step.
+    """Scores of one image on their way to the last step, at its bounded size.
 
     Attributes:
+        size: (H, W) of the image and of its label maps.
         label_ids: (L,) ids of the rows of `scores`, background first.
-        image: (H, W, 3) uint8.
-        scores: (L, H, W) float32.
+        image: (h, w, 3) uint8.
+        scores: (L, h, w) float32.
     """
 
+    size: tuple[int, int]
     label_ids: npt.NDArray[np.uint8]
     image: npt.NDArray[np.uint8]
     scores: npt.NDArray[np.float32]
 
     def label_map(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-        """Return the label with the highest score (L, H, W) at each pixel."""
-        strongest: npt.NDArray[np.uint8] = self.label_ids[scores.argmax(axis=0)]
-        return strongest
+        """Return the label with the highest score (L, h, w) at each pixel: (H, W)."""
+        return label_map_of(torch.from_numpy(scores), self.label_ids, self.size)
+
+
+def label_map_of(
+    scores: torch.Tensor, label_ids: npt.NDArray[np.uint8], size: tuple[int, int]
+) -> npt.NDArray[np.uint8]:
+    """Return the label with the highest score (L, h, w), enlarged to (H, W), at each pixel: (H, W)."""
+    strips = enlarged_strips(scores, size)
+    return np.concatenate([label_ids[strip.argmax(dim=0).cpu().numpy()] for _, strip in strips])
 
 
 def predict_split(
@@ -204,7 +216,7 @@ def predict_split(
     """
     own = range(accelerator.process_index, len(images), accelerator.num_processes)
     ids, final = images["image_id"], folder / last_step(settings)
-    todo = [index for index in own if not label_file(final, ids[index]).is_file()]
+    todo = [index for index in own if not label_path(final, ids[index]).is_file()]
     announce(
         f"predictions: {len(todo):,} of {len(own):,} images of {folder.name} to do; refiner {settings.refiner}, "
         f"device {accelerator.device.type}",
@@ -236,7 +248,8 @@ def predict_split(
         refined = (Outcome(image_id, job.scores) for image_id, job in jobs())
     for outcome in progress(refined, accelerator, options, total=len(todo), desc=folder.name, unit="image"):
         made = waiting.pop(outcome.image_id)
-        write_label_png(label_file(final, outcome.image_id), made.label_map(result_of(outcome)))
+        label_map = made.label_map(result_of(outcome))
+        write_label_png(label_path(final, outcome.image_id), label_map, outcome.image_id)
     wait_for_everyone(accelerator, options)
     return set(gather_object(sorted(unusable)))
 
@@ -255,16 +268,18 @@ def predict_image(
     The refiner "par" runs here and not in another process: it is made of torch, and fast where the scores are.
     """
     image = open_image(row["image"])
+    size = (image.height, image.width)
+    image = processor.bounded(image)
     pixels = np.array(image)
     single, fused = single_and_fused_scores(
         accelerator, model, processor.normalized(image).to(accelerator.device), settings
     )
-    winner = fused.argmax(dim=0)
-    winners = winner.unique()
-    for step, label_map in ((SINGLE_SCALE, single.argmax(dim=0)), (MULTI_SCALE, winner)):
+    winners = fused.argmax(dim=0).unique()
+    all_ids = np.arange(len(fused), dtype=np.uint8)
+    for step, scores in ((SINGLE_SCALE, single), (MULTI_SCALE, fused)):
         if step != last_step(settings):
-            path = label_file(folder / step, row["image_id"])
-            write_label_png(path, label_map.to(torch.uint8).cpu().numpy())
+            path = label_path(folder / step, row["image_id"])
+            write_label_png(path, label_map_of(scores, all_ids, size), row["image_id"])
 
     labels = torch.arange(1, len(fused)) if settings.crf_classes == "all" else winners[winners > 0].cpu()
     labels = torch.cat([torch.zeros(1, dtype=labels.dtype), labels])  # background first, always
@@ -272,7 +287,7 @@ def predict_image(
     if settings.refiner == "par" and len(labels) > 1:
         batch = torch.from_numpy(pixels).to(fused.device).permute(2, 0, 1)[None].float() / 255
         scores = pixel_adaptive_refinement(batch, scores[None])[0]
-    return Prediction(labels.numpy().astype(np.uint8), pixels, scores.cpu().numpy())
+    return Prediction(size, labels.numpy().astype(np.uint8), pixels, scores.cpu().numpy())
 
 
 def single_and_fused_scores(
@@ -324,7 +339,7 @@ def score_split(
         accelerator, options, images, {step: stored_label_maps(folder / step) for step in steps(settings)}
     )
     final = folder / last_step(settings)
-    return {"images": sum(label_file(final, image_id).is_file() for image_id in images["image_id"]), **scores}
+    return {"images": sum(label_path(final, image_id).is_file() for image_id in images["image_id"]), **scores}
 
 
 # ---- The VOC server.
@@ -338,7 +353,7 @@ def pack_for_voc_server(image_ids: Sequence[str], folder: Path, settings: Predic
     Raises:
         StageError: a prediction is missing.
     """
-    files = {image_id: label_file(folder / last_step(settings), image_id) for image_id in image_ids}
+    files = {image_id: label_path(folder / last_step(settings), image_id) for image_id in image_ids}
     missing = [image_id for image_id, path in files.items() if not path.is_file()]
     if missing:
         raise StageError(

@@ -31,6 +31,7 @@ from bitrans_hf.data import (
 )
 from bitrans_hf.data.folder import note_on_contrast
 from bitrans_hf.errors import InputError
+from bitrans_hf.image_processing_bitrans import MAX_SIDE
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.modeling_cam import CamModel
 from bitrans_hf.seeds import seed_variants
@@ -275,6 +276,9 @@ class SeedsRecipe:
         num_affinity_layers: How many of the last layers give the affinity; null as the model was trained (all).
         refine_steps: How often the variant "refined" is spread along the affinity; null for the paper's once.
         normalize_affinity: Give every row of the affinity the sum 1 first.
+        max_side: Longest side in pixels that images are worked on at, in this and all later stages: larger ones are
+            reduced first, and what is found is enlarged, so that label maps have the image's own size. Memory grows
+            with its fourth power. Null for the image processor's, 640.
     """
 
     splits: list[str | None] = field(default_factory=lambda: ["train", "val"])
@@ -288,6 +292,7 @@ class SeedsRecipe:
     num_affinity_layers: int | None = None
     refine_steps: int | None = None
     normalize_affinity: bool | None = None
+    max_side: int | None = None
 
 
 @dataclass(frozen=True)
@@ -608,6 +613,8 @@ class Recipe:
             raise InputError(f"seeds.scales must begin with 1.0, got {self.seeds.scales}.")
         if self.seeds.refine_steps is not None and self.seeds.refine_steps < 1:
             raise InputError(f"seeds.refine_steps must be at least 1, got {self.seeds.refine_steps}.")
+        if self.seeds.max_side is not None and self.seeds.max_side < 1:
+            raise InputError(f"seeds.max_side must be at least 1 pixel, got {self.seeds.max_side}.")
         if not 0 <= self.seeds.threshold <= 1:
             raise InputError(f"seeds.threshold must be in [0, 1], got {self.seeds.threshold}.")
         if self.data.source != "shapes" and self.data.root is None:
@@ -950,6 +957,11 @@ def describe_contrast(images: Dataset) -> str | None:
     classes = class_names(images)
     counts = Counter(classes[class_id] for ids in images["labels"] for class_id in set(ids))
     return note_on_contrast(classes, counts, len(images))
+
+
+def max_side_of(recipe: Recipe) -> int:
+    """Return the longest side in pixels that a run works on images at."""
+    return MAX_SIDE if recipe.seeds.max_side is None else recipe.seeds.max_side
 
 
 def variants_of(recipe: Recipe) -> dict[str, tuple[str, bool]]:

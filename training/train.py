@@ -40,6 +40,7 @@ from recipe import (
     describe_contrast,
     describe_folder,
     load_images,
+    max_side_of,
     parse_recipe,
 )
 from runtime import Stage, StageError, make_accelerator, progress, say, say_precision, working
@@ -82,7 +83,7 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     if recipe.train.activation_checkpointing:
         model.activation_checkpointing_enable()
     image_size = model.config.image_size
-    processor = BiTransImageProcessor(size={"height": image_size, "width": image_size})
+    processor = BiTransImageProcessor(size={"height": image_size, "width": image_size}, max_side=max_side_of(recipe))
     optimizer = make_optimizer(model, recipe.train)
     dataset = TrainingImages(
         images,
@@ -185,7 +186,7 @@ def validate(
         for index in own[start : start + batch_size]:
             row = images[index]
             try:
-                pictures.append(open_image(row["image"]))
+                pictures.append(processor.bounded(open_image(row["image"])))
             except UnreadableImageError:
                 continue
             labels.append(class_ids_to_multi_hot(row["labels"], num_classes))

@@ -28,8 +28,10 @@ from torchvision import transforms
 
 from bitrans_hf.configuration_affinitynet import RELATIONS, AffinityNetConfig
 from bitrans_hf.data import class_names, open_image
+from bitrans_hf.data.segmentation import resized_label_map
 from bitrans_hf.data.training_set import TrainingSet
 from bitrans_hf.data.transforms import seeded
+from bitrans_hf.file_names import label_path
 from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.labels import IGNORE_INDEX
 from bitrans_hf.modeling_affinitynet import AffinityNetModel
@@ -41,7 +43,6 @@ from label_maps import (
     LabelMap,
     LabelMapJob,
     cell_labels,
-    label_file,
     read_label_map,
     run_jobs,
     score_steps,
@@ -57,6 +58,7 @@ from recipe import (
     RunOptions,
     build_model,
     load_images,
+    max_side_of,
     parse_recipe,
 )
 from runtime import (
@@ -113,7 +115,9 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     # ---- Network and optimiser
     with working("affinity: building the network", accelerator, options):
         model = build_network(recipe, settings, dict(enumerate(class_names(images))))
-    processor = BiTransImageProcessor(size={"height": settings.crop_size, "width": settings.crop_size})
+    processor = BiTransImageProcessor(
+        size={"height": settings.crop_size, "width": settings.crop_size}, max_side=max_side_of(recipe)
+    )
     dataset = AffinityCrops(images, labels, model.stride, processor, settings, seed=recipe.seed, strict=options.strict)
     optimizer = torch.optim.SGD(
         model.parameter_groups(settings.weight_decay),
@@ -189,7 +193,7 @@ def make_label_maps(
     jobs = []
     for index in range(accelerator.process_index, len(images), accelerator.num_processes):
         row = images[index]
-        outputs = tuple((label_file(folder / name, row["image_id"]), each) for name, each in backgrounds.items())
+        outputs = tuple((label_path(folder / name, row["image_id"]), each) for name, each in backgrounds.items())
         if row["image_id"] in seeded_ids and not all(path.is_file() for path, _ in outputs):
             jobs.append(
                 LabelMapJob(
@@ -199,6 +203,7 @@ def make_label_maps(
                     outputs=outputs,
                     refiner=settings.refiner,
                     crf_preset=settings.crf_preset,
+                    max_side=max_side_of(recipe),
                     seeds=(store.folder, variant),
                     strict=options.strict,
                 )
@@ -208,7 +213,7 @@ def make_label_maps(
         accelerator,
         options,
     )
-    broken = run_jobs(jobs, accelerator, options, len(jobs), settings.refiner, "labels")
+    broken = run_jobs(jobs, accelerator, options, len(jobs), settings.refiner, "labels", max_side_of(recipe))
     wait_for_everyone(accelerator, options)
     return without_seeds | set(gather_object(sorted(broken)))
 
@@ -231,7 +236,8 @@ def score_labels(accelerator: Accelerator, options: RunOptions, images: Dataset,
 class AffinityCrops(TrainingSet[Image.Image]):
     """Random crops of pictures with the labels of their cells: what the loop trains on.
 
-    As PSA: pictures are cropped without scaling, padded where they are smaller, flipped, and their colours jittered.
+    As PSA: pictures are cropped without scaling (but for the processor's bound on large ones), padded where they are
+    smaller, flipped, and their colours jittered.
     An item is `{"pixel_values": (3, S, S) float, "labels": (S // stride, S // stride) int64, "index", "unreadable"}`
     and a function of (seed, epoch, index) alone. A picture that cannot be read is replaced: see `TrainingSet`.
 
@@ -274,14 +280,17 @@ class AffinityCrops(TrainingSet[Image.Image]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         picture, origin = self._readable(index)
         shown = self.image_ids[origin["index"]]
-        maps = [read_label_map(label_file(self._labels / name, shown)) for name in ("low", "high")]
+        maps = [
+            resized_label_map(read_label_map(label_path(self._labels / name, shown)), (picture.height, picture.width))
+            for name in ("low", "high")
+        ]
         with seeded(self._seed, int(self._epoch), index):
             pixel_values, (low, high) = self._crop(picture, maps)
         labels = cell_labels(low, high, self._stride)
         return {"pixel_values": pixel_values, "labels": torch.from_numpy(labels.astype(np.int64)), **origin}
 
     def _open(self, row: Mapping[str, Any]) -> Image.Image:
-        return open_image(row["image"])
+        return self._processor.bounded(open_image(row["image"]))
 
     def _crop(self, picture: Image.Image, maps: Sequence[LabelMap]) -> tuple[torch.Tensor, list[LabelMap]]:
         size = self._size

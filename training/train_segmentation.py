@@ -28,7 +28,8 @@ from transformers import set_seed
 from bitrans_hf.configuration_deeplab import DeepLabConfig
 from bitrans_hf.data import DataError, UnreadableImageError, class_names, open_image, open_mask
 from bitrans_hf.data.segmentation import LABEL_MAP, TrainingPairs, open_pair, pair_augmentation, with_label_maps
-from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.file_names import label_files
+from bitrans_hf.image_processing_bitrans import BiTransImageProcessor, enlarged_strips
 from bitrans_hf.labels import IGNORE_INDEX
 from bitrans_hf.metrics import confusion_counts, iou_from_counts, miou_from_counts
 from bitrans_hf.modeling_bitrans import BiTransModel
@@ -37,7 +38,7 @@ from bitrans_hf.segment import SINGLE_SCALE, multi_scale_scores
 from bitrans_hf.weight_files import load_trained
 from bitrans_hf.weights import load_backbone
 from loop import RateSchedule, TrainingLoop
-from recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, load_images, parse_recipe
+from recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, load_images, max_side_of, parse_recipe
 from runtime import (
     Stage,
     StageError,
@@ -85,7 +86,7 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     own_crop = {} if settings.crop_size is None else {"crop_size": settings.crop_size}
     augmentation = pair_augmentation(settings.preset, **own_crop, **settings.augmentation_options)
     check_label_maps(accelerator, options, pairs, augmentation.crop_size / augmentation.scale[1])
-    dataset = TrainingPairs(pairs, augmentation, seed=recipe.seed, strict=options.strict)
+    dataset = TrainingPairs(pairs, augmentation, seed=recipe.seed, strict=options.strict, max_side=max_side_of(recipe))
     validation = None
     if settings.val_split is not None:
         validation = load_images(recipe.data, settings.val_split, masks=True)
@@ -98,8 +99,8 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers hides the overloads
     optimizer = make_optimizer(model, settings)
-    # Pictures keep their size: the network sees them whole.
-    processor = BiTransImageProcessor(do_resize=False)
+    # Pictures up to the bound keep their size: the network sees them whole.
+    processor = BiTransImageProcessor(do_resize=False, max_side=max_side_of(recipe))
 
     # ---- Loop and result
     peak = LEARNING_RATE[settings.preset] if settings.learning_rate is None else settings.learning_rate
@@ -146,11 +147,10 @@ def labelled_images(recipe: Recipe, settings: SegmentationRecipe) -> Dataset:
     if not folder.is_dir():
         raise StageError(f"there are no label maps at {folder}; {how_to_make(settings.labels)}.")
     images = chosen_images(settings, load_images(recipe.data, settings.split, masks=False))
-    files = [folder / f"{image_id}.png" for image_id in images["image_id"]]
-    present = {str(path.relative_to(folder)) for path in folder.rglob("*.png")}  # one look, not 80,000
-    missing = [name for name in images["image_id"] if f"{name}.png" not in present]
+    present = label_files(folder)  # one look, not 80,000
+    missing = [name for name in images["image_id"] if name not in present]
     refuse_missing(missing, len(images), f"label map in {folder}", how_to_make(settings.labels))
-    pairs = with_label_maps(images, files)
+    pairs = with_label_maps(images, [present[name] for name in images["image_id"]])
     refuse_ground_truth(folder, pairs, chosen_images(settings, load_images(recipe.data, settings.split, masks=True)))
     return pairs
 
@@ -357,8 +357,10 @@ def validate(
             continue
         target = open_mask(row["mask"], image_size=(image.height, image.width), num_classes=len(names) - 1)
         with accelerator.autocast():
-            scores = multi_scale_scores(network, processor.normalized(image).to(accelerator.device), **SINGLE_SCALE)
-        counts += confusion_counts(scores.argmax(dim=0).cpu().numpy(), target, len(names))
+            pixel_values = processor.normalized(processor.bounded(image)).to(accelerator.device)
+            scores = multi_scale_scores(network, pixel_values, **SINGLE_SCALE)
+        for rows, strip in enlarged_strips(scores, target.shape):
+            counts += confusion_counts(strip.argmax(dim=0).cpu().numpy(), target[rows], len(names))
         scored += 1
     counts, scored = np.sum(gather_object([counts]), axis=0), sum(gather_object([scored]))
     if not scored:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from ..errors import InputError
-from ..image_decoding import DECODING_ERRORS, to_rgb
+from ..image_decoding import DECODING_ERRORS, TOO_LARGE, decoding_notes, opened, to_rgb
 from ..labels import BACKGROUND, IGNORE_INDEX, palette
 from .mask_values import MaskValueError, MaskValues, checked_ids, label_ids
 
@@ -97,6 +97,15 @@ def open_image(cell: ImageCell) -> PILImage.Image:
         UnreadableImageError: the file is missing, damaged or no image.
     """
     return _open(cell, "image", to_rgb)
+
+
+def image_notes(cell: ImageCell) -> list[str]:
+    """Open a picture as `open_image` does, and say what was guessed or left out and whether it shows anything.
+
+    Raises:
+        UnreadableImageError: the file is missing, damaged or no image.
+    """
+    return _open(cell, "image", lambda image: decoding_notes(image, to_rgb(image)))
 
 
 def image_size(cell: ImageCell) -> tuple[int, int]:
@@ -215,7 +224,7 @@ def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened],
         if isinstance(cell, Mapping):
             content = cell.get("bytes")
             source = cell.get("path") if content is None else io.BytesIO(content)
-        with PILImage.open(source) as image:
+        with opened(source) as image:
             if decode:
                 image.load()  # damage shows here, not at some later use after the file is closed
             return read(image)
@@ -223,6 +232,8 @@ def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened],
         raise  # readable, and not what was expected
     except FileNotFoundError as error:
         raise UnreadableImageError(f"{kind} {name} is not there; was it moved or deleted?") from error
+    except PILImage.DecompressionBombError as error:
+        raise UnreadableImageError(f"{kind} {name} {TOO_LARGE}.") from error
     except DECODING_ERRORS as error:
         raise UnreadableImageError(
             f"{kind} {name} cannot be read ({type(error).__name__}: {error}); replace the file or leave it out."

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .common import DataError, folded_name, image_size, open_image
+from .common import DataError, folded_name, image_notes, image_size
 from .folder import FolderContent, look_through, notes_on_classes, shown_names
 from .mask_report import MaskFinding, all_together, look_at_mask
 from .tables import Caller, Problem
@@ -32,6 +32,7 @@ class FolderReport:
         unused_columns: Columns of the table that mean nothing here.
         problems: Everything that is wrong, in the order of the table.
         notes: What is no fault and should be known, in sentences: files left out, a class that every image shows.
+        remarks: What may be a fault of single images: one that shows nothing, bits that are guessed, further frames.
     """
 
     root: Path
@@ -45,6 +46,7 @@ class FolderReport:
     unused_columns: tuple[str, ...]
     problems: tuple[Problem, ...]
     notes: tuple[str, ...] = ()
+    remarks: tuple[Problem, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -56,7 +58,7 @@ class FolderReport:
         return "\n".join(self._lines(names, messages=False))
 
     def __str__(self) -> str:
-        return "\n".join(self._lines(len(self.problems), messages=True))
+        return "\n".join(self._lines(len(self.problems) + len(self.remarks), messages=True))
 
     def _lines(self, names: int, messages: bool) -> Iterator[str]:
         yield f"{self.root}: {self.images:,} images, {len(self.classes)} classes, {self.masks:,} masks, {self.source}"
@@ -68,7 +70,7 @@ class FolderReport:
             yield f"  columns without use: {', '.join(self.unused_columns)}"
         yield from (f"  note: {note}" for note in self.notes)
         kinds: dict[str, list[Problem]] = {}
-        for problem in self.problems:
+        for problem in (*self.problems, *self.remarks):
             kinds.setdefault(problem.kind, []).append(problem)
         for kind, problems in kinds.items():
             shown = "" if messages else f", {shown_names([problem.name for problem in problems], names)}"
@@ -128,9 +130,11 @@ def check_folder(
     finally:
         pool.shutdown(cancel_futures=True)
     first_of: dict[bytes, str] = {}
-    findings = [finding for _, finding, _ in results if finding is not None]
-    for position, (digest, finding, own_problems) in zip(there, results, strict=True):
+    findings = [finding for _, finding, _, _ in results if finding is not None]
+    remarks: list[Problem] = []
+    for position, (digest, finding, own_problems, own_remarks) in zip(there, results, strict=True):
         problems += [*own_problems, *(finding.problems if finding is not None else ())]
+        remarks += own_remarks
         name = found.rows[position].file_name
         other = first_of.setdefault(digest, name) if digest else name
         if other != name:
@@ -159,21 +163,24 @@ def check_folder(
         unused_columns=tuple(found.unused_columns),
         problems=tuple(problems),
         notes=(*found.notes, *notes_on_classes(found), *notes),
+        remarks=tuple(remarks),
     )
 
 
-def _check_files(found: FolderContent, position: int, decode: bool) -> tuple[bytes, MaskFinding | None, list[Problem]]:
-    """Return a digest of the picture's file (empty if it was not read), its mask, and what is wrong with it."""
+def _check_files(
+    found: FolderContent, position: int, decode: bool
+) -> tuple[bytes, MaskFinding | None, list[Problem], list[Problem]]:
+    """Return a digest of the image's file (empty if it was not read), its mask, what is wrong with it, and remarks."""
     name = found.rows[position].file_name
     path = found.folder / name
     try:
         size = image_size(path)
-        if decode:
-            open_image(path)
+        found_out = image_notes(path) if decode else []
     except DataError as error:
-        return b"", None, [Problem("unreadable", name, str(error))]
+        return b"", None, [Problem("unreadable", name, str(error))], []
     if not decode:
-        return b"", None, []
+        return b"", None, [], []
+    remarks = [Problem("look at", name, f"{name}: {each}.") for each in found_out]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
-    return digest, look_at_mask(found, position, size), []
+    return digest, look_at_mask(found, position, size), [], remarks

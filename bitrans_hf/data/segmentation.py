@@ -12,7 +12,7 @@ from datasets import Dataset, Image
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from ..image_processing_bitrans import BiTransImageProcessor
+from ..image_processing_bitrans import BiTransImageProcessor, bounded_image
 from ..labels import BACKGROUND, IGNORE_INDEX
 from .common import DataError, ImageCell, open_image, open_mask
 from .rows import class_names
@@ -208,7 +208,13 @@ class TrainingPairs(TrainingSet[Pair]):
     """
 
     def __init__(
-        self, dataset: Dataset, augmentation: PairAugmentation, *, seed: int = 0, strict: bool = False
+        self,
+        dataset: Dataset,
+        augmentation: PairAugmentation,
+        *,
+        seed: int = 0,
+        strict: bool = False,
+        max_side: int | None = None,
     ) -> None:
         """Wrap a data set.
 
@@ -217,6 +223,7 @@ class TrainingPairs(TrainingSet[Pair]):
             augmentation: How pairs become crops.
             seed: Of all random draws, 0 or greater.
             strict: Raise `UnreadableImageError` instead of replacing a picture.
+            max_side: Longest side in pixels; larger pairs are reduced to `bounded_size` before they are augmented.
 
         Raises:
             DataError: the dataset is empty or has no label maps, or the seed is negative.
@@ -226,6 +233,7 @@ class TrainingPairs(TrainingSet[Pair]):
         super().__init__(dataset, ("image", LABEL_MAP), seed=seed, strict=strict)
         self.classes = class_names(dataset)
         self._augmentation = augmentation
+        self._max_side = max_side
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
@@ -244,7 +252,10 @@ class TrainingPairs(TrainingSet[Pair]):
         return {"pixel_values": pixel_values, "labels": labels, **origin}
 
     def _open(self, row: Mapping[str, Any]) -> Pair:
-        return open_pair(row, len(self.classes))
+        image, label_map = open_pair(row, len(self.classes))
+        if self._max_side is not None:
+            image = bounded_image(image, self._max_side)
+        return image, resized_label_map(label_map, (image.height, image.width))
 
     def _generator(self, index: int, purpose: str = "") -> np.random.Generator:
         key = (int(self._epoch), index, *purpose.encode())
@@ -252,6 +263,13 @@ class TrainingPairs(TrainingSet[Pair]):
 
     def _scale(self, generator: np.random.Generator) -> float:
         return float(generator.uniform(*self._augmentation.scale))
+
+
+def resized_label_map(label_map: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Resize a label map to (H, W) by taking the nearest pixel; one of that size comes back as it is."""
+    if label_map.shape == size:
+        return label_map
+    return np.array(PILImage.fromarray(label_map).resize(size[::-1], PILImage.Resampling.NEAREST))
 
 
 def open_pair(row: Mapping[str, Any], num_classes: int) -> Pair:
