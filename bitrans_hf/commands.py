@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -76,7 +76,7 @@ def run_script(module: str) -> NoReturn:
 
     The script says that it starts before its imports begin, and Ctrl-C is heeded during them too.
     """
-    quiet = not is_first_process() or any(word.startswith("--quiet") for word in sys.argv[1:])
+    quiet = not is_first_process() or _asks_for_quiet(sys.argv[1:])
 
     def main() -> None:
         with starting(module.removesuffix(".__main__").rpartition(".")[2], quiet=quiet):
@@ -135,6 +135,16 @@ def children_without_signals() -> Iterator[None]:
 def is_stopped() -> bool:
     """Return whether the command was told to stop, and is cleaning up."""
     return _state.signal is not None
+
+
+def _asks_for_quiet(words: Sequence[str]) -> bool:
+    """Return what the last `--quiet` on a command line says, before there is a parser to ask."""
+    quiet = False
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--quiet":
+            quiet = (value or following).lower() not in ("false", "no", "off")
+    return quiet
 
 
 def _leave_process_group() -> None:
