@@ -219,8 +219,8 @@ def seeds_of_split(recipe: Recipe, split: str | None) -> SeedStore:
 # ---- A set of images.
 
 
-BYTES_A_PIXEL, BYTES_A_PROCESS = 600, 0.5e9
-"""What a process that refines takes: PAR keeps 3 x 48 numbers of float32 for each pixel; the libraries come on top."""
+BYTES_A_PIXEL, BYTES_A_PROCESS = 600, 1e9
+"""What a process that refines takes: 3 x 48 numbers of float32 for each pixel in PAR; libraries and whole images."""
 
 
 def run_jobs(
