@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from .errors import ends_with_a_sentence
@@ -123,9 +123,11 @@ def children_without_signals() -> Iterator[None]:
     pending: list[int] = []
     handler = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    hook, sys.excepthook = sys.excepthook, _excepthook_of_worker
     try:
         yield
     finally:
+        sys.excepthook = hook
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         signal.signal(signal.SIGINT, handler)
         if pending:
@@ -159,6 +161,12 @@ def _clear_frames(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
+
+
+def _excepthook_of_worker(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print what a thread of a worker raised, but for a connection that a process broke off because it was stopped."""
+    if not issubclass(kind, EOFError | OSError | multiprocessing.AuthenticationError):
+        sys.__excepthook__(kind, error, trace)
 
 
 # ---- Signals.
