@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
@@ -82,7 +83,6 @@ def run_script(module: str) -> NoReturn:
         with starting(module.removesuffix(".__main__").rpartition(".")[2], quiet=quiet):
             loaded = importlib.import_module(module)
         loaded.main()
-
         _leave_process_group()
 
     run_command(main)
@@ -142,7 +142,7 @@ def is_stopped() -> bool:
 def _asks_for_quiet(words: Sequence[str]) -> bool:
     """Return what the last `--quiet` on a command line says, before there is a parser to ask."""
     quiet = False
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         name, _, value = word.partition("=")
         if name == "--quiet":
             quiet = (value or following).lower() not in ("false", "no", "off")

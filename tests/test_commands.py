@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stopping import stop
 
-from bitrans_hf.commands import run_command
+from bitrans_hf.commands import _asks_for_quiet, run_command
 from bitrans_hf.errors import InputError
 
 PROGRAM = """
@@ -112,6 +112,17 @@ def test_a_stop_is_heeded_while_the_imports_take_their_time(tmp_path: Path):
         "slow_stage: loading PyTorch and its libraries ...",
         "stopped before it began; to go on, rerun the same command.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "quiet"),
+    [
+        ("", False), ("--name a", False), ("--quiet", True), ("--quiet true", True), ("--quiet=true", True),
+        ("--quiet false", False), ("--quiet true --quiet false", False), ("--quiet --name a", True),
+    ],
+)  # fmt: skip
+def test_quiet_is_known_before_there_is_a_parser(words: str, quiet: bool):
+    assert _asks_for_quiet(words.split()) is quiet
 
 
 def test_what_a_background_job_ignores_stays_ignored(tmp_path: Path):
