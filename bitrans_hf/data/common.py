@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import functools
 import gc
@@ -32,6 +33,8 @@ _PALETTE = palette()
 _EXIF_ORIENTATION = 0x0112
 
 _DRIVE = re.compile("[A-Za-z]:")
+_SAVE_AGAIN = "save it again as UTF-8, in a spreadsheet as 'CSV UTF-8'."
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 _INVISIBLE = str.maketrans("", "", "\u00ad\u200b\u200e\u200f\u2060\ufeff")
 """Soft hyphen, zero-width blanks, marks of direction and the byte order mark: no one sees them in a name."""
@@ -396,6 +399,11 @@ def index_png(label_map: NDArray[np.uint8]) -> bytes:
 
 def inner_path(file_name: str, where: str) -> str:
     """Return `file_name` with forward slashes, refusing every path that leaves its folder; `where` is its place."""
+    if _ADDRESS.match(file_name):
+        raise DataError(
+            f"{where} names {file_name!r}, which is an address on the web; download the images and write their file "
+            "names."
+        )
     parts = file_name.replace("\\", "/").split("/")
     if ".." in parts or parts[0] == "" or parts[-1] in ("", ".") or _DRIVE.match(file_name):
         raise DataError(
@@ -436,15 +444,19 @@ def read_id_list(path: Path) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file, with or without a byte order mark.
+    """Read a text file: UTF-8, with or without a byte order mark, or UTF-16 with one, as spreadsheets write it.
 
     Raises:
-        DataError: the file is not UTF-8.
+        DataError: the file is neither.
     """
+    content = path.read_bytes()
+    encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = io.TextIOWrapper(io.BytesIO(content), encoding=encoding).read()
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path} is not UTF-8 text (byte 0x{error.object[error.start]:02x} at position {error.start}); "
-            "save it again as UTF-8, in a spreadsheet as 'CSV UTF-8'."
-        ) from error
+        place = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        name = encoding.removesuffix("-sig").upper()
+        raise DataError(f"{path} is not {name} text ({place}); {_SAVE_AGAIN}") from error
+    if "\0" in text:
+        raise DataError(f"{path} holds zero bytes, as text in UTF-16 does; {_SAVE_AGAIN}")
+    return text

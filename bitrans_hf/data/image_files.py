@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from PIL import Image, features
 
 from ..files import OUTPUT_MARK
+from .common import tidy_name
 
 # Formats that Pillow only stands in for, or opens by another program: films, tables, drawings.
 _NO_PHOTOS = frozenset({"BUFR", "EPS", "FLI", "GRIB", "HDF5", "IPTC", "MPEG", "PDF", "WMF"})
@@ -43,11 +43,13 @@ class ImageListing:
         names: Paths relative to the folder, with forward slashes, in alphabetical order.
         unreadable_types: Those of images whose type cannot be read here.
         results: Subfolders left out because they hold results of this package.
+        empty_folders: Subfolders without an image that have no subfolders.
     """
 
     names: list[str] = field(default_factory=list)
     unreadable_types: list[str] = field(default_factory=list)
     results: list[str] = field(default_factory=list)
+    empty_folders: list[str] = field(default_factory=list)
 
     def left_out(self) -> list[str]:
         """Return a sentence for each kind of thing that was left out."""
@@ -119,6 +121,7 @@ def list_images(folder: Path, *, excluded: Collection[Path | None] = ()) -> Imag
             if not left_out or (here / name).resolve() not in left_out
         ]
         prefix = "" if inside == "." else f"{inside}/"
+        before = len(listing.names)
         for name in files:
             if not name.startswith("."):
                 suffix = suffix_of(name)
@@ -126,7 +129,10 @@ def list_images(folder: Path, *, excluded: Collection[Path | None] = ()) -> Imag
                     listing.names.append(prefix + name)
                 elif suffix in other:
                     listing.unreadable_types.append(prefix + name)
+        if inside != "." and not folders and len(listing.names) == before:
+            listing.empty_folders.append(inside)
     listing.names.sort()
+    listing.empty_folders.sort()
     listing.unreadable_types.sort()
     return listing
 
@@ -165,6 +171,10 @@ class ImageFinder:
             candidates = self._by_stem.get(_spelling(name), ())
         return candidates[0] if len(candidates) == 1 else None
 
+    @functools.cached_property
+    def _by_last_part(self) -> Mapping[str, list[str]]:
+        return _grouped(sorted(self.names), _last_part)
+
     def advice(self, name: str) -> str:
         """Return what to do about a name that means no image, or several."""
         stem = _spelling(_stem(name) if suffix_of(name) in image_suffixes() else name)
@@ -172,7 +182,11 @@ class ImageFinder:
             if len(group) > 1:
                 return f"there are {group[0]} and {group[1]}; write which one is meant."
         alike = (*self._by_case.get(_spelling(name).casefold(), ()), *self._by_stem.get(stem, ()))
-        return f"did you mean {alike[0]!r}?" if alike else "add the file or take out the row."
+        elsewhere = self._by_last_part.get(_last_part(name), ())
+        if not alike and len(elsewhere) > 1:
+            return f"there are {elsewhere[0]} and {elsewhere[1]}; write which one is meant."
+        meant = (*alike, *elsewhere)
+        return f"did you mean {meant[0]!r}?" if meant else "add the file or take out the row."
 
 
 def _stem(name: str) -> str:
@@ -180,7 +194,11 @@ def _stem(name: str) -> str:
 
 
 def _spelling(name: str) -> str:
-    return "/".join(" ".join(part.split()) for part in unicodedata.normalize("NFC", name).split("/"))
+    return "/".join(tidy_name(part) for part in name.split("/"))
+
+
+def _last_part(name: str) -> str:
+    return _spelling(name).casefold().rpartition("/")[2]
 
 
 def _grouped(names: Sequence[str], key: Callable[[str], str]) -> Mapping[str, list[str]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from .common import DataError, first_alike, folded_name, inner_path, is_background, read_text, suggest, tidy_name
+from .image_files import image_suffixes, suffix_of
 from .label_cells import (
     SEPARATORS,
     UnclearCellError,
@@ -29,7 +30,13 @@ OWN_COLUMNS = ("file_name", "labels", "split", "image_id", "mask_file_name")
 # What pandas calls the column of row numbers that nobody named.
 _INDEX_COLUMN = re.compile(r"|Unnamed: \d+(?:\.\d+)?|__index_level_\d+__")
 
-_YES_NO = {"1": True, "0": False, "1.0": True, "0.0": False, "true": True, "false": False}
+_YES_NO = {
+    **dict.fromkeys(("1", "1.0", "true", "t", "yes", "y"), True),
+    **dict.fromkeys(("0", "0.0", "false", "f", "no", "n"), False),
+}
+
+# Before the header of a CSV file, for Excel: what separates its cells.
+_SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
 
 Caller: TypeAlias = Literal["python", "check", "masks", "recipe"]
 """Who is advised: somebody who calls `load_folder`, `bitrans check`, `bitrans masks`, or a stage with a recipe."""
@@ -121,7 +128,7 @@ def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
             has = "an empty file_name" if "file_name" in cells else f"the columns {', '.join(map(str, cells))}"
             message = f"{where} has {has}, expected the name of an image in the column file_name."
             if "file_name" not in cells and not rows:  # not one bad row, but another kind of table
-                raise DataError(message)
+                raise DataError(f"{message[:-1]}; {_advice_on_header(written)}")
             problems.append(Problem("table", where, message))
             continue
         try:
@@ -138,7 +145,11 @@ def _tidy_columns(written: Sequence[str], path: Path) -> dict[str, str]:
         DataError: a column is there twice, or two look alike.
     """
     own = {folded_name(name): name for name in OWN_COLUMNS}
-    columns = [(own.get(folded_name(str(name)), tidy_name(str(name))), name) for name in written]
+    loose = {_letters(name): name for name in OWN_COLUMNS if not any(folded_name(str(key)) == name for key in written)}
+    columns = [
+        (own.get(folded_name(str(name))) or loose.get(_letters(str(name))) or tidy_name(str(name)), name)
+        for name in written
+    ]
     columns = [(column, name) for column, name in columns if not _INDEX_COLUMN.fullmatch(column)]
     names = [column for column, _ in columns]
     repeated = [name for name, count in Counter(names).items() if count > 1]
@@ -147,6 +158,23 @@ def _tidy_columns(written: Sequence[str], path: Path) -> dict[str, str]:
     if pair := first_alike(names):
         raise DataError(f"{path} has the columns {pair[0]!r} and {pair[1]!r}, which look alike; rename one of them.")
     return dict(columns)
+
+
+def _letters(column: str) -> str:
+    """Return what `File Name`, `file-name` and `filename` have in common."""
+    return re.sub(r"[\W_]+", "", folded_name(column))
+
+
+def _advice_on_header(cells: Mapping[str, Any]) -> str:
+    """Say which column of a row without `file_name` holds the name of its image, if one does."""
+    if any(suffix_of(str(column).strip()) in image_suffixes() for column in cells):
+        return "put a line with the names of the columns before the first row, such as file_name,labels."
+    for column, cell in cells.items():
+        if isinstance(cell, str) and suffix_of(cell.strip()) in image_suffixes():
+            nameless = _INDEX_COLUMN.fullmatch(tidy_name(str(column)))
+            shown = "the column without a name" if nameless else f"the column {column!r}"
+            return f"{shown} holds {cell.strip()!r}: call it file_name, and that of the class names labels."
+    return "its first line must name the columns."
 
 
 def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -159,14 +187,19 @@ def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[s
 def _csv_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
     text = read_text(path)
     header = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
+    said = _SEPARATOR_LINE.match(text)
     # Spreadsheets write semicolons or tabs in many countries; the header tells, since column names hold neither.
-    delimiter = max(",;\t|", key=header.count)
+    delimiter = said[1] if said else max(",;\t|", key=header.count)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    if said:
+        next(reader)
     header_cells = next(reader, [])
     columns = [f"Unnamed: {place}" if not tidy_name(name) else name for place, name in enumerate(header_cells)]
     if len(set(columns)) < len(columns):
         repeated = [name.strip() for name, count in Counter(columns).items() if count > 1]
         raise DataError(f"{path} has the column {repeated[0]!r} more than once; rename one of them.")
+    # The first column without a name may hold row numbers; the others come from separators at the ends of lines.
+    nameless = [place for place, name in enumerate(header_cells) if place and not tidy_name(name)]
     last_line = reader.line_num
     for cells in reader:
         where = f"{path.name} line {reader.line_num}"
@@ -180,6 +213,13 @@ def _csv_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[s
         if len(cells) != len(columns):
             message = (
                 f"{where} has {len(cells)} cells for {len(columns)} columns; quote cells that hold {delimiter!r}."
+            )
+            problems.append(Problem("table", where, message))
+            continue
+        if lost := [cells[place] for place in nameless if cells[place].strip()]:
+            message = (
+                f"{where} has {lost[0]!r} in a column without a name; name the column, or quote cells that hold "
+                f"{delimiter!r}."
             )
             problems.append(Problem("table", where, message))
             continue
@@ -553,6 +593,6 @@ def _is_yes(row: Row, column: str) -> bool | None:
 
 def _no_yes_or_no(row: Row, column: str) -> str:
     return (
-        f"{row.where} ({row.file_name}) has {row.cells.get(column)!r} in the column {column!r}, expected 0 or 1; a "
-        "column of class names must be called labels."
+        f"{row.where} ({row.file_name}) has {row.cells.get(column)!r} in the column {column!r}, expected 0 or 1; call "
+        "a column of class names labels, and take out one that is no class."
     )
