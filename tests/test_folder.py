@@ -861,3 +861,105 @@ def test_a_class_that_may_mean_nothing_is_noted(make_folder: MakeFolder) -> None
     report = check_folder(root)
     assert report.classes == ("cat", "none")
     assert "'none' is a class like any other" in " ".join(report.notes)
+
+
+# ---- Tables and folders as people have them.
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        "sep=;\r\nfile_name;labels\r\na.png;cat\r\nb.png;dog,cat\r\n",
+        "file_name\tlabels\r\na.png\tcat\r\nb.png\tdog;cat\r\n".encode("utf-16"),
+        "File Name;LABELS;;\r\na.png;cat;;\r\nb.png;cat,dog;;\r\n",
+        "filename,Labels\na.png,cat\nb.png,cat|dog\n",
+        "file-name,cat,dog\na.png,yes,no\nb.png,T,Y\n",
+    ],
+)
+def test_tables_of_spreadsheets_give_the_same_rows(make_folder: MakeFolder, table: str | bytes) -> None:
+    assert names_of(load_folder(make_folder(table))) == [["cat"], ["cat", "dog"]]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("a.png,cat\nb.png,dog\n", "put a line with the names of the columns before the first row"),
+        ("image,tags\na.png,cat\n", r"the column 'image' holds 'a\.png': call it file_name"),
+        (",labels\na.png,cat\n", r"the column without a name holds 'a\.png': call it file_name"),
+        ("file_name,labels,\na.png,cat,dog\n", "line 2 has 'dog' in a column without a name"),
+        ("file_name,labels\nhttps://host.org/a.png?w=6,cat\n", "which is an address on the web; download"),
+        ("file_name,labels\nphotos/images/a.png,cat\n", r"which is not in .*; did you mean 'a\.png'\?"),
+        ("file_name,labels\na.png,cat\n".encode("utf-16-le"), "holds zero bytes, as text in UTF-16 does"),
+    ],
+)
+def test_a_table_that_cannot_be_read_says_what_to_change(
+    make_folder: MakeFolder, table: str | bytes, message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_folder(make_folder(table))
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("train.csv", r"if train\.csv has the labels, name it with --labels\."),
+        ("labels.xlsx", r"if labels\.xlsx has the labels, save them as labels\.csv"),
+        ("images.zip", r"unpack images\.zip there\."),
+        ("a.png", "write a table with the columns file_name and labels"),
+    ],
+)
+def test_a_folder_without_labels_says_which_file_may_have_them(tmp_path: Path, name: str, advice: str) -> None:
+    (tmp_path / name).write_bytes(b"content")
+    with pytest.raises(DataError, match=advice):
+        check_folder(tmp_path, caller="check")
+
+
+@pytest.mark.parametrize(
+    ("files", "splits"),
+    [
+        (("Training set/cat/a.png", "val2/dog/b.png"), {"Training set": 1, "val2": 1}),
+        (("train/images/cat/a.png", "test/images/dog/b.png"), {"test": 1, "train": 1}),
+        (("cat/train/a.png", "dog/test_images/b.png"), {"test_images": 1, "train": 1}),
+        (("cat/images/a.png", "dog/images/b.png"), {}),
+        (("test tube/a.png", "validation stamp/b.png"), {}),
+    ],
+)
+def test_folders_around_class_folders_and_in_them_are_told_from_classes(
+    tmp_path: Path, files: tuple[str, ...], splits: dict[str, int]
+) -> None:
+    for name in files:
+        save_picture(tmp_path / name)
+    classes = ("test tube", "validation stamp") if "tube" in files[0] else ("cat", "dog")
+    report = check_folder(tmp_path, decode=False)
+    assert report.splits == splits
+    assert report.images_per_class == dict.fromkeys(classes, 1)
+    assert report.notes == ()
+
+
+def test_folders_that_make_no_class_are_said(tmp_path: Path) -> None:
+    for name in ("animals/cat/a.png", "plants/b.png"):
+        save_picture(tmp_path / name)
+    (tmp_path / "horse").mkdir()
+    deeper, empty = check_folder(tmp_path).notes
+    assert "animals/cat belongs to 'animals'. If cat are the classes" in deeper
+    assert empty == "1 folders hold no image and make no class: horse"
+
+
+def test_masks_beside_their_images_are_no_images(tmp_path: Path) -> None:
+    for name in ("cat/a (1).png", "cat/a (1)_mask.png", "cat/a (1)_mask_1.png", "dog/b.png", "dog/lone_mask.png"):
+        save_picture(tmp_path / name)
+    report = check_folder(tmp_path, decode=False)
+    assert report.ok
+    assert report.images_per_class == {"cat": 1, "dog": 2}
+    assert "2 images are called as masks of others and are left out: cat/a (1)_mask.png" in report.notes[0]
+
+
+def test_a_link_to_no_file_is_missing_and_an_image_beside_class_folders_is_unlisted(tmp_path: Path) -> None:
+    for name in ("cat/a.png", "dog/b.png", "loose.png"):
+        save_picture(tmp_path / name)
+    (tmp_path / "dog/gone.png").symlink_to(tmp_path / "nowhere.png")
+    problems = {problem.kind: problem.message for problem in check_folder(tmp_path, decode=False).problems}
+    assert problems == {
+        "missing": "dog/gone.png is a link to a file that is not there; mend the link or take it out.",
+        "unlisted": "loose.png lies in no class folder and is left out; move it into one or take it out.",
+    }

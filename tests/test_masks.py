@@ -91,6 +91,11 @@ def test_a_jpeg_is_no_mask_of_ids_and_can_be_a_binary_one(tmp_path: Path) -> Non
         (SQUARE * 38, None, "holds the id 38, expected .* if 38 is the object, give mask_values: binary"),
         (np.arange(48, dtype=np.uint8).reshape(6, 8), None, "holds 48 different values: was it resized"),
         (np.arange(48, dtype=np.uint8).reshape(6, 8), "binary", r"values 0, 1, .*\(48 of them\), expected 0 and one"),
+        (
+            SQUARE + np.eye(6, 8, 5, dtype=np.uint8) * 3,
+            None,
+            r"values 0, 1, 3(, 4)?: if each but 0 is the object, give mask_values: 1-3=1",
+        ),
         (SQUARE * 7, "0=0,9=1", "holds the values 7, which have no meaning in mask values 0=0,9=1"),
         (np.full((2, 2, 3), (1, 2, 3), np.uint8), "9/8/7=1", "holds the colors 1/2/3, which have no meaning"),
     ],
@@ -223,3 +228,39 @@ def test_exif_turns_that_sizes_cannot_tell_are_noted(
     (problem,) = check_folder(root).problems
     assert problem.kind == "mask size"
     assert ("EXIF tag turns it upright (orientation 6)" in problem.message) is (orientation == 6)
+
+
+def test_one_mask_of_255_among_masks_of_ids_is_a_problem_where_its_labels_name_a_class(
+    make_folder: Callable[..., Path],
+) -> None:
+    root = make_folder()
+    save(root / "masks/b.png", SQUARE * 255)
+    (problem,) = check_folder(root, caller="check").problems
+    assert problem.name == "b.png"
+    assert "if 255 is an object, give --mask-values 0=0,1=1,255=1; if it is not" in problem.message
+    with pytest.raises(DataError, match=r"the mask of b\.png holds only 0 \(background\) and 255"):
+        check_masks(root)
+    assert check_folder(root, mask_values="0=0,1=1,255=1").ok
+    assert check_folder(root, mask_values="ids").ok
+
+
+def test_masks_that_name_other_classes_than_the_labels_point_to_the_order(make_folder: Callable[..., Path]) -> None:
+    root = make_folder(labels="dog")
+    (root / "classes.txt").write_text("cat\ndog\n")
+    (note,) = [note for note in check_folder(root).notes if "another order" in note]
+    assert note.startswith("2 of 2 masks show classes that the labels do not name.")
+    assert note.endswith("in that order in classes.txt; here 1 is 'cat'.")
+
+
+def test_a_folder_of_masks_without_an_image_is_a_problem(make_folder: Callable[..., Path]) -> None:
+    root = make_folder()
+    for name in ("a", "b"):
+        (root / f"masks/{name}.png").rename(root / f"masks/{name}.npy")
+    (problem,) = check_folder(root).problems
+    assert problem.message == (f"{root}/masks holds 2 .npy and no image; save masks as PNG, with label ids as pixels.")
+
+
+def test_a_mask_in_the_alpha_channel_alone_is_read_from_there(tmp_path: Path) -> None:
+    pixels = np.dstack([np.full((*SQUARE.shape, 3), 255, np.uint8), SQUARE * 255])
+    mask = open_mask(save(tmp_path / "m.png", pixels), num_classes=1, values=MaskValues.parse("binary"))
+    np.testing.assert_array_equal(mask, SQUARE)

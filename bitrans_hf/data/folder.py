@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ from .common import (
     without_suffix,
 )
 from .image_files import ImageFinder, ImageListing, list_images
-from .mask_names import MaskMatch, match_masks
+from .mask_names import MaskMatch, match_masks, other_files
 from .mask_values import MaskValues
 from .tables import OWN_COLUMNS, Caller, Problem, Row, RowLabels, labels_of_rows, option, read_rows
 
@@ -44,8 +45,20 @@ SPLIT_FOLDERS = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation", "holdout"}
     | {"unlabeled", "unlabelled"}
 )
-"""Without a table, folders of these names, in any case, hold class folders and are none."""
+"""Without a table, folders of these names hold class folders and are none; see `_is_split_name`."""
 
+_WORDS_BESIDE_SPLITS = frozenset({"set", "data", "dataset", "split", "part", "fold", "images", "image", "imgs", "img"})
+
+_IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages"})
+"""Folders of these names between folders of splits and of classes, or within these, say nothing."""
+
+_MASK_ENDING = re.compile(
+    r"(?<=.)[_\-. ](?:mask|masks|seg|segmentation|gt|groundtruth|annotation|label|labels)(?:[_\-. ]?\d+)?$",
+    re.IGNORECASE,
+)
+
+_ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"})
+_OTHER_TABLES = frozenset({".xlsx", ".xls", ".ods", ".json", ".txt", ".xml"})
 
 _NOTHING = frozenset({"none", "nothing", "no", "empty", "negative", "n/a", "na", "unlabeled", "unlabelled", "unknown"})
 """Names by which people may mean that an image shows none of the classes."""
@@ -117,9 +130,8 @@ def load_folder(
         logger.warning("%s: %s", root, note)
     if found.unlisted:
         shown = shown_names(found.unlisted, 3)
-        logger.warning(
-            "%d images in %s have no row in %s and are left out: %s", len(found.unlisted), root, found.source, shown
-        )
+        lack = f"have no row in {found.source}" if found.has_table else "lie in no class folder"
+        logger.warning("%d images in %s %s and are left out: %s", len(found.unlisted), root, lack, shown)
     for note in found.mask_notes:
         logger.warning("%s", note)
     mask_paths = [found.masks[position] for position in found.kept]
@@ -152,6 +164,7 @@ class FolderContent:
         chosen: The classes to load, in the order of their ids.
         image_ids: Ids.
         folder: The folder that the rows' file names are relative to.
+        has_table: Whether the rows are those of tables; otherwise folders name the classes.
         masks: Paths of masks that are there.
         mask_values: What the pixel values of masks mean; None where they are label ids.
         mask_notes: What was taken for granted about masks.
@@ -168,6 +181,7 @@ class FolderContent:
     rows: list[Row]
     problems: list[Problem]
     folder: Path
+    has_table: bool = True
     classes: list[str] = field(default_factory=list)
     chosen: list[str] = field(default_factory=list)
     image_ids: list[str] = field(default_factory=list)
@@ -225,6 +239,12 @@ def look_through(
     else:
         where, folder = f"the names of the folders in {images_folder}", images_folder
         listing = list_images(folder, excluded=excluded)
+        if beside := _masks_beside_images(listing.names):
+            listing.names = [name for name in listing.names if name not in beside]
+            notes.append(
+                f"{len(beside):,} images are called as masks of others and are left out: "
+                f"{shown_names(sorted(beside), 3)}; to score with them, put them into a folder masks."
+            )
         rows = _rows_of_class_folders(listing, split, notes)
     notes += listing.left_out()
     if not rows:
@@ -232,13 +252,12 @@ def look_through(
         if not tables:
             nothing = (
                 f"{root} holds no table of labels, looked for {', '.join(TABLE_NAMES)}, and no folders of images "
-                "named by class; write a table with the columns file_name and labels, or name it with "
-                f"{option(caller, 'table')}." + (f" ({notes[0]})" if notes else "")
+                f"named by class; {_advice_without_table(root, caller)}" + (f" ({notes[0]})" if notes else "")
             )
         raise DataError(problems[0].message if problems else nothing)
     rows = _rows_with_found_images(rows, folder, ImageFinder(listing.names), problems)
 
-    content = FolderContent(root, where, rows, problems, folder, notes=notes)
+    content = FolderContent(root, where, rows, problems, folder, has_table=bool(tables), notes=notes)
     labels = labels_of_rows(rows, known, separator, where, problems, caller)
     content.names = labels.names
     notes += labels.notes
@@ -318,6 +337,27 @@ def _tables_in(folder: Path, caller: Caller) -> list[Path]:
     return found
 
 
+def _advice_without_table(root: Path, caller: Caller) -> str:
+    """Say what to do about a folder without labels, after a look at the files in it."""
+    by_suffix: dict[str, list[str]] = {}
+    for path in sorted(root.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            by_suffix.setdefault(path.suffix.lower(), []).append(path.name)
+    tables = [name for suffix in (".csv", ".tsv", ".jsonl", ".parquet") for name in by_suffix.get(suffix, ())]
+    others = [name for suffix in sorted(_OTHER_TABLES) for name in by_suffix.get(suffix, ()) if name != "classes.txt"]
+    archives = [name for suffix in sorted(_ARCHIVES) for name in by_suffix.get(suffix, ())]
+    if tables:
+        return f"if {' or '.join(tables[:3])} has the labels, name it with {option(caller, 'table')}."
+    if others:
+        return (
+            f"if {' or '.join(others[:3])} has the labels, save them as labels.csv with the columns file_name and "
+            "labels."
+        )
+    if archives:
+        return f"unpack {archives[0]} there."
+    return f"write a table with the columns file_name and labels, or name it with {option(caller, 'table')}."
+
+
 def _rows_of_tables(tables: Mapping[Path, str | None], problems: list[Problem]) -> list[Row]:
     """Return the rows of one table, or of those in subfolders, each of which is a split."""
     rows = []
@@ -362,23 +402,66 @@ def _rows_with_found_images(
 
 
 def _rows_of_class_folders(listing: ImageListing, split: str | None, notes: list[str]) -> list[Row]:
-    """Return a row for each image in `<class>/` or in `<split>/<class>/`, in alphabetical order."""
+    """Return a row for each image in `<class>/`, `<split>/<class>/` or `<class>/<split>/`, in alphabetical order."""
     names = [name for name in listing.names if "/" in name]
-    has_splits = _are_splits(names, split)
-    rows, without_class = [], []
-    for name in names:
-        *folders, _ = name.split("/")
-        if has_splits and len(folders) < 2:
+    folders_of = _telling_folders(names)
+    has_splits = _are_splits([f"{'/'.join(folders)}/image" for folders in folders_of.values() if folders], split)
+    has_inner_splits = not has_splits and all(
+        len(folders) > 1 and _is_split_name(folders[1]) for folders in folders_of.values()
+    )
+    rows, without_class, deeper = [], [], {}
+    for name, folders in folders_of.items():
+        if len(folders) < (2 if has_splits else 1):
             without_class.append(name)
             continue
-        label = folders[1] if has_splits else folders[0]
-        cells = {"labels": [tidy_name(label)], **({"split": folders[0]} if has_splits else {})}
-        rows.append(Row(f"folder {'/'.join(folders)}", name, cells))
+        label, *inner = folders[1:] if has_splits else folders
+        splits = {"split": folders[0]} if has_splits else {"split": inner[0]} if has_inner_splits else {}
+        if inner and not has_inner_splits:
+            deeper.setdefault(inner[0], label)
+        rows.append(Row(f"folder {name.rpartition('/')[0]}", name, {"labels": [tidy_name(label)], **splits}))
+    if deeper:
+        inner_name, label = next(iter(deeper.items()))
+        notes.append(
+            f"folders inside of class folders name no class: {label}/{inner_name} belongs to {label!r}. If "
+            f"{shown_names(list(deeper), 3)} are the classes, move their folders up, or write a table."
+        )
+    if rows and (empty := [name for name in listing.empty_folders if name.count("/") < 2]):
+        notes.append(f"{len(empty):,} folders hold no image and make no class: {shown_names(empty, 3)}")
     if rows and without_class:
         notes.append(
             f"{len(without_class):,} images lie in no class folder and are left out: {shown_names(without_class, 3)}"
         )
     return rows
+
+
+def _masks_beside_images(names: Sequence[str]) -> set[str]:
+    """Return the images that are called as another one in their folder with an ending such as `_mask`."""
+    stems = {without_suffix(name) for name in names}
+    endings = {stem: _MASK_ENDING.sub("", stem) for stem in stems}
+    return {
+        name
+        for name in names
+        if (shorter := endings[without_suffix(name)]) in stems and shorter != without_suffix(name)
+    }
+
+
+def _telling_folders(names: Sequence[str]) -> dict[str, list[str]]:
+    """Return the folders of each name, without one such as `images` that stands at one place in all of them."""
+    folders_of = {name: name.split("/")[:-1] for name in names}
+    depth = min(map(len, folders_of.values()), default=0)
+    for place in range(depth):
+        if all(folded_name(folders[place]) in _IMAGE_FOLDERS for folders in folders_of.values()):
+            return {name: folders[:place] + folders[place + 1 :] for name, folders in folders_of.items()}
+    return folders_of
+
+
+def _is_split_name(name: str) -> bool:
+    """Return whether a folder is called as splits are: `val`, `Training set`, `test2`."""
+    words = re.findall(r"[^\W\d_]+", folded_name(name))
+    return folded_name(name) in SPLIT_FOLDERS or (
+        not SPLIT_FOLDERS.isdisjoint(words)
+        and all(word in SPLIT_FOLDERS or word in _WORDS_BESIDE_SPLITS for word in words)
+    )
 
 
 def _are_splits(names: Sequence[str], split: str | None) -> bool:
@@ -393,7 +476,7 @@ def _are_splits(names: Sequence[str], split: str | None) -> bool:
         inner.setdefault(first, set()).add(folded_name(rest[0]) if len(rest) > 1 else "")
     if split is not None and folded_name(split) in {folded_name(first) for first in inner}:
         return True
-    named = [first for first in inner if folded_name(first) in SPLIT_FOLDERS]
+    named = [first for first in inner if _is_split_name(first)]
     if not named or len(named) == len(inner):
         return bool(named)
     nested = [first for first in named if "" not in inner[first]]
@@ -491,7 +574,11 @@ def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) 
     content.unmatched_masks = [name for name in match.unmatched if mask_folder / name not in named_masks]
     if match.rule:
         content.mask_notes.append(f"masks in {mask_folder} are matched to images by name, where {match.rule}")
-    if content.unmatched_masks and not any(content.masks):
+    if not any(content.masks) and not content.unmatched_masks and (others := other_files(mask_folder)):
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
+        message = f"{mask_folder} holds {kinds} and no image; save masks as PNG, with label ids as pixels."
+        content.problems.append(Problem("mask names", str(mask_folder), message))
+    elif content.unmatched_masks and not any(content.masks):
         content.problems.append(Problem("mask names", str(mask_folder), _unmatched_message(content, mask_folder)))
     elif content.unmatched_masks:
         content.mask_notes.append(_unmatched_message(content, mask_folder))

@@ -119,10 +119,22 @@ def check_folder(
     found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty, caller, mask_values)
     problems = list(found.problems)
     problems += [
-        Problem("unlisted", name, f"{name} has no row in {found.source} and is left out; add one or take it out.")
+        Problem(
+            "unlisted",
+            name,
+            f"{name} has no row in {found.source} and is left out; add one or take it out."
+            if found.has_table
+            else f"{name} lies in no class folder and is left out; move it into one or take it out.",
+        )
         for name in found.unlisted
     ]
     there = [position for position in found.kept if (found.folder / found.rows[position].file_name).is_file()]
+    links = sorted({found.rows[position].file_name for position in set(found.kept).difference(there)})
+    problems += [
+        Problem("missing", name, f"{name} is a link to a file that is not there; mend the link or take it out.")
+        for name in links
+        if (found.folder / name).is_symlink()
+    ]
     pool = ThreadPoolExecutor()  # PIL and hashlib release the interpreter lock
     try:
         checked = pool.map(lambda position: _check_files(found, position, decode), there)

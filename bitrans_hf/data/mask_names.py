@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 LOSSLESS_SUFFIXES = frozenset({".png", ".tif", ".tiff", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".pnm"})
 JPEG_SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
+
+_MASK_SUFFIXES = LOSSLESS_SUFFIXES | JPEG_SUFFIXES
 
 _HEAD = re.compile(r"([^\W_]*[^\W\d_][^\W_]*[_\-. ])(?=.)")
 _TAIL = re.compile(r"(?<=.)([_\-. ][^\W_]*[^\W\d_][^\W_]*)$")
@@ -82,13 +84,21 @@ def match_masks(
 
 def mask_files(folder: Path) -> dict[str, Path]:
     """Return the files of a folder that may be masks, by their paths within it."""
-    found = {}
+    return {inside: path for inside, path in _files(folder) if path.suffix.lower() in _MASK_SUFFIXES}
+
+
+def other_files(folder: Path) -> Counter[str]:
+    """Return how many files of a folder cannot be masks, by their suffixes."""
+    suffixes = (path.suffix.lower() for _, path in _files(folder))
+    return Counter(suffix for suffix in suffixes if suffix and suffix not in _MASK_SUFFIXES)
+
+
+def _files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a folder that are not hidden, in order, with their paths within it."""
     for path in sorted(folder.rglob("*")):
         inside = path.relative_to(folder)
-        hidden = any(part.startswith((".", "__MACOSX")) for part in inside.parts)
-        if not hidden and path.suffix.lower() in LOSSLESS_SUFFIXES | JPEG_SUFFIXES and path.is_file():
-            found[inside.as_posix()] = path
-    return found
+        if not any(part.startswith((".", "__MACOSX")) for part in inside.parts) and path.is_file():
+            yield inside.as_posix(), path
 
 
 def _by_rule(

@@ -30,6 +30,7 @@ class MaskFinding:
         name: Of its image.
         shows: Whether a pixel belongs to a class; None where the mask cannot be read.
         ignores: Whether a pixel is ignored (255).
+        labeled: Whether the labels of its image name a class.
         doubtful_exif: The image's EXIF tag turns it, and the size does not tell which view the mask is drawn on.
         colors: Label id -> color in the palette, of a palette image whose indices are the label ids.
         problems: What is wrong with it alone.
@@ -38,6 +39,7 @@ class MaskFinding:
     name: str
     shows: bool | None = None
     ignores: bool = False
+    labeled: bool = False
     doubtful_exif: bool = False
     colors: Mapping[int, _Color] = field(default_factory=dict)
     problems: tuple[Problem, ...] = ()
@@ -80,7 +82,8 @@ def look_at_mask(found: FolderContent, position: int, size: tuple[int, int]) -> 
         problems.append(Problem("mask labels", name, message))
     doubtful = orientation > 1 and (orientation not in _TURNED_TO_THE_SIDE or size[0] == size[1])
     colors = _palette_colors(path, ids) if found.mask_values is None else {}
-    return MaskFinding(name, bool(shown), IGNORE_INDEX in ids, doubtful, colors, tuple(problems))
+    labeled = bool(found.names[position])
+    return MaskFinding(name, bool(shown), IGNORE_INDEX in ids, labeled, doubtful, colors, tuple(problems))
 
 
 def all_together(
@@ -99,6 +102,18 @@ def all_together(
     empty = [finding for finding in readable if not finding.shows]
     if empty and len(empty) == len(readable) and not values_given:
         problems.append(Problem("mask values", empty[0].name, no_object(empty, len(found.classes), caller)))
+    elif not values_given:
+        problems += [
+            Problem("mask values", finding.name, _ignored_object(finding, len(found.classes), caller))
+            for finding in empty
+            if finding.ignores and finding.labeled
+        ]
+    if len(wrong := [each for each in readable if any(one.kind == "mask labels" for one in each.problems)]) > 1:
+        notes.append(
+            f"{len(wrong)} of {len(readable)} masks show classes that the labels do not name. If the ids in masks "
+            "count the classes in another order, list the classes in that order in classes.txt; here 1 is "
+            f"{found.classes[0]!r}."
+        )
     turned = [finding.name for finding in readable if finding.doubtful_exif]
     if turned:
         notes.append(
@@ -133,6 +148,18 @@ def no_object(masks: Sequence[MaskFinding], num_classes: int, caller: Caller) ->
     return (
         f"all {len(masks)} masks are background (0) in every pixel, expected pixels of a class; save masks whose "
         f"pixels are label ids (1 for the first class), or give {ids} if no image shows an object."
+    )
+
+
+def _ignored_object(mask: MaskFinding, num_classes: int, caller: Caller) -> str:
+    """Say that a mask ignores what its labels name, where other masks show objects."""
+    meant = "save it with label ids"
+    if num_classes == 1:
+        meant = f"give {option(caller, 'mask_values', '0=0,1=1,255=1')}"
+    ids = option(caller, "mask_values", "ids")
+    return (
+        f"the mask of {mask.name} holds only 0 (background) and 255 (ignored), expected pixels of a class, as its "
+        f"labels name one; if 255 is an object, {meant}; if it is not, give {ids}."
     )
 
 

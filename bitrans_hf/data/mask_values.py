@@ -149,13 +149,17 @@ def stored_values(image: PILImage.Image) -> NDArray[Any]:
     """Return the values (H, W) of a gray or palette mask, with palette indices as they are.
 
     An image of three equal channels is a gray one, and an alpha channel of one value says nothing: both are read.
+    Where the alpha channel alone varies, it is the mask.
 
     Raises:
         MaskValueError: the image has colors or transparency, or its numbers are no integers.
     """
     pixels = np.asarray(image)
-    if pixels.ndim == 3 and image.mode in ("LA", "PA", "RGBA") and (pixels[..., -1] == pixels[0, 0, -1]).all():
-        pixels = pixels[..., :-1]
+    if pixels.ndim == 3 and image.mode in ("LA", "PA", "RGBA"):
+        if (pixels[..., -1] == pixels[0, 0, -1]).all():
+            pixels = pixels[..., :-1]
+        elif (pixels[..., :-1] == pixels[0, 0, :-1]).all():
+            pixels = pixels[..., -1]
     if pixels.ndim == 3 and image.mode in ("L", "LA", "PA", "RGB", "RGBA") and (pixels == pixels[..., :1]).all():
         pixels = pixels[..., 0]
     if pixels.ndim != 2:
@@ -205,13 +209,13 @@ def checked_ids(pixels: NDArray[Any], num_classes: int | None) -> Ids:
     if wrong.size:
         raise MaskValueError(
             f"holds the id {int(wrong[0])}, expected {BACKGROUND} for background, 1 to {largest} for classes and "
-            f"{IGNORE_INDEX} for ignored pixels; {_advice(np.unique(pixels))}",
+            f"{IGNORE_INDEX} for ignored pixels; {_advice(np.unique(pixels), num_classes)}",
             "ids",
         )
     return pixels.astype(np.uint8)
 
 
-def _advice(values: NDArray[Any]) -> str:
+def _advice(values: NDArray[Any], num_classes: int | None) -> str:
     """Say what to do about a mask that holds `values`, some of which are no label ids."""
     if np.count_nonzero(values) == 1:
         return f"if {values[-1]} is the object, give mask_values: binary; otherwise check the list of classes."
@@ -219,6 +223,11 @@ def _advice(values: NDArray[Any]) -> str:
         return (
             f"it holds {values.size} different values: was it resized with smoothing? If so, save it without, or give "
             "mask_values: 0-127=0,128-255=1."
+        )
+    if num_classes == 1:
+        return (
+            f"it holds the values {_shown(values, str)}: if each but 0 is the object, give mask_values: "
+            f"1-{values[-1]}=1; if its edges were smoothed, 0-127=0,128-255=1."
         )
     return (
         f"check the list of classes and its order, or say what the values {_shown(values, str)} mean with "
