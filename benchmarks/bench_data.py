@@ -51,7 +51,7 @@ def make_files(root: Path) -> None:
     class_ids = generator.integers(0, len(COCO_CLASSES), (NUM_IMAGES, INSTANCES_PER_IMAGE))
     labels = [[COCO_CLASSES[class_id] for class_id in np.unique(row)[:3]] for row in class_ids]
     pq.write_table(pa.table({"file_name": names, "labels": labels}), root / "labels.parquet")
-    (root / "classes.txt").write_text("\n".join(COCO_CLASSES))
+    (root / "classes.txt").write_text("\n".join(COCO_CLASSES), encoding="utf-8")
 
     polygon = [np.round(generator.uniform(0, 480, 40), 2).tolist()]  # COCO's have about 50 numbers
     content = {
@@ -63,7 +63,7 @@ def make_files(root: Path) -> None:
         ],
     }
     (root / "annotations").mkdir()
-    (root / "annotations/instances_train2014.json").write_text(json.dumps(content))
+    (root / "annotations/instances_train2014.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def first_batch(dataset: Dataset) -> tuple[TrainingImages, dict[str, torch.Tensor]]:

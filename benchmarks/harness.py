@@ -130,7 +130,7 @@ def extra_peak_memory(step: Callable[[], object], options: Options) -> int:
         step()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the high-water mark
     before = resident_memory("VmRSS")
     step()
     return resident_memory("VmHWM") - before
@@ -143,7 +143,7 @@ def can_measure_memory(options: Options) -> bool:
 
 def resident_memory(field: str = "VmRSS") -> int:
     """Return this process' resident memory in bytes; "VmHWM" for its high-water mark. Linux only."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"/proc/self/status has no {field}; memory can be measured on Linux only.")

@@ -92,12 +92,12 @@ class Run:
         for name in STAGES:
             if (folder / name / "done.json").is_file():
                 stages[name] = {
-                    part: without_places(json.loads((folder / name / f"{part}.json").read_text()))
+                    part: without_places(json.loads((folder / name / f"{part}.json").read_text(encoding="utf-8")))
                     for part in ("recipe", "metrics")
                 }
         if "train" not in stages:
             raise MissingFileError(f"{folder / 'train'} is not finished; run training/run_all.py first.")
-        config = json.loads((folder / "train" / "model" / "config.json").read_text())
+        config = json.loads((folder / "train" / "model" / "config.json").read_text(encoding="utf-8"))
         names = sorted(config["id2label"].items(), key=lambda item: int(item[0]))
         return cls(folder.resolve().name, [name for _, name in names], stages)
 

@@ -5,6 +5,7 @@ Ctrl-C (SIGINT) and SIGTERM end a command with one sentence on stderr, what is k
 """
 
 import importlib
+import io
 import multiprocessing
 import multiprocessing.util
 import os
@@ -98,6 +99,8 @@ def run_command(main: Callable[[], Any]) -> None:
     global _state
     _state = _State()
     fall_silent(silent=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # Windows writes to files and pipes in a code page of few characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     with _watching():
         try:
             with ends_with_a_sentence():

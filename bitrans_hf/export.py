@@ -290,7 +290,7 @@ def export_model(
     with atomic_write(folder / "model.onnx") as temporary:
         temporary.write_bytes(content)
     with atomic_write(folder / "export.json") as temporary:
-        temporary.write_text(json.dumps(description, indent=2) + "\n")
+        temporary.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
     return description
 
 

@@ -15,7 +15,9 @@ def mark_output(folder: Path) -> None:
     """Make a folder for results that is never read as a folder of images, even if it lies among them."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / OUTPUT_MARK).is_file():
-        (folder / OUTPUT_MARK).write_text("bitrans wrote this folder and does not read images from it.\n")
+        (folder / OUTPUT_MARK).write_text(
+            "bitrans wrote this folder and does not read images from it.\n", encoding="utf-8"
+        )
 
 
 def lies_in(path: Path, folder: Path) -> bool:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -153,3 +154,16 @@ def test_an_error_that_a_person_can_mend_is_one_sentence_and_a_bug_keeps_its_tra
     with pytest.raises(TypeError):
         run_command(bug)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_name_that_the_code_page_of_a_pipe_lacks_is_written_in_escapes(tmp_path: Path):
+    (tmp_path / "program.py").write_text(
+        PROGRAM.format(body='def main():\n    print("Katze, \\u732b")'), encoding="utf-8"
+    )
+    ended = subprocess.run(
+        [sys.executable, tmp_path / "program.py"],
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+        capture_output=True,
+        check=True,
+    )
+    assert ended.stdout.split() == [b"Katze,", rb"\u732b"]

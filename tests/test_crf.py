@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import builtins
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -282,6 +283,17 @@ def test_the_work_is_done_by_several_other_processes(pool: ImagePool):
     workers = {outcome.result for outcome in pool.run(process_id, jobs(12))}
     assert len(workers) == 2
     assert os.getpid() not in workers
+
+
+@pytest.mark.slow
+def test_windows_has_no_server_to_fork_from_and_starts_each_process_anew(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    with ImagePool(2) as pool:
+        outcomes = list(pool.run(fails_on_three, jobs(5)))
+        assert pool._executor is not None
+        assert pool._executor._mp_context.get_start_method() == "spawn"
+    assert [outcome.result for outcome in outcomes] == [0, 1, 2, None, 4]
+    assert outcomes[3].error == "three is not allowed"
 
 
 def test_jobs_are_taken_only_as_the_work_proceeds(pool: ImagePool):

@@ -418,7 +418,7 @@ def ending(processes: Collection[subprocess.Popen[str]]) -> Iterator[None]:
 def read_run(folder: Path) -> dict[str, Any]:
     """Return what a run measured: its scores, the wall time and device of its stages, and whose training it used."""
     stages = {
-        stage: json.loads(path.read_text())
+        stage: json.loads(path.read_text(encoding="utf-8"))
         for stage in ("train", "seeds")
         if (path := folder / stage / "metrics.json").is_file()  # a training may have been deleted after its seeds
     }

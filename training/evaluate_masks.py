@@ -283,7 +283,7 @@ def painting_rule(folder: Path) -> str | None:
     path = folder / "rule.json"
     if not path.is_file():
         return None
-    record = json.loads(path.read_text())
+    record = json.loads(path.read_text(encoding="utf-8"))
     return str(CocoMaskRule(record["overlap"], record["crowd"]))
 
 

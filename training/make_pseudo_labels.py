@@ -139,7 +139,7 @@ def background_of(recipe: Recipe, settings: PseudoLabelsRecipe) -> Background:
     if settings.threshold != "best":
         return Background(threshold=settings.threshold)
     path = Path(recipe.output_dir) / recipe.name / "seeds" / "metrics.json"
-    found = json.loads(path.read_text()).get("threshold", {}) if path.is_file() else {}
+    found = json.loads(path.read_text(encoding="utf-8")).get("threshold", {}) if path.is_file() else {}
     variant = settings.variant or recipe.seeds.variant
     if variant not in found:
         raise StageError(
@@ -194,7 +194,7 @@ class RandomWalk:
         config = folder / "config.json"
         if not config.is_file():
             raise StageError(f"{folder} holds no network: there is no config.json in it.")
-        kind = json.loads(config.read_text()).get("model_type")
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
         if kind != AffinityNetModel.config_class.model_type:
             raise StageError(
                 f"{folder} holds a network of the type {kind!r}, expected 'affinitynet'; name the folder model/ of "

@@ -58,7 +58,9 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
     for name in ("train", "seeds"):
         if not (run / name / "done.json").is_file():
             raise StageError(f"{run / name} is not finished; run training/run_all.py with the same recipe.")
-    trained, seeds = (json.loads((run / name / "metrics.json").read_text()) for name in ("train", "seeds"))
+    trained, seeds = (
+        json.loads((run / name / "metrics.json").read_text(encoding="utf-8")) for name in ("train", "seeds")
+    )
     later = {name: finished(run / name) for name in ("pseudo_labels", "predictions")}
     if_stopped(lambda: "in stage report; earlier stages are kept")
     with working("report: drawing the page", accelerator, options):
@@ -113,7 +115,7 @@ def finished(stage: Path) -> dict[str, Any]:
     """Return what a stage measured, or nothing where it is not finished."""
     if not (stage / "done.json").is_file():
         return {}
-    return dict(json.loads((stage / "metrics.json").read_text()))
+    return dict(json.loads((stage / "metrics.json").read_text(encoding="utf-8")))
 
 
 def resolved_recipe(run: Path) -> dict[str, Any]:
@@ -121,7 +123,7 @@ def resolved_recipe(run: Path) -> dict[str, Any]:
     resolved: dict[str, Any] = {}
     for stage in ("seeds", "affinity", "pseudo_labels", "segmentation", "predictions"):
         if (run / stage / "done.json").is_file():
-            resolved |= json.loads((run / stage / "recipe.json").read_text())
+            resolved |= json.loads((run / stage / "recipe.json").read_text(encoding="utf-8"))
     return resolved
 
 

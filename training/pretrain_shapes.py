@@ -89,7 +89,7 @@ def main() -> None:
         "made_with": made_with,
     }
     with atomic_write(options.output.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     print(f"{100 * accuracy:.1f} % of the pictures in fresh collages named right -> {options.output}")
 
 

@@ -173,7 +173,7 @@ def source_of(folder: Path, part: Part, settings: PublishRecipe) -> dict[str, An
     if part.stage is not None:
         for done in sorted(folder.glob("*/done.json")):
             if done.parent.name not in ("publish", "report"):
-                finished[done.parent.name] = json.loads(done.read_text())["finished"]
+                finished[done.parent.name] = json.loads(done.read_text(encoding="utf-8"))["finished"]
     return {
         "stages": finished,
         "card": [settings.version, settings.licence, settings.picture, settings.repo],

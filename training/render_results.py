@@ -45,7 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     for folder in options.grids:
         write_json(
-            options.docs / "results" / f"{folder.name}.json", kept(json.loads((folder / "metrics.json").read_text()))
+            options.docs / "results" / f"{folder.name}.json",
+            kept(json.loads((folder / "metrics.json").read_text(encoding="utf-8"))),
         )
     page = options.docs / "results.md"
     with atomic_write(page) as temporary:
@@ -77,7 +78,7 @@ def rendered(page: str, numbers: Path) -> str:
         source = numbers / f"{block['grid']}.json"
         if not source.is_file():
             raise StageError(f"no numbers at {source}; name the folder of the grid, such as runs/{block['grid']}.")
-        grid = json.loads(source.read_text())
+        grid = json.loads(source.read_text(encoding="utf-8"))
         if block["table"] not in grid["tables"]:
             raise StageError(f"{source} has no table {block['table']!r}; there are {', '.join(grid['tables'])}.")
         return f"{block[1]}{markdown(grid, block['table'])}{block[4]}"

@@ -106,10 +106,12 @@ def trained_precision(stage: Path) -> str | None:
     """Return the precision of the newest checkpoint, or of the finished network; None where nothing says so."""
     checkpoint = newest_checkpoint(stage / "checkpoints")
     if checkpoint is not None:
-        precision = json.loads((checkpoint / "progress.json").read_text()).get("precision")
+        precision = json.loads((checkpoint / "progress.json").read_text(encoding="utf-8")).get("precision")
         return None if precision is None else str(precision)
     path = stage / "metrics.json"
-    shown = json.loads(path.read_text()).get("made_with", {}).get("precision") if path.is_file() else None
+    shown = (
+        json.loads(path.read_text(encoding="utf-8")).get("made_with", {}).get("precision") if path.is_file() else None
+    )
     return next((name for name, title in SHOWN.items() if title == shown), None)
 
 
@@ -160,7 +162,7 @@ class Stage:
         if self.is_main:
             mark_output(self.folder.parent)  # data.root may be the folder that the runs are in
         if path.is_file():
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text(encoding="utf-8"))
             different = sorted(recipe_differences(stored, self.recipe))
             if different:
                 raise StageError(
@@ -177,12 +179,12 @@ class Stage:
 
     def metrics(self) -> dict[str, Any]:
         """Return what the finished stage measured."""
-        return dict(json.loads((self.folder / "metrics.json").read_text()))
+        return dict(json.loads((self.folder / "metrics.json").read_text(encoding="utf-8")))
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one JSON line to `log.jsonl`."""
         if self.is_main:
-            with (self.folder / "log.jsonl").open("a") as file:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def forget_log_after(self, step: int) -> None:
@@ -190,14 +192,14 @@ class Stage:
         path = self.folder / "log.jsonl"
         if self.is_main and path.is_file():
             kept = []
-            for line in path.read_text().splitlines():
+            for line in path.read_text(encoding="utf-8").splitlines():
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
                 except json.JSONDecodeError:
                     break
             with atomic_write(path) as temporary:
-                temporary.write_text("".join(kept))
+                temporary.write_text("".join(kept), encoding="utf-8")
 
     def finish(self, metrics: Mapping[str, Any], seconds: float | None = None) -> None:
         """Write `metrics.json`, with where and how they were measured, and `done.json`."""
@@ -222,7 +224,7 @@ def holds(recipe: Recipe, stage: str, depends_on: Sequence[str]) -> bool | None:
     path = Path(recipe.output_dir) / recipe.name / stage / "recipe.json"
     if not path.is_file():
         return None
-    return not any(recipe_differences(json.loads(path.read_text()), recipe_parts(recipe, depends_on)))
+    return not any(recipe_differences(json.loads(path.read_text(encoding="utf-8")), recipe_parts(recipe, depends_on)))
 
 
 def recipe_parts(recipe: Recipe, depends_on: Sequence[str]) -> dict[str, Any]:
@@ -243,7 +245,7 @@ def recipe_differences(stored: Any, wanted: Any, prefix: str = "") -> Iterator[s
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file by atomic rename; nan, the score of an absent class, becomes null: JSON knows no nan."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(_nan_to_none(content), indent=2) + "\n")
+        temporary.write_text(json.dumps(_nan_to_none(content), indent=2) + "\n", encoding="utf-8")
 
 
 def _nan_to_none(content: Any) -> Any:
@@ -459,7 +461,7 @@ class Checkpoints:
         newest = newest_checkpoint(self.folder)
         if newest is None:
             return None
-        state = dict(json.loads((newest / "progress.json").read_text()))
+        state = dict(json.loads((newest / "progress.json").read_text(encoding="utf-8")))
         if state["num_processes"] != self.accelerator.num_processes:
             raise StageError(
                 f"{newest} was made by {state['num_processes']} process(es), this run has "

@@ -225,7 +225,7 @@ def prepare_voc(
         raise DataError(f"{problems[0]}{more}")
     if not _list_path(root, "train_aug").is_file():
         with atomic_write(_list_path(root, "train_aug")) as temporary:
-            temporary.write_text("".join(f"{image_id}\n" for image_id in lists["train_aug"]))
+            temporary.write_text("".join(f"{image_id}\n" for image_id in lists["train_aug"]), encoding="utf-8")
     return report
 
 
