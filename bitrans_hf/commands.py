@@ -204,7 +204,8 @@ def _on_stop(number: int, frame: FrameType | None) -> None:
         _last_sentence()
         for child in multiprocessing.active_children():
             child.kill()
-        multiprocessing.util._run_finalizers(0)  # semaphores, of which the resource tracker would speak otherwise
+        # Semaphores, of which the resource tracker would speak otherwise.
+        multiprocessing.util._run_finalizers(0)  # type: ignore[attr-defined]
         os._exit(128 + _state.signal)
     _state.signal = number
     raise KeyboardInterrupt

@@ -24,6 +24,7 @@ import torch
 
 from .commands import children_without_signals, is_stopped
 from .errors import InputError, MissingExtraError, sentence_of
+from .progress import Counter
 from .progress import progress as shown_progress
 from .store import DiskFullError
 
@@ -272,6 +273,7 @@ class ImagePool:
             DiskFullError: the function found no room to write what it made.
         """
         length = len(jobs) if total is None and isinstance(jobs, Sized) else total
+        bar: Counter
         with shown_progress(total=length, desc=progress or "", unit="image", quiet=progress is None) as bar:
             for outcome in self._outcomes(function, jobs):
                 if strict and outcome.error is not None:

@@ -341,8 +341,8 @@ def interpolated(maps: torch.Tensor, dim: int, length: int, start: int, stop: in
     high = (low + 1).clamp(max=source - 1)
     shape = [-1 if axis == dim else 1 for axis in range(maps.dim())]
     weight = (places - low).to(maps.dtype).reshape(shape).to(maps.device)
-    ends = (maps.index_select(dim, each.to(maps.device)) for each in (low, high))
-    return torch.lerp(*ends, weight)  # which does not leave the range of its ends
+    first, last = (maps.index_select(dim, each.to(maps.device)) for each in (low, high))
+    return torch.lerp(first, last, weight)  # which does not leave the range of its ends
 
 
 def strongest_row(label_ids: Sequence[int], rows: Iterable[torch.Tensor]) -> torch.Tensor:

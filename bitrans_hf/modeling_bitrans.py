@@ -228,7 +228,7 @@ class BiTransModel(ClassTokenEncoder):
     def total_loss(self, losses: dict[str, torch.Tensor], consistency_scale: torch.Tensor | float) -> torch.Tensor:
         """Return the weighted sum of the terms (Eq. 12)."""
         config = self.config
-        loss = losses["class"] + config.patch_weight * losses["patch"]
+        loss: torch.Tensor = losses["class"] + config.patch_weight * losses["patch"]
         if "contrast" in losses:
             loss = loss + config.class_contrast_weight * losses["contrast"]
         if "scc" in losses:

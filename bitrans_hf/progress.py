@@ -8,13 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeAlias, TypeVar, cast
 
 from tqdm import tqdm
 
 Item = TypeVar("Item")
 
 SECONDS_BETWEEN_LINES = 30.0
+
+Counter: TypeAlias = "tqdm[Any] | ProgressLines[Any]"
+"""The progress of a loop that calls `update` itself."""
 
 _stopped = threading.Event()
 """Set when the process is told to stop: its last sentence stays the last."""
@@ -42,7 +45,8 @@ def progress(
         quiet: Show nothing.
     """
     if quiet or sys.stderr.isatty():
-        return tqdm(items, desc=desc, unit=unit, total=total, initial=initial, leave=leave, disable=quiet)
+        bar = tqdm(items, desc=desc, unit=unit, total=total, initial=initial, leave=leave, disable=quiet)
+        return cast("tqdm[Item]", bar)
     return ProgressLines(items, desc=desc, unit=unit, total=total, initial=initial)
 
 

@@ -34,7 +34,7 @@ from bitrans_hf.data import class_names, open_image, open_mask
 from bitrans_hf.data.segmentation import resized_label_map
 from bitrans_hf.errors import InputError
 from bitrans_hf.image_processing_bitrans import MAX_SIDE, bounded_image
-from bitrans_hf.progress import progress, say_progress, say_result
+from bitrans_hf.progress import Counter, progress, say_progress, say_result
 from bitrans_hf.report import VARIANT_TITLES, GalleryRow, Table, recipe_table, write_report
 from bitrans_hf.seeds import SEED_VARIANTS
 from bitrans_hf.store import SeedStore
@@ -301,6 +301,7 @@ def run_all(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> dict[str, str
         script = {"train": "train.py", "seeds": "make_seeds.py"}[stage]
         return run_stage(script, ablation.arguments(*cell), environment, running_stages)
 
+    bar: Counter
     with (
         ThreadPoolExecutor(ablation.parallel) as pool,
         progress(total=len(recipes), desc="ablation", unit="run", quiet=ablation.quiet) as bar,

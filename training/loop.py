@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from bitrans_hf.commands import children_without_signals, if_stopped
 from bitrans_hf.metrics import parameter_count
+from bitrans_hf.progress import Counter
 from recipe import LoopSettings, RunOptions
 from runtime import (
     Checkpoints,
@@ -186,6 +187,7 @@ class TrainingLoop:
         if_stopped(self._kept)
         announce(self._plan(total), self.accelerator, self.options)
         result: dict[str, Any] = {}
+        bar: Counter
         with progress(
             None, self.accelerator, self.options, desc=self.stage.name, unit="step", total=total, initial=state["step"]
         ) as bar:

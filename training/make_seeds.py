@@ -261,7 +261,7 @@ def memory_of_views(
     config = model.config
     tokens = config.num_labels + (height // config.patch_size) * (width // config.patch_size)
     hidden = config.hidden_size * (4 + 2 * config.mlp_ratio)
-    return 4.0 * views * tokens * (5 * tokens + hidden)
+    return float(4 * views * tokens * (5 * tokens + hidden))
 
 
 def check_size(

@@ -732,16 +732,16 @@ def _canvases(images: Sequence[_Image], folder: Path | None) -> list[_Canvas | _
 
     The size is that of the JSON, or of the file where the JSON has none. Of a large data set, some files are compared.
     """
-    canvases: list[_Canvas | _Reason | None] = [
+    told: list[_Canvas | None] = [
         None if image.height is None or image.width is None else _Canvas(image.height, image.width) for image in images
     ]
     step = -(-len(images) // _MOST_LOOKED_AT)
     sample = range(0, len(images), step if folder is not None else len(images))
-    found = {place: _compared(images[place], canvases[place], folder) for place in sample}
-    differs = any(canvases[place] is not None and canvas != canvases[place] for place, canvas in found.items())
+    found = {place: _compared(images[place], told[place], folder) for place in sample}
+    differs = any(told[place] is not None and canvas != told[place] for place, canvas in found.items())
     return [
         found[place] if place in found else _compared(image, canvas, folder) if canvas is None or differs else canvas
-        for place, (image, canvas) in enumerate(zip(images, canvases, strict=True))
+        for place, (image, canvas) in enumerate(zip(images, told, strict=True))
     ]
 
 

@@ -123,8 +123,8 @@ def _by_rule(
             break
     if len(found) != 1:
         return "", {}
-    ((pairs, rule),) = found.items()
-    return rule, dict(pairs)
+    ((only, rule),) = found.items()
+    return rule, dict(only)
 
 
 def _variants(names: Sequence[str], flat: bool) -> dict[str, dict[str, str]]:

@@ -124,7 +124,8 @@ class MaskValues:
                 "edges were smoothed, give mask values 0-127=0,128-255=1.",
                 "values",
             )
-        return (pixels != 0).astype(np.uint8)
+        objects: NDArray[np.uint8] = (pixels != 0).astype(np.uint8)
+        return objects
 
     def _looked_up(self, pixels: NDArray[Any]) -> Ids:
         values, places = np.unique(pixels, return_inverse=True)
