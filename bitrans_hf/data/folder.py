@@ -409,7 +409,8 @@ def _rows_of_class_folders(listing: ImageListing, split: str | None, notes: list
     has_inner_splits = not has_splits and all(
         len(folders) > 1 and _is_split_name(folders[1]) for folders in folders_of.values()
     )
-    rows, without_class, deeper = [], [], {}
+    rows, without_class = [], []
+    deeper: dict[str, str] = {}
     for name, folders in folders_of.items():
         if len(folders) < (2 if has_splits else 1):
             without_class.append(name)
