@@ -351,6 +351,13 @@ def test_masks_of_0_and_255_are_refused_until_their_meaning_is_said(binary, caps
     record = evaluate(predictions, targets, *dog, "--mask_values", "binary", "--prediction_values", "0=0,255=1")
     assert (record["per_class"]["dog"]["iou"], record["per_class"]["background"]["iou"]) == (50.0, 80.0)
     assert record["notes"] == []
+    for folder, option in ((predictions, "--prediction_values"), (targets, "--mask_values")):
+        kept = (folder / "c.png").read_bytes()
+        Image.fromarray(np.full((8, 12), 38, np.uint8)).save(folder / "c.png")
+        other = "--mask_values" if folder == predictions else "--prediction_values"
+        with pytest.raises(StageError, match=rf"c\.png holds the id 38.* is the object, give {option} binary"):
+            evaluate(predictions, targets, *dog, other, "binary")
+        (folder / "c.png").write_bytes(kept)
     record = evaluate(predictions, targets, *dog, "--mask_values", "binary", "--prediction_values", "ids")
     assert record["notes"] == ["no prediction holds a pixel of a class"]
     assert "note: no prediction holds a pixel of a class" in capsys.readouterr().out

@@ -26,6 +26,7 @@ from bitrans_hf.data import (
     open_image,
     open_mask,
 )
+from bitrans_hf.data.folder import note_on_contrast
 
 MakeFolder = Callable[..., Path]
 
@@ -335,7 +336,8 @@ def test_a_picture_that_has_gone_is_named(tmp_path: Path) -> None:
         ({"table": "file_name,label\na.png,cat\n"}, {}, r"'cat' in the column 'label', expected 0 or 1; .* labels"),
         ({"table": "file_name,cat\na.png,1\n"}, {"classes": ["cat", "dog"]}, "the class 'dog' has none"),
         ({"table": "file_name\na.png\n"}, {}, "expected a column labels or a 0/1 column"),
-        ({}, {"split": "val"}, "has no column split"),
+        ({}, {"split": "val"}, "has no column split.*or give split=None for all images"),
+        ({}, {"split": "val", "caller": "recipe"}, "or give null in place of its name in the recipe for all images"),
         (
             {"table": "file_name,labels,split\na.png,cat,train\n"},
             {"split": "val"},
@@ -608,7 +610,7 @@ def test_every_problem_is_reported_by_name_and_none_hides_another(bad_folder: Pa
         r"cut\.png cannot be read .*truncated",
         r"mask .*other_size\.png is 6x8 .* and its image 8x6",
         r"mask .*wrong_id\.png holds the id 3, expected .* 1 to 2",
-        r"mask .*colours\.png is a RGB image with the colors 128/0/0, .* mask_values, such as 128/0/0=1",
+        r"mask .*colours\.png is a RGB image with the colors 128/0/0, .* as in mask_values=\"128/0/0=1\"",
         r"mask .*unnamed\.png shows dog, which the labels of unnamed\.png do not name",
         r"twin\.png is the same file as sound\.png",
         r"names the class 'dgo', which is not in .*classes\.txt: did you mean 'dog'",
@@ -963,3 +965,13 @@ def test_a_link_to_no_file_is_missing_and_an_image_beside_class_folders_is_unlis
         "missing": "dog/gone.png is a link to a file that is not there; mend the link or take it out.",
         "unlisted": "loose.png lies in no class folder and is left out; move it into one or take it out.",
     }
+
+
+def test_two_classes_that_every_image_shows_are_named_together() -> None:
+    note = note_on_contrast(["cat", "dog", "owl"], {"cat": 3, "dog": 3, "owl": 2}, 3)
+    assert note == (
+        "every image shows 'cat', 'dog', so that training cannot tell each of them from what surrounds it; add images "
+        "that do not show them."
+    )
+    assert note_on_contrast(["owl"], {"owl": 2}, 3) is None
+    assert note_on_contrast(["cat", "dog"], {"cat": 3, "dog": 2}, 3) == EVERY_IMAGE_SHOWS_THE_CAT

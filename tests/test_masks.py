@@ -79,7 +79,7 @@ def test_255_may_be_the_object_and_another_value_ignored(tmp_path: Path) -> None
 def test_a_jpeg_is_no_mask_of_ids_and_can_be_a_binary_one(tmp_path: Path) -> None:
     path = tmp_path / "m.jpg"
     Image.fromarray(np.kron(SQUARE, np.ones((8, 8), np.uint8)) * 255).save(path, quality=60)
-    with pytest.raises(DataError, match=r"is a JPEG, which alters pixel values.*mask_values: binary"):
+    with pytest.raises(DataError, match=r"is a JPEG, which alters pixel values.*mask_values=\"binary\"\.$"):
         open_mask(path, num_classes=1)
     expected = np.kron(SQUARE, np.ones((8, 8), np.uint8))
     np.testing.assert_array_equal(open_mask(path, num_classes=1, values=MaskValues.parse("binary")), expected)
@@ -88,13 +88,13 @@ def test_a_jpeg_is_no_mask_of_ids_and_can_be_a_binary_one(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("pixels", "form", "message"),
     [
-        (SQUARE * 38, None, "holds the id 38, expected .* if 38 is the object, give mask_values: binary"),
+        (SQUARE * 38, None, 'holds the id 38, expected .* if 38 is the object, give mask_values="binary"'),
         (np.arange(48, dtype=np.uint8).reshape(6, 8), None, "holds 48 different values: was it resized"),
         (np.arange(48, dtype=np.uint8).reshape(6, 8), "binary", r"values 0, 1, .*\(48 of them\), expected 0 and one"),
         (
             SQUARE + np.eye(6, 8, 5, dtype=np.uint8) * 3,
             None,
-            r"values 0, 1, 3(, 4)?: if each but 0 is the object, give mask_values: 1-3=1",
+            r"values 0, 1, 3(, 4)?: if each but 0 is the object, give mask_values=\"1-3=1\"",
         ),
         (SQUARE * 7, "0=0,9=1", "holds the values 7, which have no meaning in mask values 0=0,9=1"),
         (np.full((2, 2, 3), (1, 2, 3), np.uint8), "9/8/7=1", "holds the colors 1/2/3, which have no meaning"),
@@ -105,6 +105,26 @@ def test_values_without_a_meaning_are_refused_by_name(
 ) -> None:
     with pytest.raises(DataError, match=rf"mask .*m\.png .*{message}"):
         open_mask(save(tmp_path / "m.png", pixels), num_classes=1, values=MaskValues.parse(form))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "labels", "form"),
+    [
+        (SQUARE * 38, "dog", "binary"),
+        (SQUARE * 38, "dog;cat", "0=0,38=1"),
+        (np.repeat(SQUARE[..., None], 3, axis=2) * np.array([9, 8, 7], np.uint8), "dog", "9/8/7=1"),
+        (np.arange(48, dtype=np.uint8).reshape(6, 8) * 5, "dog", "0-127=0,128-255=1"),
+    ],
+)
+def test_the_form_that_a_message_advises_is_written_as_the_caller_writes_it_and_reads_the_mask(
+    make_folder: Callable[..., Path], pixels: np.ndarray, labels: str, form: str
+) -> None:
+    root = make_folder(pixels=pixels, labels=labels)
+    written = {"python": 'mask_values="{}"', "check": "--mask-values {}", "recipe": "--data.mask_values {}"}
+    for caller, option in written.items():
+        messages = [problem.message for problem in check_folder(root, caller=caller).problems]
+        assert [option.replace("{}", form) in message for message in messages] == [True, True]
+    assert not [each for each in check_folder(root, mask_values=form).problems if each.kind != "mask labels"]
 
 
 @pytest.mark.parametrize("text", ["bin", "0:0,255:1", "0=0,1/2/3=1", "0=300", "300/0/0=1", ""])

@@ -176,6 +176,7 @@ class GroundTruth:
         mask_rule: How the masks were made, where the data set says it.
         description: Where they are from.
         values: What pixel values mean, where they are not label ids.
+        values_option: How that is given, for advice; "{}" is where the form stands.
     """
 
     ids: Sequence[str]
@@ -184,10 +185,16 @@ class GroundTruth:
     mask_rule: str | None
     description: str
     values: MaskValues | None = None
+    values_option: str = "--data.mask_values {}"
 
     def label_map(self, position: int) -> LabelMap:
         """Open the mask of the image at `position`."""
-        return open_mask(self.rows[position]["mask"], num_classes=len(self.classes), values=self.values)
+        return open_mask(
+            self.rows[position]["mask"],
+            num_classes=len(self.classes),
+            values=self.values,
+            values_option=self.values_option,
+        )
 
     def photo(self, position: int, size: tuple[int, int]) -> Image.Image:
         """Open the image at `position`; a white picture of `size` (height, width) where there is none."""
@@ -217,7 +224,7 @@ def ground_truth(recipe: Recipe, evaluation: EvaluationOptions) -> GroundTruth:
         ids = [image_id for image_id in paths if wanted is None or image_id in wanted]
         rows = [{"mask": str(paths[image_id])} for image_id in ids]
         values = given_values(evaluation.mask_values, len(classes))
-        truth = GroundTruth(ids, rows, classes, painting_rule(folder), str(folder), values)
+        truth = GroundTruth(ids, rows, classes, painting_rule(folder), str(folder), values, "--mask_values {}")
     else:
         if evaluation.classes is not None:
             raise StageError("--classes goes with --targets; the recipe's data has its own, see --data.classes.")
@@ -360,7 +367,12 @@ class MaskPredictions:
 
     def label_map(self, image_id: str) -> LabelMap:
         """Open the label map of an image."""
-        return open_mask(self.path(image_id), num_classes=self.num_classes, values=self.values)
+        return open_mask(
+            self.path(image_id),
+            num_classes=self.num_classes,
+            values=self.values,
+            values_option="--prediction_values {}",
+        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from PIL import Image as PILImage
 from ..errors import InputError
 from ..image_decoding import DECODING_ERRORS, TOO_LARGE, decoding_notes, opened, to_rgb
 from ..labels import BACKGROUND, IGNORE_INDEX, palette
-from .mask_values import MaskValueError, MaskValues, checked_ids, label_ids
+from .mask_values import OPTION, MaskValueError, MaskValues, checked_ids, label_ids
 
 ImageCell: TypeAlias = Mapping[str, Any] | PILImage.Image | str | Path
 """A picture as a row may hold it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
@@ -135,6 +135,7 @@ def open_mask(
     image_size: tuple[int, int] | None = None,
     num_classes: int | None = None,
     values: MaskValues | None = None,
+    values_option: str = OPTION,
 ) -> NDArray[np.uint8]:
     """Open a mask as label ids: 0 background, class id + 1 for objects, 255 ignored.
 
@@ -144,6 +145,7 @@ def open_mask(
         image_size: (height, width) of the picture; given, the mask must have this size.
         num_classes: Number of object classes; given, other ids than 0 to `num_classes` and 255 are refused.
         values: What the pixel values mean where they are not label ids.
+        values_option: How the caller says `values`, for the advice in errors; "{}" is where their form stands.
 
     Returns:
         (H, W) uint8.
@@ -163,7 +165,7 @@ def open_mask(
         else:
             mask = _open(cell, "mask", lambda image: _label_ids(image, num_classes, values))
     except MaskValueError as error:
-        raise DataError(f"mask {name} {error}").of_kind(error.kind) from error
+        raise DataError(f"mask {name} {error.advising(values_option)}").of_kind(error.kind) from error
     if image_size is not None and mask.shape != tuple(image_size):
         raise DataError(
             f"mask {name} is {mask.shape[0]}x{mask.shape[1]} (height x width) and its image "
@@ -364,7 +366,11 @@ def label_lookup(source: Sequence[str], target: Sequence[str]) -> NDArray[np.uin
 
 
 def masks_in_order(
-    masks: Sequence[Path | None], source: Sequence[str], target: Sequence[str], values: MaskValues | None = None
+    masks: Sequence[Path | None],
+    source: Sequence[str],
+    target: Sequence[str],
+    values: MaskValues | None = None,
+    values_option: str = OPTION,
 ) -> Sequence[Path | bytes | None]:
     """Return `masks`, drawn with the ids of `source` or with `values` that mean them, with the ids of `target`.
 
@@ -381,7 +387,7 @@ def masks_in_order(
     def translate(mask: Path | None) -> bytes | None:
         if mask is None:
             return None
-        label_map = open_mask(mask, num_classes=len(source), values=values)
+        label_map = open_mask(mask, num_classes=len(source), values=values, values_option=values_option)
         return index_png(label_map if table is None else table[label_map])
 
     with ThreadPoolExecutor() as pool:  # PIL and zlib release the interpreter lock

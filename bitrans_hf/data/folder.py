@@ -143,7 +143,9 @@ def load_folder(
         [found.image_ids[position] for position in found.kept],
         [f"{found.folder}/{found.rows[position].file_name}" for position in found.kept],
         [[ids[name] for name in found.names[position] if name in ids] for position in found.kept],
-        masks_in_order(mask_paths, found.classes, found.chosen, found.mask_values),
+        masks_in_order(
+            mask_paths, found.classes, found.chosen, found.mask_values, option(caller, "mask_values", "{}")
+        ),
         found.chosen,
     )
 
@@ -273,7 +275,7 @@ def look_through(
         known = sorted(labels.columns or named)
     content.classes = known
     content.chosen = chosen_classes(classes, known, str(class_file) if has_class_file else "classes")
-    content.kept = _rows_of_split(rows, split, where)
+    content.kept = _rows_of_split(rows, split, where, caller)
     used = (*OWN_COLUMNS, *labels.columns)
     content.unused_columns = [
         name for name in dict.fromkeys(key for row in rows for key in row.cells) if name not in used
@@ -508,12 +510,15 @@ def _refuse_ids_with_background(rows: Sequence[Row], class_file: Path) -> None:
             )
 
 
-def _rows_of_split(rows: Sequence[Row], split: str | None, source: str) -> list[int]:
+def _rows_of_split(rows: Sequence[Row], split: str | None, source: str, caller: Caller) -> list[int]:
     """Return the positions of the rows of `split`, in whatever case it is written."""
     if split is None:
         return list(range(len(rows)))
     if not all("split" in row.cells for row in rows):
-        raise DataError(f"{source} has no column split to look for {split!r} in; add it or pass split=None.")
+        raise DataError(
+            f"{source} has no column split to look for {split!r} in; add it, or give {option(caller, 'no split')} for "
+            "all images."
+        )
     kept = [position for position, row in enumerate(rows) if folded_name(row.text("split")) == folded_name(split)]
     if not kept:
         found = sorted({row.text("split") for row in rows})
@@ -640,7 +645,8 @@ def note_on_contrast(classes: Sequence[str], counts: Mapping[str, int], images: 
     always = [name for name in classes if images and counts.get(name, 0) == images]
     if not always:
         return None
+    each, them = ("it", "it") if len(always) == 1 else ("each of them", "them")
     return (
-        f"every image shows {', '.join(map(repr, always))}, so that training cannot tell it from what surrounds it; "
-        "add images that do not show it."
+        f"every image shows {', '.join(map(repr, always))}, so that training cannot tell {each} from what surrounds "
+        f"it; add images that do not show {them}."
     )

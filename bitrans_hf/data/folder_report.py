@@ -137,7 +137,7 @@ def check_folder(
     ]
     pool = ThreadPoolExecutor()  # PIL and hashlib release the interpreter lock
     try:
-        checked = pool.map(lambda position: _check_files(found, position, decode), there)
+        checked = pool.map(lambda position: _check_files(found, position, decode, caller), there)
         results = list(progress(checked, len(there)))
     finally:
         pool.shutdown(cancel_futures=True)
@@ -180,7 +180,7 @@ def check_folder(
 
 
 def _check_files(
-    found: FolderContent, position: int, decode: bool
+    found: FolderContent, position: int, decode: bool, caller: Caller
 ) -> tuple[bytes, MaskFinding | None, list[Problem], list[Problem]]:
     """Return a digest of the image's file (empty if it was not read), its mask, what is wrong with it, and remarks."""
     name = found.rows[position].file_name
@@ -195,4 +195,4 @@ def _check_files(
     remarks = [Problem("look at", name, f"{name}: {each}.") for each in found_out]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
-    return digest, look_at_mask(found, position, size), [], remarks
+    return digest, look_at_mask(found, position, size, caller), [], remarks

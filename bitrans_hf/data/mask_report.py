@@ -45,20 +45,26 @@ class MaskFinding:
     problems: tuple[Problem, ...] = ()
 
 
-def look_at_mask(found: FolderContent, position: int, size: tuple[int, int]) -> MaskFinding | None:
+def look_at_mask(found: FolderContent, position: int, size: tuple[int, int], caller: Caller) -> MaskFinding | None:
     """Open the mask of a row; None where it has none.
 
     Args:
         found: The folder.
         position: Of the row.
         size: (height, width) of the row's image as it is stored.
+        caller: Whose options the advice names.
     """
     path, name = found.masks[position], found.rows[position].file_name
     if path is None:
         return None
     orientation = exif_orientation(found.folder / name)
     try:
-        mask = open_mask(path, num_classes=len(found.classes), values=found.mask_values)
+        mask = open_mask(
+            path,
+            num_classes=len(found.classes),
+            values=found.mask_values,
+            values_option=option(caller, "mask_values", "{}"),
+        )
     except DataError as error:
         return MaskFinding(name, problems=(Problem(f"mask {error.kind}", name, str(error)),))
     if mask.shape != size:
@@ -196,7 +202,7 @@ def check_masks(
 
     def look(position: int) -> MaskFinding | None:
         try:
-            return look_at_mask(found, position, image_size(found.folder / found.rows[position].file_name))
+            return look_at_mask(found, position, image_size(found.folder / found.rows[position].file_name), caller)
         except DataError:
             return None  # of the image, which has its own report
 

@@ -29,13 +29,26 @@ FORMS = (
 )
 """The ways to say what pixel values mean, in words for a message or a help text."""
 
+OPTION = 'mask_values="{}"'
+"""How somebody who calls `load_folder` says what pixel values mean."""
+
 
 class MaskValueError(InputError):
-    """A mask holds values that have no meaning; `kind` is what is wrong in a word."""
+    """A mask holds values that have no meaning.
 
-    def __init__(self, message: str, kind: str):
-        super().__init__(message)
+    Attributes:
+        kind: What is wrong in a word.
+    """
+
+    def __init__(self, message: str, kind: str, form: str = ""):
+        """Keep what is wrong; "{}" in `message` is where the caller's option stands that reads `form`."""
+        super().__init__(message.replace("{}", OPTION.replace("{}", form)))
         self.kind = kind
+        self._message, self._form = message, form
+
+    def advising(self, option: str) -> str:
+        """Return the message with the option of this caller; "{}" in `option` is where the form stands."""
+        return self._message.replace("{}", option.replace("{}", self._form))
 
 
 @dataclass(frozen=True)
@@ -121,8 +134,9 @@ class MaskValues:
         if np.count_nonzero(values) > 1 or image.format in _JPEG_FORMATS:
             raise MaskValueError(
                 f"holds the values {_shown(values, str)}, expected 0 and one other for mask values binary; where "
-                "edges were smoothed, give mask values 0-127=0,128-255=1.",
+                "edges were smoothed, give {}.",
                 "values",
+                "0-127=0,128-255=1",
             )
         objects: NDArray[np.uint8] = (pixels != 0).astype(np.uint8)
         return objects
@@ -171,9 +185,9 @@ def stored_values(image: PILImage.Image) -> NDArray[Any]:
         )
         raise MaskValueError(
             f"is a {image.mode} image with the colors {_shown(colors, _color_text)}{smoothed}, expected a palette or "
-            f"gray image whose pixels are label ids; say which color means which label id with mask_values, such as "
-            f"{example}, or convert it with bitrans_hf.data.colours_to_ids.",
+            f"gray image whose pixels are label ids; say which color means which label id, as in {{}}.",
             "colours",
+            example,
         )
     if pixels.dtype.kind == "f" and not (whole := np.isfinite(pixels) & (pixels == np.rint(pixels))).all():
         raise MaskValueError(
@@ -192,9 +206,10 @@ def label_ids(image: PILImage.Image, num_classes: int | None) -> Ids:
     pixels = stored_values(image)
     if image.format in _JPEG_FORMATS and pixels.any():
         raise MaskValueError(
-            "is a JPEG, which alters pixel values, so that they are no label ids; save masks as PNG, or give "
-            "mask_values: binary for masks of 0 and 255.",
+            "is a JPEG, which alters pixel values, so that they are not label ids; save masks as PNG, or, for masks "
+            "of 0 and 255, give {}.",
             "values",
+            _form_of(IGNORE_INDEX, num_classes),
         )
     return checked_ids(pixels, num_classes)
 
@@ -208,32 +223,41 @@ def checked_ids(pixels: NDArray[Any], num_classes: int | None) -> Ids:
     largest = IGNORE_INDEX if num_classes is None else num_classes
     wrong = pixels[(pixels != IGNORE_INDEX) & ((pixels > largest) | (pixels < 0))]
     if wrong.size:
+        advice, form = _advice(np.unique(pixels), num_classes)
         raise MaskValueError(
             f"holds the id {int(wrong[0])}, expected {BACKGROUND} for background, 1 to {largest} for classes and "
-            f"{IGNORE_INDEX} for ignored pixels; {_advice(np.unique(pixels), num_classes)}",
+            f"{IGNORE_INDEX} for ignored pixels; {advice}",
             "ids",
+            form,
         )
     return pixels.astype(np.uint8)
 
 
-def _advice(values: NDArray[Any], num_classes: int | None) -> str:
-    """Say what to do about a mask that holds `values`, some of which are no label ids."""
+def _advice(values: NDArray[Any], num_classes: int | None) -> tuple[str, str]:
+    """Say what to do about a mask that holds `values`, some of which are no label ids, and the form that reads it."""
     if np.count_nonzero(values) == 1:
-        return f"if {values[-1]} is the object, give mask_values: binary; otherwise check the list of classes."
+        object_value = int(values[values != 0][0])
+        advice = f"if {object_value} is the object, give {{}}; otherwise check the list of classes."
+        return advice, _form_of(object_value, num_classes)
     if values.size > 30:
-        return (
+        advice = (
             f"it holds {values.size} different values: was it resized with smoothing? If so, save it without, or give "
-            "mask_values: 0-127=0,128-255=1."
+            "{}."
         )
+        return advice, "0-127=0,128-255=1"
     if num_classes == 1:
-        return (
-            f"it holds the values {_shown(values, str)}: if each but 0 is the object, give mask_values: "
-            f"1-{values[-1]}=1; if its edges were smoothed, 0-127=0,128-255=1."
+        advice = (
+            f"it holds the values {_shown(values, str)}: if each but 0 is the object, give {{}}; if its edges were "
+            "smoothed, the values are 0-127=0,128-255=1."
         )
-    return (
-        f"check the list of classes and its order, or say what the values {_shown(values, str)} mean with "
-        f"mask_values, such as {values[0]}=0,{values[-1]}=1."
-    )
+        return advice, f"1-{values[-1]}=1"
+    advice = f"check the list of classes and its order, or say what the values {_shown(values, str)} mean, as in {{}}."
+    return advice, f"{values[0]}=0,{values[-1]}=1"
+
+
+def _form_of(value: int, num_classes: int | None) -> str:
+    """Return how one says that `value` is the object: with several classes, which of them has to be said."""
+    return "binary" if num_classes == 1 else f"0=0,{value}=1"
 
 
 def _packed(red: int, green: int, blue: int) -> int:

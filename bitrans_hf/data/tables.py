@@ -52,6 +52,7 @@ _OPTIONS: Mapping[str, Mapping[Caller, str]] = {
     "mask_values": {
         "python": 'mask_values="{}"', "check": "--mask-values {}", "recipe": "--data.mask_values {}",
     },
+    "no split": {"python": "split=None", "recipe": "null in place of its name in the recipe"},
     "table": {"python": "table=", "check": "--labels", "masks": "--labels", "recipe": "--data.table"},
     "every problem": {
         "python": "check_folder lists all", "check": "bitrans check lists all", "masks": "bitrans check lists all",
