@@ -99,7 +99,7 @@ def require_labels(dataset: Dataset) -> None:
     if unknown:
         raise DataError(
             f"the image labels of {unknown} of {len(dataset)} images are not known, expected those of all; VOC's test "
-            "split has none: choose another split, or pass label_file=."
+            "split has none: choose another split, or pass label_file= (data.label_file in a recipe)."
         )
 
 

@@ -477,17 +477,17 @@ def _image_labels(
     if not masks:
         raise DataError(
             f"{root} has no folder Annotations and masks=False forbids to derive image labels from masks; "
-            "pass label_file= (a cls_labels.npy)."
+            "pass label_file= (data.label_file in a recipe), a cls_labels.npy."
         )
     without = [image_id for image_id, path in zip(image_ids, mask_paths, strict=True) if path is None]
     if without:
         raise DataError(
             f"image {without[0]} has neither an annotation nor a mask ({len(without)} of {len(image_ids)} images); "
-            "add the folder Annotations or pass label_file=."
+            "add the folder Annotations or pass label_file= (data.label_file in a recipe)."
         )
     logger.warning(
         "image labels of %d images are taken from their masks, since %s has no folder Annotations; pass label_file= "
-        "to train on image labels alone",
+        "(data.label_file in a recipe) to train on image labels alone",
         len(image_ids),
         root,
     )
