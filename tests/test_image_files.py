@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,8 @@ def test_only_the_users_own_images_are_listed(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "feature"), [(".avif", "avif"), (".webp", "webp"), (".jp2", "jpg_2000")])
 def test_a_type_counts_as_an_image_if_this_pillow_reads_it(tmp_path: Path, suffix: str, feature: str) -> None:
-    assert (suffix in image_suffixes()) == bool(features.check(feature))
+    with warnings.catch_warnings(action="ignore"):  # Pillow 10 does not know AVIF by name
+        assert (suffix in image_suffixes()) == bool(features.check(feature))
     save_image(tmp_path / f"a{suffix}")
     listing = list_images(tmp_path)
     assert len(listing.names) + len(listing.unreadable_types) == 1
