@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote
 
 from PIL import Image, features
 
@@ -181,8 +182,13 @@ class ImageFinder:
         for group in (self._by_spelling.get(_spelling(name), ()), self._by_stem.get(stem, ())):
             if len(group) > 1:
                 return f"there are {group[0]} and {group[1]}; write which one is meant."
+        if (plain := unquote(name)) != name and (meant := self.found(plain)):
+            return f"did you mean {meant!r}?"
         alike = (*self._by_case.get(_spelling(name).casefold(), ()), *self._by_stem.get(stem, ()))
+        alike = (*alike, *self._by_stem.get(_spelling(name), ()))
         elsewhere = self._by_last_part.get(_last_part(name), ())
+        if not elsewhere and name.isdecimal():
+            elsewhere = [found for found in sorted(self.names) if _stem(_last_part(found)) == _last_part(name)]
         if not alike and len(elsewhere) > 1:
             return f"there are {elsewhere[0]} and {elsewhere[1]}; write which one is meant."
         meant = (*alike, *elsewhere)
@@ -198,7 +204,10 @@ def _spelling(name: str) -> str:
 
 
 def _last_part(name: str) -> str:
-    return _spelling(name).casefold().rpartition("/")[2]
+    """Return the name without folders, case, and the zeros before a number that spreadsheets drop, with its suffix."""
+    last = _spelling(name).casefold().rpartition("/")[2]
+    stem, suffix = os.path.splitext(last)  # noqa: PTH122
+    return (stem.lstrip("0") or "0") + suffix if stem.isdecimal() else last
 
 
 def _grouped(names: Sequence[str], key: Callable[[str], str]) -> Mapping[str, list[str]]:

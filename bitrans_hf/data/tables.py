@@ -133,7 +133,7 @@ def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
             problems.append(Problem("table", where, message))
             continue
         try:
-            rows.append(Row(where, inner_path(name.strip(), where), cells))
+            rows.append(Row(where, inner_path(_without_quotes(name.strip()), where), cells))
         except DataError as error:
             problems.append(Problem("table", where, str(error)))
     return rows
@@ -161,6 +161,10 @@ def _tidy_columns(written: Sequence[str], path: Path) -> dict[str, str]:
     return dict(columns)
 
 
+def _without_quotes(name: str) -> str:
+    return name[1:-1] if len(name) > 2 and name[0] == name[-1] and name[0] in "\"'" else name
+
+
 def _letters(column: str) -> str:
     """Return what `File Name`, `file-name` and `filename` have in common."""
     return re.sub(r"[\W_]+", "", folded_name(column))
@@ -175,7 +179,7 @@ def _advice_on_header(cells: Mapping[str, Any]) -> str:
             nameless = _INDEX_COLUMN.fullmatch(tidy_name(str(column)))
             shown = "the column without a name" if nameless else f"the column {column!r}"
             return f"{shown} holds {cell.strip()!r}: call it file_name, and that of the class names labels."
-    return "its first line must name the columns."
+    return "call the columns of image names and of class names file_name and labels, in the first line of a CSV file."
 
 
 def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -421,8 +425,8 @@ def _names_of_values(
         what = "class names as text or as a list of texts; write names, or say with classes.txt what the numbers mean."
     elif not all(0 <= class_id < len(known) for class_id in ids):
         what = f"class ids from 0 to {len(known) - 1}; background has none."
-    elif len(ids) == len(known) > len(set(ids)) and set(ids) <= {0, 1}:
-        what = "class ids, each once, but it looks like a 0/1 vector; write class names."
+    elif len(ids) == len(known) and set(ids) <= {0, 1} and (len(ids) > len(set(ids)) or ids == [1, 0]):
+        what = "class ids, each once and in order, but it looks like a 0/1 vector; write class names."
     else:
         return [known[class_id] for class_id in ids]
     problems.append(Problem("labels", row.file_name, has + what))
@@ -537,6 +541,7 @@ def _refuse_unclear_blanks(
                     f"names or belong to them; say which: {ways}, or list the classes in classes.txt, one on each "
                     "line."
                 )
+        uses = Counter(part for parts in parts_of.values() if len(parts) > 1 for part in set(parts))
         if sign == " " and (shared := [part for part, count in uses.items() if count > 1]):
             found.notes.append(
                 f"several classes hold the word {shared[0]!r}; if blanks separate class names, give "
