@@ -975,3 +975,64 @@ def test_two_classes_that_every_image_shows_are_named_together() -> None:
     )
     assert note_on_contrast(["owl"], {"owl": 2}, 3) is None
     assert note_on_contrast(["cat", "dog"], {"cat": 3, "dog": 2}, 3) == EVERY_IMAGE_SHOWS_THE_CAT
+
+
+@pytest.mark.parametrize(
+    ("file", "written", "meant"),
+    [
+        ("b c.png", "b%20c.png", "did you mean 'b c.png'"),
+        ("0001.png", "1", "did you mean '0001.png'"),
+        ("0012.png", "12.png", "did you mean '0012.png'"),
+        ("c.jpg.png", "c.jpg", "did you mean 'c.jpg.png'"),
+        ("cam/d.png", "D.png", "did you mean 'cam/d.png'"),
+    ],
+)
+def test_the_image_that_a_name_may_mean_is_said(tmp_path: Path, file: str, written: str, meant: str) -> None:
+    save_picture(tmp_path / "images" / file)
+    (tmp_path / "labels.csv").write_text(f"file_name,labels\n{written},cat\n")
+    with pytest.raises(DataError, match=re.escape(meant)):
+        load_folder(tmp_path)
+
+
+def test_names_in_single_quotes_are_read(make_folder: MakeFolder) -> None:
+    assert load_folder(make_folder("file_name,labels\n'a.png','cat'\n"))["image_id"][:] == ["a"]
+
+
+def test_0_1_vectors_of_two_classes_are_no_ids(make_folder: MakeFolder) -> None:
+    root = make_folder('file_name,labels\na.png,"[1, 0]"\nb.png,"[0, 1]"\n', classes="cat\ndog\n")
+    with pytest.raises(DataError, match="but it looks like a 0/1 vector; write class names"):
+        load_folder(root)
+
+
+def test_class_names_in_two_cases_say_nothing_about_blanks(make_folder: MakeFolder) -> None:
+    report = check_folder(make_folder("file_name,labels\na.png,Cat\nb.png,cat\n"), decode=False)
+    assert [problem.kind for problem in report.problems] == ["labels"]
+    assert report.notes == ()
+
+
+def test_a_folder_around_all_class_folders_is_no_class(tmp_path: Path) -> None:
+    for name in ("data/train/cat/a.png", "data/val/dog/b.png"):
+        save_picture(tmp_path / name)
+    report = check_folder(tmp_path, decode=False)
+    assert report.images_per_class == {"cat": 1, "dog": 1}
+    assert report.splits == {"train": 1, "val": 1}
+    assert report.notes == ("all class folders lie in data, which names no class itself.",)
+
+
+def test_folders_of_masks_are_no_classes_and_a_name_in_capitals_is_read(tmp_path: Path) -> None:
+    for name in ("Images/train/cat/a.png", "Images/val/dog/b.png", "Ground Truth/cat/a.png"):
+        save_picture(tmp_path / name)
+    report = check_folder(tmp_path, decode=False)
+    assert report.images_per_class == {"cat": 1, "dog": 1}
+    assert report.notes[0].endswith(f"if {tmp_path / 'Ground Truth'} holds masks, call it masks.")
+    (tmp_path / "Ground Truth").rename(tmp_path / "MASKS")
+    (tmp_path / "MASKS/train").mkdir()
+    (tmp_path / "MASKS/cat").rename(tmp_path / "MASKS/train/cat")
+    assert check_folder(tmp_path, decode=False).masks == 1
+
+
+def test_a_class_that_denies_another_is_noted(tmp_path: Path) -> None:
+    for name in ("cat/a.png", "no_cat/b.png", "notebook/c.png"):
+        save_picture(tmp_path / name)
+    (note,) = check_folder(tmp_path, decode=False).notes
+    assert note.startswith("'no_cat' is a class like any other; if it means that an image does not show 'cat', write")

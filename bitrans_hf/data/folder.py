@@ -27,7 +27,7 @@ from .common import (
     without_suffix,
 )
 from .image_files import ImageFinder, ImageListing, list_images
-from .mask_names import MaskMatch, match_masks, other_files
+from .mask_names import MaskMatch, mask_files, match_masks, other_files
 from .mask_values import MaskValues
 from .tables import OWN_COLUMNS, Caller, Problem, Row, RowLabels, labels_of_rows, option, read_rows
 
@@ -52,6 +52,12 @@ _WORDS_BESIDE_SPLITS = frozenset({"set", "data", "dataset", "split", "part", "fo
 _IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages"})
 """Folders of these names between folders of splits and of classes, or within these, say nothing."""
 
+_MASK_FOLDERS = frozenset(
+    {"mask", "annotation", "annotations", "labels", "gt", "groundtruth", "segmentation", "segmentations"}
+    | {"segmentationclass", "segmentationmasks", "maskimages"}
+)
+"""What people call the folder of masks beside `masks`, without blanks and signs."""
+
 _MASK_ENDING = re.compile(
     r"(?<=.)[_\-. ](?:mask|masks|seg|segmentation|gt|groundtruth|annotation|label|labels)(?:[_\-. ]?\d+)?$",
     re.IGNORECASE,
@@ -62,6 +68,8 @@ _OTHER_TABLES = frozenset({".xlsx", ".xls", ".ods", ".json", ".txt", ".xml"})
 
 _NOTHING = frozenset({"none", "nothing", "no", "empty", "negative", "n/a", "na", "unlabeled", "unlabelled", "unknown"})
 """Names by which people may mean that an image shows none of the classes."""
+
+_DENIAL = re.compile(r"(?:no|not|non|without)[\W_]+(.+)")
 
 
 def load_folder(
@@ -232,7 +240,13 @@ def look_through(
     notes: list[str] = []
     tables = _find_tables(root, images_folder, table, caller)
     # Masks are no images, wanted or not.
-    excluded = (mask_folder or root / "masks",)
+    other_masks = _other_mask_folders(root)
+    excluded = (mask_folder or root / "masks", _folder_called(root, "masks"), *other_masks)
+    if other_masks and mask_folder is None and masks is None:
+        notes.append(
+            f"masks are looked for in {root / 'masks'}, which is not there; if {other_masks[0]} holds masks, call it "
+            "masks."
+        )
     if tables:
         where = ", ".join(str(path) for path in tables)
         rows = _rows_of_tables(tables, problems)
@@ -296,7 +310,7 @@ def shown_names(names: Sequence[str], count: int) -> str:
 
 def _images_folder(root: Path, images: str | Path | None) -> Path:
     if images is None:
-        return root / "images" if (root / "images").is_dir() else root
+        return _folder_called(root, "images") or root
     if not (root / images).is_dir():
         raise DataError(f"images folder {root / images} is not there; give images= relative to {root}.")
     return root / images
@@ -306,11 +320,27 @@ def _mask_folder(root: Path, masks: str | Path | bool | None) -> Path | None:
     if masks is False:
         return None
     folder = root / ("masks" if masks is None or masks is True else masks)
+    if masks is None or masks is True:
+        folder = _folder_called(root, "masks") or folder
     if folder.is_dir():
         return folder
     if masks is None:
         return None
     raise DataError(f"mask folder {folder} is not there; give masks= relative to {root}, or False for no masks.")
+
+
+def _folder_called(root: Path, name: str) -> Path | None:
+    """Return the folder of this name in `root`, or the one that differs in case alone."""
+    folders = [path for path in root.iterdir() if path.name.lower() == name and path.is_dir()]
+    exact = [path for path in folders if path.name == name]
+    return (exact or folders)[0] if exact or len(folders) == 1 else None
+
+
+def _other_mask_folders(root: Path) -> list[Path]:
+    """Return the folders in `root` that hold masks, as their names say, and are not called `masks`."""
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    called = [path for path in folders if re.sub(r"[\W_]", "", folded_name(path.name)) in _MASK_FOLDERS]
+    return [path for path in called if mask_files(path)]
 
 
 def _find_tables(root: Path, images_folder: Path, table: str | Path | None, caller: Caller) -> dict[Path, str | None]:
@@ -406,7 +436,7 @@ def _rows_with_found_images(
 def _rows_of_class_folders(listing: ImageListing, split: str | None, notes: list[str]) -> list[Row]:
     """Return a row for each image in `<class>/`, `<split>/<class>/` or `<class>/<split>/`, in alphabetical order."""
     names = [name for name in listing.names if "/" in name]
-    folders_of = _telling_folders(names)
+    folders_of = _telling_folders(names, notes)
     has_splits = _are_splits([f"{'/'.join(folders)}/image" for folders in folders_of.values() if folders], split)
     has_inner_splits = not has_splits and all(
         len(folders) > 1 and _is_split_name(folders[1]) for folders in folders_of.values()
@@ -448,13 +478,24 @@ def _masks_beside_images(names: Sequence[str]) -> set[str]:
     }
 
 
-def _telling_folders(names: Sequence[str]) -> dict[str, list[str]]:
-    """Return the folders of each name, without one such as `images` that stands at one place in all of them."""
+def _telling_folders(names: Sequence[str], notes: list[str]) -> dict[str, list[str]]:
+    """Return the folders of each name that tell its class or its split.
+
+    Left out are one such as `images` that stands at one place in all of them, and one around all others.
+    """
     folders_of = {name: name.split("/")[:-1] for name in names}
     depth = min(map(len, folders_of.values()), default=0)
     for place in range(depth):
         if all(folded_name(folders[place]) in _IMAGE_FOLDERS for folders in folders_of.values()):
-            return {name: folders[:place] + folders[place + 1 :] for name, folders in folders_of.items()}
+            folders_of = {name: folders[:place] + folders[place + 1 :] for name, folders in folders_of.items()}
+            depth -= 1
+            break
+    around = {folders[0] for folders in folders_of.values() if folders}
+    inner = {folders[1] for folders in folders_of.values() if len(folders) > 1}
+    has_classes = depth > 2 or (depth == 2 and not any(map(_is_split_name, inner)))
+    if len(around) == 1 and len(inner) > 1 and has_classes and not _is_split_name(*around):
+        notes.append(f"all class folders lie in {next(iter(around))}, which names no class itself.")
+        return {name: folders[1:] for name, folders in folders_of.items()}
     return folders_of
 
 
@@ -635,6 +676,14 @@ def notes_on_classes(content: FolderContent) -> list[str]:
             f"{empty[0]!r} is a class like any other; if it means that an image shows no class, write background "
             "instead."
         )
+    by_fold = {folded_name(name): name for name in content.chosen}
+    for name in content.chosen:
+        denial = _DENIAL.match(folded_name(name))
+        if denial and (denied := by_fold.get(denial[1])):
+            notes.append(
+                f"{name!r} is a class like any other; if it means that an image does not show {denied!r}, write "
+                "background instead."
+            )
     if note := note_on_contrast(content.chosen, counts, len(content.kept)):
         notes.append(note)
     return notes
