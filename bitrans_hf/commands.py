@@ -111,6 +111,8 @@ def run_command(main: Callable[[], Any]) -> None:
             # Other errors that a stop brings about, such as that of a connection whose other end is gone, say nothing.
             _last_sentence()
             _clear_frames(error)
+            # At the very end, after the workers were joined: Python gives up its handlers before the process is gone.
+            multiprocessing.util.Finalize(None, _ignore_stops, exitpriority=-1000)
             raise SystemExit(128 + (_state.signal or signal.SIGINT)) from None
 
 
@@ -209,6 +211,11 @@ def _on_stop(number: int, frame: FrameType | None) -> None:
         os._exit(128 + _state.signal)
     _state.signal = number
     raise KeyboardInterrupt
+
+
+def _ignore_stops() -> None:
+    for number in STOPS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _last_sentence() -> None:

@@ -169,7 +169,7 @@ class BiTransModel(ClassTokenEncoder):
         losses = {} if labels is None else self.loss_terms(encoded, branches, labels, two_views)
         loss = self.total_loss(losses, consistency_scale) if losses else None
 
-        output = self.first_view(len(pixel_values), encoded, branches, loss, losses or None)
+        output = self.first_view(pixel_values.shape[0], encoded, branches, loss, losses or None)
         return output.to_tuple() if return_dict is False else output
 
     def both_views(self, pixel_values: torch.Tensor) -> torch.Tensor:

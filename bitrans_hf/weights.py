@@ -288,7 +288,7 @@ def deeplab_from_mctformer(
         raise InputError(f"{checkpoint.name} lacks 'fc8_seg_conv2.weight'; expected MCTformer's segmentation network.")
     num_labels = len(classifier)
     if id2label is not None and len(id2label) != num_labels:
-        raise InputError(f"{checkpoint.name} has {num_labels} labels, id2label names {len(id2label)}; name each.")
+        raise InputError(f"{checkpoint.name}: got {num_labels} labels, id2label names {len(id2label)}; name each.")
     labels = {"num_labels": num_labels} if id2label is None else {"id2label": dict(id2label)}
     model = DeepLabForSemanticSegmentation(DeepLabConfig(backbone_config=_width(checkpoint), **labels, **config))
     _fill_public(model, checkpoint)

@@ -70,7 +70,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     stages = {"train.py": train_main, "make_seeds.py": make_seeds_main}
     lock = threading.Lock()
 
-    def run_stage(script: str, arguments: list[str], environment: dict[str, str]) -> None:
+    def run_stage(script: str, arguments: list[str], environment: dict[str, str], running: set[Any]) -> None:
         with lock:
             calls.append((script, run_name(arguments)))
             stages[script](arguments)
@@ -234,7 +234,7 @@ def test_a_failed_training_fails_the_rows_that_share_it(
 ):
     done = []
 
-    def run_stage(script: str, arguments: list[str], environment: dict[str, str]) -> str | None:
+    def run_stage(script: str, arguments: list[str], environment: dict[str, str], running: set[Any]) -> str | None:
         done.append((script, run_name(arguments)))
         fails = script == "train.py" and run_name(arguments).startswith("both")
         if not fails:
@@ -261,7 +261,7 @@ def test_a_failed_training_fails_the_rows_that_share_it(
 def test_a_failed_run_is_named_after_the_others_are_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     done = []
 
-    def run_stage(script: str, arguments: list[str], environment: dict[str, str]) -> str | None:
+    def run_stage(script: str, arguments: list[str], environment: dict[str, str], running: set[Any]) -> str | None:
         done.append((script, run_name(arguments)))
         failed = script == "make_seeds.py" and run_name(arguments).startswith("both")
         return "make_seeds.py ended with 1, error: no memory" if failed else None

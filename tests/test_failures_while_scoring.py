@@ -30,7 +30,7 @@ def test_a_failed_refinement_stops_the_prediction_with_the_image_and_the_reason(
 
     def predict(accelerator, model, processor, row, folder, settings):
         scores = np.full((2, 32, 32), np.nan if row["image_id"] == broken else 0.5, np.float32)
-        return predict_masks.Prediction(np.array([0, 1], np.uint8), np.zeros((32, 32, 3), np.uint8), scores)
+        return predict_masks.Prediction((32, 32), np.array([0, 1], np.uint8), np.zeros((32, 32, 3), np.uint8), scores)
 
     monkeypatch.setattr(predict_masks, "predict_image", predict)
     settings = PredictionRecipe(refiner="crf")

@@ -175,7 +175,7 @@ def test_no_more_than_one_image_is_held_for_each_worker(tmp_path: Path, monkeypa
     train_main(arguments(tmp_path))
     order: list[tuple[str, str]] = []
     monkeypatch.setattr(
-        predict_masks, "write_label_png", lambda path, label_map: order.append((path.stem, path.parent.name))
+        predict_masks, "write_label_png", lambda path, label_map, image_id: order.append((path.stem, path.parent.name))
     )
     predict_main(arguments(tmp_path, "--prediction.refiner", "crf"))
     steps = ["single_scale", "multi_scale", "crf"]
@@ -359,7 +359,7 @@ def test_label_maps_that_are_the_ground_truth_are_refused(tmp_path: Path):
     [
         (np.full((64, 64), 6, np.uint8), r"1 of 16 label maps cannot .* holds the id 6, expected .* 1 to 5"),
         (np.zeros((64, 63), np.uint8), r"1 of 16 label maps cannot .* 64x63 .* its image 64x64"),
-        (np.zeros((64, 64, 3), np.uint8), r"1 of 16 label maps cannot .* is a RGB image"),
+        (np.full((64, 64, 3), (128, 0, 0), np.uint8), r"1 of 16 label maps cannot .* is a RGB image"),
     ],
 )
 def test_label_maps_that_do_not_fit_stop_before_training(wrong: np.ndarray, words: str, tmp_path: Path):

@@ -739,7 +739,7 @@ def test_a_timm_pyramid_takes_timms_weights_with_statistics_and_dilation():
             lambda: deeplab_from_mctformer(
                 reference.state(more=reference.segmentation_shapes(21)), id2label={0: "background", 1: "cat"}
             ),
-            "the weights: 21 labels, id2label names 2",
+            "the weights: got 21 labels, id2label names 2",
         ),
         (lambda: load_backbone(narrow_deeplab(), reference.state(width=1 / 16)), r"conv1a\.weight has shape \(4, 3"),
         (lambda: load_backbone(narrow_deeplab(), without(reference.state(), "bn7.bias")), r"first 'bn7\.bias'"),
