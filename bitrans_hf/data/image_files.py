@@ -191,8 +191,8 @@ class ImageFinder:
             elsewhere = [found for found in sorted(self.names) if _stem(_last_part(found)) == _last_part(name)]
         if not alike and len(elsewhere) > 1:
             return f"there are {elsewhere[0]} and {elsewhere[1]}; write which one is meant."
-        meant = (*alike, *elsewhere)
-        return f"did you mean {meant[0]!r}?" if meant else "add the file or take out the row."
+        candidates = (*alike, *elsewhere)
+        return f"did you mean {candidates[0]!r}?" if candidates else "add the file or take out the row."
 
 
 def _stem(name: str) -> str:
