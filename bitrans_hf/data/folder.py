@@ -146,14 +146,16 @@ def load_folder(
     if any(mask_paths) and None in mask_paths:
         first_id = found.image_ids[found.kept[mask_paths.index(None)]]
         logger.warning("%d of %d images have no mask, first %s", mask_paths.count(None), len(mask_paths), first_id)
+    cells: Sequence[Path | bytes | None] = mask_paths
+    if any(mask_paths):  # never for `bitrans masks`, which has no option for their values
+        values_option = option(caller, "mask_values", "{}")
+        cells = masks_in_order(mask_paths, found.classes, found.chosen, found.mask_values, values_option)
     ids = {name: class_id for class_id, name in enumerate(found.chosen)}
     return build_dataset(
         [found.image_ids[position] for position in found.kept],
         [f"{found.folder}/{found.rows[position].file_name}" for position in found.kept],
         [[ids[name] for name in found.names[position] if name in ids] for position in found.kept],
-        masks_in_order(
-            mask_paths, found.classes, found.chosen, found.mask_values, option(caller, "mask_values", "{}")
-        ),
+        cells,
         found.chosen,
     )
 
