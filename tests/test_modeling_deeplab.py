@@ -63,6 +63,26 @@ class TestDeepLab(HubModelContract):
         return label_map(len(images), *images.shape[2:])
 
 
+@pytest.mark.parametrize("any_size", [False, True])
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256", "swinv2_cr_tiny_224"])
+def test_a_loaded_swin_has_the_masks_of_its_shifted_windows(name: str, any_size: bool, tmp_path: Path):
+    # Buffers that are not saved, where the size is fixed. With two blocks a stage, the second shifts its windows.
+    shape = {"embed_dim": 8, "depths": [2, 1, 1, 1], "num_heads": [1, 1, 1, 1], "window_size": 4}
+    size = {"img_size": 64, "dynamic_img_size": any_size}
+    model = make(backbone=name, backbone_config={**shape, **size}, num_labels=4)
+    expected = dict(model.named_buffers())
+    masks = [buffer.unique().tolist() for key, buffer in expected.items() if key.endswith("attn_mask")]
+    assert masks == ([] if any_size else [[-100, 0]])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+    buffers = dict(loaded.named_buffers())
+    assert buffers.keys() == expected.keys()
+    assert all(torch.equal(buffers[key], buffer) for key, buffer in expected.items())
+    images = pixels(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(images).logits, model(images).logits)
+
+
 # ---- Architecture.
 
 
