@@ -170,3 +170,12 @@ def fall_silent(*, silent: bool = True) -> None:
     _stopped.set()
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
+
+
+def size_text(size: float) -> str:
+    """Return a number of bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size = size / 1000
+    return f"{size:.1f} GB"

@@ -18,6 +18,7 @@ from bitrans_hf.file_names import label_path
 from bitrans_hf.image_processing_bitrans import bounded_image
 from bitrans_hf.labels import BACKGROUND, IGNORE_INDEX
 from bitrans_hf.metrics import confusion_counts, iou_from_counts, miou_from_counts
+from bitrans_hf.progress import size_text
 from bitrans_hf.pseudo_labels import (
     REFINERS,
     confident_label_map,
@@ -243,9 +244,9 @@ def run_jobs(
     """
     workers = 1 if refiner == "none" else num_workers(accelerator, options, total)
     if refiner != "none" and total:
-        most = (BYTES_A_PROCESS + BYTES_A_PIXEL * max_side**2) / 1e9
+        most = size_text(BYTES_A_PROCESS + BYTES_A_PIXEL * max_side**2)
         announce(
-            f"{name}: {workers} process{'es' if workers > 1 else ''} to refine, each takes up to about {most:.1f} GB, "
+            f"{name}: {workers} process{'es' if workers > 1 else ''} to refine, each takes up to about {most}, "
             f"for an image of {max_side} x {max_side} pixels",
             accelerator,
             options,

@@ -29,6 +29,7 @@ from bitrans_hf.image_processing_bitrans import MAX_SIDE, BiTransImageProcessor,
 from bitrans_hf.metrics import SweepResult, ThresholdSweep
 from bitrans_hf.modeling_bitrans import BiTransModel
 from bitrans_hf.modeling_cam import CamModel
+from bitrans_hf.progress import size_text
 from bitrans_hf.pseudo_labels import seeds_to_label_map, write_label_png
 from bitrans_hf.seeds import seed_strips, sum_over_views
 from bitrans_hf.store import SeedStore
@@ -187,7 +188,7 @@ def extract_split(
     if batches:
         need = max(memory_of_views(model, worked_at[size], recipe, len(indices)) for size, indices in batches)
         announce(
-            f"seeds: the largest batch takes about {need / 1e9:.1f} GB of memory beside the model's",
+            f"seeds: the largest batch takes about {size_text(need)} of memory beside the model's",
             accelerator,
             options,
         )

@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 import bitrans_hf
 from bitrans_hf import AffinityNetModel, BiTransImageProcessor, BiTransModel, DeepLabForSemanticSegmentation
 from bitrans_hf.cards import Network, Run, render_card, step_table
+from bitrans_hf.progress import size_text
 from bitrans_hf.pseudo_labels import pseudo_label_card, pseudo_label_dataset
 from bitrans_hf.publishing import (
     Kind,
@@ -248,12 +249,3 @@ def upload_part(settings: PublishRecipe, part: Part, folder: Path) -> dict[str, 
     except PublishError as error:
         raise StageError(f"{error}\n    {shlex.join(['python', *sys.argv])}") from error
     return dataclasses.asdict(done)
-
-
-def size_text(size: int) -> str:
-    """Return a number of bytes for people."""
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size = size / 1000  # type: ignore[assignment]
-    return f"{size:.1f} GB"
