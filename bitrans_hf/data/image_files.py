@@ -24,6 +24,7 @@ _LIBRARIES = {"AVIF": "avif", "JPEG": "jpg", "JPEG2000": "jpg_2000", "MPO": "jpg
 _OTHER_SUFFIXES = frozenset(
     {".heic", ".heif", ".hif", ".jxl", ".jxr", ".wdp", ".exr", ".hdr", ".svg", ".svgz", ".dcm", ".nii", ".djvu"}
     | {".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}
+    | {".avif", ".avifs"}  # which Pillow knows from 11.2 on
 )
 """Images that Pillow does not read, unless a plug-in has been registered."""
 
