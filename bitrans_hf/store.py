@@ -84,7 +84,9 @@ class ImageStore:
 
     def _write(self, image_id: str, arrays: Mapping[str, Any]) -> None:
         with atomic_write(self.path(image_id)) as temporary:
-            np.savez_compressed(temporary, allow_pickle=False, **{ID_KEY: np.array(image_id)}, **arrays)
+            # Without allow_pickle=False, which NumPy 1.26 would store as one more array; ours hold no objects.
+            content: dict[str, Any] = {ID_KEY: np.array(image_id), **arrays}
+            np.savez_compressed(temporary, **content)
 
     def _check_id(self, image_id: str, arrays: Mapping[str, Any]) -> None:
         """Refuse another image's file, which a disk that does not tell a from A hands out."""
