@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 OLDEST := .venv-oldest
 # One thread for each pytest worker: more of them fight over the cores.
-PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --durations=15
+PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal --durations=15
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest test-slow lint format bench ablation clean

@@ -448,7 +448,14 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize(("word", "count", "times"), [("starting", 1, 1), ("working", 2, 1), ("working", 2, 2)])
+@pytest.mark.parametrize(
+    ("word", "count", "times"),
+    [
+        ("working", 2, 1),
+        pytest.param("starting", 1, 1, marks=pytest.mark.slow),
+        pytest.param("working", 2, 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_pool_that_is_stopped_ends_at_once_with_its_processes(word: str, count: int, times: int, tmp_path: Path):
     (tmp_path / "program.py").write_text(STOPPED_POOL)
     ended = stop([str(tmp_path / "program.py")], lambda said: said.count(word) == count, tmp_path, times=times)

@@ -35,7 +35,7 @@ EVERY_IMAGE_SHOWS_THE_CAT = (
 )
 
 
-def save_picture(path: Path, size: tuple[int, int] = (8, 6)) -> None:
+def save_picture(path: Path, size: tuple[int, int] = (24, 18)) -> None:
     """Write a picture of (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full((*size, 3), 100, dtype=np.uint8)
@@ -152,7 +152,7 @@ def test_pictures_in_subfolders_and_beside_the_table_are_found(tmp_path: Path) -
     (tmp_path / "metadata.csv").write_text(table)
     dataset = load_folder(tmp_path)
     assert dataset["image_id"][:] == ["north/a.b", "south/a.b"]
-    assert open_image(dataset[1]["image"]).size == (6, 8)
+    assert open_image(dataset[1]["image"]).size == (18, 24)
 
 
 def test_pictures_without_a_row_are_counted_in_the_log(
@@ -411,7 +411,7 @@ def test_a_metadata_file_gives_what_imagefolder_gives(tmp_path: Path, place: str
     for name, value in (("a.png", 1), ("sub/b.png", 2)):
         save_picture(folder / "images" / name)
         (folder / "truth/sub").mkdir(parents=True, exist_ok=True)
-        PILImage.fromarray(np.full((8, 6), value, dtype=np.uint8)).save(folder / "truth" / name)
+        PILImage.fromarray(np.full((24, 18), value, dtype=np.uint8)).save(folder / "truth" / name)
     write_lines(
         folder / "metadata.jsonl",
         {"file_name": "images/sub/b.png", "mask_file_name": "truth/sub/b.png", "labels": [1], "image_id": "second"},
@@ -514,9 +514,9 @@ def test_a_sound_folder_is_counted(make_folder: MakeFolder) -> None:
     root = make_folder(
         "file_name,labels,split,who\na.png,cat,train,me\nb.png,cat;dog,val,me\n", classes="dog\ncat\ncow\n"
     )
-    save_picture(root / "images/b.png", (4, 4))
+    save_picture(root / "images/b.png", (16, 16))
     (root / "masks").mkdir()
-    PILImage.fromarray(np.array([[0, 1, 2, 255]] * 4, dtype=np.uint8)).save(root / "masks/b.png")
+    PILImage.fromarray(np.array([[0, 1, 2, 255] * 4] * 16, dtype=np.uint8)).save(root / "masks/b.png")
     report = check_folder(root)
     assert report.ok
     assert (report.images, report.classes, report.masks) == (2, ("dog", "cat", "cow"), 1)
@@ -538,8 +538,8 @@ def test_a_sound_folder_is_counted(make_folder: MakeFolder) -> None:
 
 def test_images_that_show_nothing_or_whose_bits_are_guessed_are_named_and_no_fault(make_folder: MakeFolder) -> None:
     root = make_folder("file_name,labels\na.png,cat\nb.png,cat\ndeep.png,cat\n", pictures=("a.png",))
-    PILImage.new("RGB", (6, 4)).save(root / "images/b.png")
-    PILImage.fromarray(np.array([[0, 4095]], dtype=np.uint16)).save(root / "images/deep.png")
+    PILImage.new("RGB", (24, 18)).save(root / "images/b.png")
+    PILImage.fromarray(np.array([[0, 4095] * 8] * 16, dtype=np.uint16)).save(root / "images/deep.png")
     report = check_folder(root)
     assert report.ok
     assert [remark.name for remark in report.remarks] == ["b.png", "deep.png"]
@@ -550,12 +550,25 @@ def test_images_that_show_nothing_or_whose_bits_are_guessed_are_named_and_no_fau
     assert check_folder(root, decode=False).remarks == ()
 
 
+@pytest.mark.parametrize("size", [(10, 10), (1, 3000), (15, 400)])
+def test_an_image_smaller_than_a_patch_is_named(make_folder: MakeFolder, size: tuple[int, int]) -> None:
+    root = make_folder()
+    save_picture(root / "images/b.png", size)
+    report = check_folder(root)
+    assert report.ok  # which patches the model will have is not known here
+    (remark,) = report.remarks
+    assert remark.message == (
+        f"b.png: it is {size[0]} x {size[1]} pixels (height x width), and models with patches of 16 leave it out; "
+        "give a larger copy, or take it out."
+    )
+
+
 @pytest.fixture
 def bad_folder(tmp_path: Path) -> Path:
     """One picture for each thing that can be wrong with a row, its picture or its mask."""
     names = ["sound", "cut", "text", "other_size", "wrong_id", "colours", "unnamed", "no_mask_file", "twin", "extra"]
     for number, name in enumerate(names):
-        pixels = np.random.default_rng(number).integers(0, 255, (8, 6, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(number).integers(0, 255, (24, 18, 3), dtype=np.uint8)
         (tmp_path / "images").mkdir(exist_ok=True)
         PILImage.fromarray(pixels).save(tmp_path / f"images/{name}.png")
     jpeg = io.BytesIO()
@@ -566,11 +579,11 @@ def bad_folder(tmp_path: Path) -> Path:
     (tmp_path / "images/text.png").write_text("no picture")
     (tmp_path / "images/twin.png").write_bytes((tmp_path / "images/sound.png").read_bytes())
     masks = {
-        "sound": np.full((8, 6), 1, np.uint8),
-        "other_size": np.zeros((6, 8), np.uint8),
-        "wrong_id": np.full((8, 6), 3, np.uint8),
-        "colours": np.full((8, 6, 3), (128, 0, 0), np.uint8),
-        "unnamed": np.full((8, 6), 2, np.uint8),
+        "sound": np.full((24, 18), 1, np.uint8),
+        "other_size": np.zeros((18, 24), np.uint8),
+        "wrong_id": np.full((24, 18), 3, np.uint8),
+        "colours": np.full((24, 18, 3), (128, 0, 0), np.uint8),
+        "unnamed": np.full((24, 18), 2, np.uint8),
     }
     (tmp_path / "masks").mkdir()
     for name, mask in masks.items():
@@ -608,7 +621,7 @@ def test_every_problem_is_reported_by_name_and_none_hides_another(bad_folder: Pa
         assert problem.message in text
     for words in (
         r"cut\.png cannot be read .*truncated",
-        r"mask .*other_size\.png is 6x8 .* and its image 8x6",
+        r"mask .*other_size\.png is 18x24 .* and its image 24x18",
         r"mask .*wrong_id\.png holds the id 3, expected .* 1 to 2",
         r"mask .*colours\.png is a RGB image with the colors 128/0/0, .* as in mask_values=\"128/0/0=1\"",
         r"mask .*unnamed\.png shows dog, which the labels of unnamed\.png do not name",

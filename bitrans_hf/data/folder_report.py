@@ -15,6 +15,9 @@ from .folder import FolderContent, look_through, notes_on_classes, shown_names
 from .mask_report import MaskFinding, all_together, look_at_mask
 from .tables import Caller, Problem
 
+USUAL_PATCH = 16
+"""Side in pixels of a patch of DeiT. What model a folder is for is not known when it is looked over."""
+
 
 @dataclass(frozen=True)
 class FolderReport:
@@ -192,6 +195,11 @@ def _check_files(
         return b"", None, [Problem("unreadable", name, str(error))], []
     if not decode:
         return b"", None, [], []
+    if min(size) < USUAL_PATCH:
+        found_out.append(
+            f"it is {size[0]} x {size[1]} pixels (height x width), and models with patches of {USUAL_PATCH} leave it "
+            "out; give a larger copy, or take it out"
+        )
     remarks = [Problem("look at", name, f"{name}: {each}.") for each in found_out]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").digest()
