@@ -147,7 +147,7 @@ def _densecrf() -> ModuleType:
     except ImportError as error:
         raise CrfNotInstalledError(
             "the dense CRF needs pydensecrf2, which is not installed: pip install 'bitrans-hf[crf]' (it needs a C++ "
-            'compiler); the refiner "par" needs nothing.'
+            'compiler, and a Python before 3.13); the refiner "par" needs nothing.'
         ) from error
     return densecrf  # type: ignore[no-any-return]
 

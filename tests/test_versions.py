@@ -17,7 +17,7 @@ PACKAGE_OF = {"PIL": "pillow", "yaml": "pyyaml", "pydensecrf": "pydensecrf2", "h
 def test_the_oldest_versions_that_are_tested_are_the_lower_bounds():
     bounds = {}
     for requirement in [*PROJECT["dependencies"], *EXTRAS["coco"], *EXTRAS["crf"], *EXTRAS["sbd"]]:
-        name, bound = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)(?:,.*)?", requirement).groups()
+        name, bound = re.fullmatch(r"([\w-]+)(?:\[\w+\])?>=([\d.]+)(?:[,;].*)?", requirement).groups()
         bounds[name] = bound
     pinned, brought = (ROOT / "tests" / "oldest.txt").read_text(encoding="utf-8").split("\n\n")
     assert dict(re.findall(r"^([\w-]+)==([\d.]+)$", pinned, re.MULTILINE)) == bounds
