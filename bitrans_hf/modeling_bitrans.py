@@ -204,7 +204,7 @@ class BiTransModel(ClassTokenEncoder):
         if self.config.class_contrast_weight:
             losses["contrast"] = class_contrast_loss(encoded.class_tokens, per_view)
         if two_views:
-            losses |= self.consistency_terms(encoded, labels)
+            return {**losses, **self.consistency_terms(encoded, labels)}
         return losses
 
     def consistency_terms(self, encoded: Encoded, labels: torch.Tensor) -> dict[str, torch.Tensor]:

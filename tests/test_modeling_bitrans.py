@@ -362,8 +362,10 @@ def test_the_final_layer_norm_is_applied_to_what_both_branches_read(tmp_path: Pa
 @pytest.mark.parametrize("mode", ["recompute", "eager"])
 def test_activation_checkpointing_changes_neither_loss_nor_gradients(mode: str, kwargs: dict[str, Any]):
     plain, checkpointed = (tiny_model(attention_map_mode=mode).train() for _ in range(2))
-    checkpointed.activation_checkpointing_enable(*kwargs.values())
-    assert checkpointed.is_activation_checkpointing
+    # Under its older name where transformers does not know the new one.
+    word = "activation" if hasattr(checkpointed, "activation_checkpointing_enable") else "gradient"
+    getattr(checkpointed, f"{word}_checkpointing_enable")(*kwargs.values())
+    assert getattr(checkpointed, f"is_{word}_checkpointing")
     images = pixels(2, 3, 32, 32)
     for model in (plain, checkpointed):
         model(images, labels=LABELS).loss.backward()
@@ -399,11 +401,13 @@ def test_autocast_stays_close_to_full_precision(mode: str):
         assert (ours[name] - grad).norm() < 0.1 * grad.norm() + 1e-3, name
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.6's own tracing
 @pytest.mark.parametrize("mode", ["recompute", "eager"])
 def test_torch_compile_takes_the_whole_training_step_as_one_graph(mode: str):
     check_compiled("aot_eager", attention_map_mode=mode)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.slow
 def test_torch_compile_with_inductor_agrees_with_eager():
     check_compiled("inductor")

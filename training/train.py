@@ -81,7 +81,7 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     with working("train: building the network", accelerator, options):
         model: PreTrainedModel = build(recipe.model, id2label, recipe.seed)
     if recipe.train.activation_checkpointing:
-        model.activation_checkpointing_enable()
+        keep_only_layer_inputs(model)
     image_size = model.config.image_size
     processor = BiTransImageProcessor(size={"height": image_size, "width": image_size}, max_side=max_side_of(recipe))
     optimizer = make_optimizer(model, recipe.train)
@@ -113,6 +113,13 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     say(accelerator, f"train: loss {metrics['loss']:.3f}{', mAP ' + tags if tags else ''} -> {stage.folder}")
     accelerator.wait_for_everyone()
     return stage.folder
+
+
+def keep_only_layer_inputs(model: PreTrainedModel) -> None:
+    """Let a model recompute the activations of its layers in the backward pass."""
+    # Older versions of transformers know the method under its older name alone.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable()
 
 
 def make_optimizer(model: PreTrainedModel, train: TrainRecipe) -> torch.optim.Optimizer:
