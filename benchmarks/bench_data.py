@@ -21,7 +21,7 @@ from PIL import Image
 
 from bitrans_hf.data import load_coco, load_folder, make_shapes
 from bitrans_hf.data.transforms import TrainingImages, training_transform
-from bitrans_hf.labels import COCO_CLASSES
+from bitrans_hf.hub.labels import COCO_CLASSES
 
 from .harness import Options, Row, can_measure_memory, resident_memory
 

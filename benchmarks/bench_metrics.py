@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bitrans_hf.labels import IGNORE_INDEX
+from bitrans_hf.hub.labels import IGNORE_INDEX
+from bitrans_hf.hub.seeds import Seeds
 from bitrans_hf.metrics import (
     DEFAULT_THRESHOLDS,
     MeanIoU,
@@ -25,7 +26,6 @@ from bitrans_hf.metrics import (
     miou_from_counts,
     threshold_sweep,
 )
-from bitrans_hf.seeds import Seeds
 
 from .harness import Options, Row, can_measure_memory, extra_peak_memory, median_times
 

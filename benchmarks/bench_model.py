@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from bitrans_hf import BiTransConfig, BiTransModel
-from bitrans_hf.encoder import BiTransLayer
-from bitrans_hf.losses import affinity_consistency_loss, class_consistency_loss, classification_loss
-from bitrans_hf.views import VIEWS, invert_affinity
+from bitrans_hf.hub.encoder import BiTransLayer
+from bitrans_hf.hub.losses import affinity_consistency_loss, class_consistency_loss, classification_loss
+from bitrans_hf.hub.views import VIEWS, invert_affinity
 
 from .harness import Options, Row, bytes_kept_for_backward, can_measure_memory, extra_peak_memory, median_times
 

@@ -21,13 +21,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bitrans_hf.affinity_pairs import affinity_matrix, pair_affinity, pair_indices
-from bitrans_hf.crf import CrfNotInstalledError, ImagePool, available_cores, check_crf_installed, dense_crf
 from bitrans_hf.data import make_shapes, open_image, open_mask
-from bitrans_hf.labels import IGNORE_INDEX
-from bitrans_hf.par import pixel_adaptive_refinement
-from bitrans_hf.pseudo_labels import with_background
-from bitrans_hf.random_walk import propagate, transition_matrix
+from bitrans_hf.hub.affinity_pairs import affinity_matrix, pair_affinity, pair_indices
+from bitrans_hf.hub.labels import IGNORE_INDEX
+from bitrans_hf.hub.par import pixel_adaptive_refinement
+from bitrans_hf.pool import ImagePool, available_cores
+from bitrans_hf.refine.crf import CrfNotInstalledError, check_crf_installed, dense_crf
+from bitrans_hf.refine.pseudo_labels import with_background
+from bitrans_hf.refine.random_walk import propagate, transition_matrix
 from bitrans_hf.store import LabelScoreStore
 
 from .harness import (

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from bitrans_hf import BiTransImageProcessor
-from bitrans_hf.seeds import sum_over_views
+from bitrans_hf.hub.seeds import sum_over_views
 from bitrans_hf.store import SeedStore
 
 from .bench_model import NUM_CLASSES, EveryHeadKept, make_bitrans

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from bitrans_hf import BiTransImageProcessor, DeepLabConfig, DeepLabForSemanticSegmentation
-from bitrans_hf.crf import CrfJob, CrfNotInstalledError, ImagePool, available_cores, check_crf_installed, dense_crf
-from bitrans_hf.precision import has_native_bf16
-from bitrans_hf.segment import TEST_PRESETS, multi_scale_scores
+from bitrans_hf.pool import ImagePool, available_cores
+from bitrans_hf.refine.crf import CrfJob, CrfNotInstalledError, check_crf_installed, dense_crf
+from bitrans_hf.stages.multi_scale import TEST_PRESETS, multi_scale_scores
+from bitrans_hf.stages.precision import has_native_bf16
 
 from .harness import Options, Row, median_times
 

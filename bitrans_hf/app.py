@@ -24,16 +24,16 @@ import torch
 from PIL import Image, ImageDraw
 
 from .commands import if_stopped
-from .errors import InputError
 from .file_names import label_path
 from .files import lies_in
-from .image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized, strongest_row
-from .labels import palette
-from .modeling_bitrans import BiTransOutput
-from .pipeline_bitrans import PseudoMaskPipeline, open_picture
-from .pseudo_labels import write_label_png
-from .report import VARIANT_TITLES, heat_overlay, label_overlay
-from .seeds import SEED_VARIANTS, fused_maps
+from .hub.errors import InputError
+from .hub.image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized, strongest_row
+from .hub.labels import palette
+from .hub.modeling_bitrans import BiTransOutput
+from .hub.pipeline_bitrans import PseudoMaskPipeline, open_picture
+from .hub.seeds import SEED_VARIANTS, fused_maps
+from .refine.pseudo_labels import write_label_png
+from .report.page import VARIANT_TITLES, heat_overlay, label_overlay
 
 SCALES = (1.0, 0.75, 1.25, 1.5)
 """The sizes that the slider adds, one after the other."""

@@ -34,16 +34,16 @@ def register() -> None:
     )
     from transformers.pipelines import PIPELINE_REGISTRY
 
-    from .configuration_affinitynet import AffinityNetConfig
-    from .configuration_bitrans import BiTransConfig
-    from .configuration_cam import CamConfig
-    from .configuration_deeplab import DeepLabConfig
-    from .image_processing_bitrans import BiTransImageProcessor
-    from .modeling_affinitynet import AffinityNetModel
-    from .modeling_bitrans import BiTransModel
-    from .modeling_cam import CamModel
-    from .modeling_deeplab import DeepLabForSemanticSegmentation
-    from .pipeline_bitrans import TASK, PseudoMaskPipeline
+    from .hub.configuration_affinitynet import AffinityNetConfig
+    from .hub.configuration_bitrans import BiTransConfig
+    from .hub.configuration_cam import CamConfig
+    from .hub.configuration_deeplab import DeepLabConfig
+    from .hub.image_processing_bitrans import BiTransImageProcessor
+    from .hub.modeling_affinitynet import AffinityNetModel
+    from .hub.modeling_bitrans import BiTransModel
+    from .hub.modeling_cam import CamModel
+    from .hub.modeling_deeplab import DeepLabForSemanticSegmentation
+    from .hub.pipeline_bitrans import TASK, PseudoMaskPipeline
 
     AutoConfig.register("bitrans", BiTransConfig)
     AutoModel.register(BiTransConfig, BiTransModel)

@@ -18,8 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .errors import InputError, MissingFileError
-from .weight_files import MXNET_START, WeightFileError, format_of
+from .hub.errors import InputError, MissingFileError
+from .hub.weight_files import MXNET_START, WeightFileError, format_of
 
 StateDict = Mapping[str, torch.Tensor]
 

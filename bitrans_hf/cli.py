@@ -1,13 +1,14 @@
-"""The console command `bitrans`: masks for a folder of pictures, a look over a folder, the app; no Python needed."""
+"""The console command `bitrans`: from a folder of images and labels to masks, without writing Python."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import importlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .commands import if_stopped, run_command, starting
-from .errors import MissingExtraError
+from .commands import asks_for_quiet, if_stopped, is_first_process, leave_process_group, run_command, starting
+from .hub.errors import MissingExtraError
 from .progress import progress
 
 REFINERS = ("crf", "par")
@@ -16,6 +17,7 @@ REFINERS = ("crf", "par")
 EXAMPLES = """\
 examples:
   bitrans check photos                    what is in the folder, and what is wrong with it
+  bitrans train photos                    train on its labels; masks of its images and a page to judge them by
   bitrans masks --model runs/photos/train/model --images photos --labels labels.csv --out masks
                                           one PNG for each picture: 0 background, 1 the first class, ...
   bitrans masks --model org/bitrans-voc --images photos --out masks
@@ -25,6 +27,21 @@ examples:
 
 `bitrans COMMAND --help` explains every option. A model is a folder that training wrote or the name of a repository on
 the Hub.
+"""
+
+TRAIN_HELP = """\
+Train on the image-level labels of a folder, make seeds and pseudo labels of its images, and write a page to judge them
+by: runs/NAME/report/index.html. Nothing needs to be drawn; masks in the folder only serve to score. To resume an
+interrupted run, rerun the same command.
+
+Every key of the recipe may follow as --section.key value; `python -m bitrans_hf.stages run_all --help` explains them.
+"""
+
+TRAIN_EXAMPLES = """\
+examples:
+  bitrans train photos
+  bitrans train photos --name small --model.weights timm:deit_tiny_patch16_224.fb_in1k --train.epochs 10
+  accelerate launch -m bitrans_hf train photos                on several GPUs
 """
 
 MASKS_HELP = """\
@@ -54,8 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command; Ctrl-C, or an error that a person can mend, ends it with one sentence, not a traceback."""
 
     def run() -> None:
-        options = build_parser().parse_args(arguments)
+        parser = build_parser()
+        options, others = parser.parse_known_args(arguments)
+        if others and options.run is not run_train:
+            parser.error(f"unrecognized arguments: {' '.join(others)}")
+        options.others = others
         options.run(options)
+        leave_process_group()
 
     run_command(run)
 
@@ -70,6 +92,20 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=form,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    train = commands.add_parser(
+        "train",
+        help="train on a folder of images and labels, and make masks of its images",
+        description=TRAIN_HELP,
+        epilog=TRAIN_EXAMPLES,
+        formatter_class=form,
+    )
+    train.add_argument("folder", help="folder with the images and the table of labels")
+    train.add_argument("--name", help="results go to runs/NAME (the name of the folder)")
+    train.add_argument(
+        "--config", default="folder", metavar="RECIPE", help="shipped recipe or YAML file (%(default)s)"
+    )
+    train.set_defaults(run=run_train)
 
     masks = commands.add_parser(
         "masks",
@@ -157,10 +193,44 @@ def build_parser() -> argparse.ArgumentParser:
     )
     app.add_argument("--no-browser", action="store_true", help="do not open the browser")
     app.set_defaults(run=run_app)
+
+    for name, (module, text) in PASSED_ON.items():
+        # No word looks like an option to this parser: all are for the parser of the module.
+        passed_on = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+        passed_on.add_argument("words", nargs="*")
+        passed_on.set_defaults(run=pass_on(f"bitrans {name}", module))
     return parser
 
 
+PASSED_ON = {
+    "evaluate": ("stages.evaluate", "score masks or seeds against ground truth"),
+    "publish": ("stages.publish", "write what a run made as folders for the Hub, and upload them"),
+    "export": ("publishing.export", "write a model as ONNX and as a torch.export program"),
+}
+"""Commands with a parser of their own: their module below this package, and what they do."""
+
+
 # ---- The commands. Each imports what it needs itself, so that `bitrans --help` answers at once.
+
+
+def run_train(options: argparse.Namespace) -> None:
+    """Run every stage of a recipe on a folder."""
+    name = options.name or Path(options.folder).resolve().name
+    words = ["--config", options.config, "--data.root", options.folder, "--name", name, *options.others]
+    with starting("bitrans train", quiet=asks_for_quiet(words) or not is_first_process()):
+        from .stages.run_all import main as run_all
+    run_all(words)
+
+
+def pass_on(command: str, module: str) -> Callable[[argparse.Namespace], None]:
+    """Return a function that runs a module's `main` with the words that follow the command."""
+
+    def run(options: argparse.Namespace) -> None:
+        with starting(command, quiet=asks_for_quiet(options.words) or not is_first_process()):
+            loaded = importlib.import_module(f".{module}", __package__)
+        loaded.main(options.words)
+
+    return run
 
 
 def run_masks(options: argparse.Namespace) -> None:

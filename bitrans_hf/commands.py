@@ -20,7 +20,7 @@ from itertools import zip_longest
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from .errors import ends_with_a_sentence
+from .hub.errors import ends_with_a_sentence
 from .progress import fall_silent, working
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -78,13 +78,13 @@ def run_script(module: str) -> NoReturn:
 
     The script says that it starts before its imports begin, and Ctrl-C is heeded during them too.
     """
-    quiet = not is_first_process() or _asks_for_quiet(sys.argv[1:])
+    quiet = not is_first_process() or asks_for_quiet(sys.argv[1:])
 
     def main() -> None:
         with starting(module.removesuffix(".__main__").rpartition(".")[2], quiet=quiet):
             loaded = importlib.import_module(module)
         loaded.main()
-        _leave_process_group()
+        leave_process_group()
 
     run_command(main)
     sys.exit()
@@ -144,7 +144,7 @@ def is_stopped() -> bool:
     return _state.signal is not None
 
 
-def _asks_for_quiet(words: Sequence[str]) -> bool:
+def asks_for_quiet(words: Sequence[str]) -> bool:
     """Return what the last `--quiet` on a command line says, before there is a parser to ask."""
     quiet = False
     for word, following in zip_longest(words, words[1:], fillvalue=""):
@@ -154,7 +154,7 @@ def _asks_for_quiet(words: Sequence[str]) -> bool:
     return quiet
 
 
-def _leave_process_group() -> None:
+def leave_process_group() -> None:
     """End the process group of a launch, once, when all stages are done."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

@@ -1,11 +1,16 @@
-"""One rule for every command that writes files: it never writes over what it reads, nor reads what it wrote before."""
+"""Files that a command writes: whole or absent, never over what it reads, never read back as input."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import errno
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from .errors import InputError
+from .file_names import MAX_NAME_BYTES
+from .hub.errors import InputError
 
 OUTPUT_MARK = ".bitrans_output"
 """Name of the file in folders that we wrote; no list of images looks into such a folder."""
@@ -61,3 +66,41 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path], option: 
             raise InputError(
                 f"{option} would replace {path}, which is one of the files to be read; give another folder."
             )
+
+
+# ---- Writing.
+
+
+class DiskFullError(InputError, OSError):
+    """There is no room for a file; the message names it and says what to do."""
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Give a temporary path in the same folder and rename it to `path` at the end, so that readers see all or nothing.
+
+    The temporary file is removed when the body raises. Its name keeps `path`'s suffix, which libraries look at, and
+    carries the process id, so that two processes do not share it. It is short, however long `path`'s own name is.
+
+    Raises:
+        DiskFullError: the disk, a quota or a limit on the size of files leaves no room.
+    """
+    end = f".{os.getpid()}.tmp{path.suffix}"
+    name = f".{path.stem}{end}"
+    if len(os.fsencode(name)) > MAX_NAME_BYTES:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{end}"
+    temporary = path.with_name(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFullError(
+            f"no room left to write {path} ({error.strerror}); make room and run the same command again: files that "
+            "are there are whole and are not made twice."
+        ) from error

@@ -20,13 +20,12 @@ from .data import load_folder
 from .data.common import is_background, without_suffix
 from .data.folder import TABLE_NAMES
 from .data.image_files import list_images
-from .errors import InputError
 from .file_names import label_path
-from .files import OUTPUT_MARK, mark_output, refuse_overwriting, refuse_same_folder
-from .pipeline_bitrans import LocalisedPicture, PseudoMaskPipeline, Refiner
+from .files import OUTPUT_MARK, atomic_write, mark_output, refuse_overwriting, refuse_same_folder
+from .hub.errors import InputError
+from .hub.pipeline_bitrans import LocalisedPicture, PseudoMaskPipeline, Refiner
 from .progress import progress, say_progress, say_result, working
-from .pseudo_labels import write_label_png
-from .store import atomic_write
+from .refine.pseudo_labels import write_label_png
 
 
 def run_masks(options: argparse.Namespace) -> None:

@@ -1,10 +1,6 @@
 """Seeds and refined scores on disk: one small `.npz` for each image, no pickle, complete or absent."""
 
-import errno
-import hashlib
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,45 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from .errors import InputError, MissingFileError
-from .file_names import ID_KEY, MAX_NAME_BYTES, ascii_name, image_id_of
-from .image_processing_bitrans import bounded_size
-from .seeds import Seeds, normalized_seeds
-
-
-class DiskFullError(InputError, OSError):
-    """There is no room for a file; the message names it and says what to do."""
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder and rename it to `path` at the end, so that readers see all or nothing.
-
-    The temporary file is removed when the body raises. Its name keeps `path`'s suffix, which libraries look at, and
-    carries the process id, so that two processes do not share it. It is short, however long `path`'s own name is.
-
-    Raises:
-        DiskFullError: the disk, a quota or a limit on the size of files leaves no room.
-    """
-    end = f".{os.getpid()}.tmp{path.suffix}"
-    name = f".{path.stem}{end}"
-    if len(os.fsencode(name)) > MAX_NAME_BYTES:
-        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{end}"
-    temporary = path.with_name(name)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield temporary
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise DiskFullError(
-            f"no room left to write {path} ({error.strerror}); make room and run the same command again: files that "
-            "are there are whole and are not made twice."
-        ) from error
+from .file_names import ID_KEY, ascii_name, image_id_of
+from .files import atomic_write
+from .hub.errors import InputError, MissingFileError
+from .hub.image_processing_bitrans import bounded_size
+from .hub.seeds import Seeds, normalized_seeds
 
 
 class ImageStore:

@@ -15,17 +15,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from .backbones import ResNet38Backbone, TimmFeatures
 from .checkpoints import Checkpoint, StateDict, read_checkpoint
-from .configuration_affinitynet import AffinityNetConfig
-from .configuration_bitrans import BiTransConfig
-from .configuration_deeplab import DeepLabConfig
-from .errors import InputError, MissingFileError
+from .hub.backbones import ResNet38Backbone, TimmFeatures
+from .hub.configuration_affinitynet import AffinityNetConfig
+from .hub.configuration_bitrans import BiTransConfig
+from .hub.configuration_deeplab import DeepLabConfig
+from .hub.errors import InputError, MissingFileError
+from .hub.modeling_affinitynet import AffinityNetModel
+from .hub.modeling_bitrans import BiTransModel
+from .hub.modeling_cam import CamModel
+from .hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from .hub_errors import hub_error_sentence
-from .modeling_affinitynet import AffinityNetModel
-from .modeling_bitrans import BiTransModel
-from .modeling_cam import CamModel
-from .modeling_deeplab import DeepLabForSemanticSegmentation
 
 _VISION_TRANSFORMER = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
 _RESNET38 = ("conv1a.weight", "b7.conv_branch1.weight", "arg:conv1a_weight")

@@ -1,6 +1,6 @@
 """PSA's and MCTformer's networks on ResNet38d as plain functions of a state dict in the public names.
 
-Written from their code's layer lists, without a class: the oracle of `bitrans_hf.resnet38` and what is built on it.
+Written from their code's layer lists, without a class: the oracle of `resnet38` and of what is built on it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import shutil
 import statistics
-import sys
 import threading
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -16,18 +15,17 @@ import pytest
 import yaml
 from stage_processes import forget_processes
 
+from bitrans_hf.recipes import FOLDER as RECIPES
+from bitrans_hf.stages import ablate as ablate_module
+from bitrans_hf.stages.ablate import Ablation, Cell, as_text, described, make_tables, summarize
+from bitrans_hf.stages.ablate import main as ablate_main
+from bitrans_hf.stages.recipe import parse_recipe
+from bitrans_hf.stages.run import StageError, recipe_parts, write_json
+from bitrans_hf.stages.seeds import main as make_seeds_main
+from bitrans_hf.stages.train import main as train_main
 from bitrans_hf.store import SeedStore
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-import ablate as ablate_module  # noqa: E402
-from ablate import Ablation, Cell, as_text, described, make_tables, summarize  # noqa: E402
-from ablate import main as ablate_main  # noqa: E402
-from make_seeds import main as make_seeds_main  # noqa: E402
-from recipe import parse_recipe  # noqa: E402
-from runtime import StageError, recipe_parts, write_json  # noqa: E402
-from train import main as train_main  # noqa: E402
 
 TINY = {
     "data.num_train": 24, "data.num_val": 6, "data.val_split": None,
@@ -43,7 +41,7 @@ def table(folder: Path, **more: Any) -> Path:
     """Write a small ablation's file."""
     content = {
         "name": "tiny",
-        "recipe": str(TRAINING / "recipes" / "shapes.yaml"),
+        "recipe": str(RECIPES / "shapes.yaml"),
         "output_dir": str(folder / "runs"),
         "baseline": "one view",
         "changes": TINY,
@@ -60,14 +58,14 @@ def table(folder: Path, **more: Any) -> Path:
 
 
 Started: TypeAlias = list[tuple[str, str]]
-"""(script, run) of every stage that was started, in order."""
+"""(stage, run) of every stage that was started, in order."""
 
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     """Run the stages without starting processes, one at a time; gives those that were run."""
     calls: Started = []
-    stages = {"train.py": train_main, "make_seeds.py": make_seeds_main}
+    stages = {"train": train_main, "seeds": make_seeds_main}
     lock = threading.Lock()
 
     def run_stage(script: str, arguments: list[str], environment: dict[str, str], running: set[Any]) -> None:
@@ -93,7 +91,7 @@ def test_equal_rows_give_equal_numbers_and_finished_runs_are_kept(
     ablate_main(["--config", str(file)])
     folder = tmp_path / "runs" / "tiny"
     result = json.loads((folder / "metrics.json").read_text())
-    assert [script for script, _ in started].count("train.py") == 6
+    assert [script for script, _ in started].count("train") == 6
     for split in ("val", "test"):
         rows = result["summary"][split]
         assert rows["both"] == rows["the same"]
@@ -116,7 +114,7 @@ def test_equal_rows_give_equal_numbers_and_finished_runs_are_kept(
     ablate_main(["--config", str(file)])
     again = json.loads((folder / "metrics.json").read_text())
     assert sorted(started) == [
-        ("make_seeds.py", "both/seed1"), ("make_seeds.py", "the same/seed0"), ("train.py", "the same/seed0"),
+        ("seeds", "both/seed1"), ("seeds", "the same/seed0"), ("train", "the same/seed0"),
     ]  # fmt: skip
     assert again["summary"] == result["summary"]
 
@@ -143,13 +141,13 @@ SHARING = {
 def test_rows_that_train_alike_share_one_training(tmp_path: Path, started: Started, parallel: int):
     ablate_main(["--config", str(table(tmp_path, variants=SHARING, parallel=parallel, seeds=[0]))])
     folder = tmp_path / "runs" / "tiny"
-    assert sorted(run for script, run in started if script == "train.py") == ["both/seed0", "one view/seed0"]
+    assert sorted(run for script, run in started if script == "train") == ["both/seed0", "one view/seed0"]
     assert len(started) == 2 + 4
-    trained = started.index(("train.py", "both/seed0"))
+    trained = started.index(("train", "both/seed0"))
     for row in ("one scale less", "sc-cam"):
         link = folder / row / "seed0" / "train"
         assert link.readlink() == Path("../../both/seed0/train")
-        assert started.index(("make_seeds.py", f"{row}/seed0")) > trained
+        assert started.index(("seeds", f"{row}/seed0")) > trained
     assert not (folder / "both" / "seed0" / "train").is_symlink()
 
     result = json.loads((folder / "metrics.json").read_text())
@@ -180,7 +178,7 @@ def test_a_killed_run_and_every_kind_of_leftover_are_mended(tmp_path: Path, star
         started.clear()
         ablate_main(["--config", str(file)])
         assert json.loads((folder / "metrics.json").read_text())["summary"] == first
-        return sorted(run.split("/")[0] for script, run in started if script == "train.py")
+        return sorted(run.split("/")[0] for script, run in started if script == "train")
 
     assert again() == []
     assert not started
@@ -236,22 +234,22 @@ def test_a_failed_training_fails_the_rows_that_share_it(
 
     def run_stage(script: str, arguments: list[str], environment: dict[str, str], running: set[Any]) -> str | None:
         done.append((script, run_name(arguments)))
-        fails = script == "train.py" and run_name(arguments).startswith("both")
+        fails = script == "train" and run_name(arguments).startswith("both")
         if not fails:
             (Path(arguments[arguments.index("--output_dir") + 1]) / "seed0" / "train").mkdir(
                 parents=True, exist_ok=True
             )
-        return "train.py ended with 1, error: the loss is not finite" if fails else None
+        return "train ended with 1, error: the loss is not finite" if fails else None
 
     monkeypatch.setattr(ablate_module, "run_stage", run_stage)
     with pytest.raises(
         StageError,
-        match=r"3 of 4 runs failed \(both/seed0: train.py ended.*sc-cam/seed0: it shares the training of both/seed0, "
-        r"where train.py ended with 1, error: the loss is not finite",
+        match=r"3 of 4 runs failed \(both/seed0: train ended.*sc-cam/seed0: it shares the training of both/seed0, "
+        r"where train ended with 1, error: the loss is not finite",
     ):
         ablate_main(["--config", str(table(tmp_path, variants=SHARING, seeds=[0], parallel=parallel))])
     assert sorted(done) == [
-        ("make_seeds.py", "one view/seed0"), ("train.py", "both/seed0"), ("train.py", "one view/seed0"),
+        ("seeds", "one view/seed0"), ("train", "both/seed0"), ("train", "one view/seed0"),
     ]  # fmt: skip
 
 
@@ -263,12 +261,12 @@ def test_a_failed_run_is_named_after_the_others_are_done(tmp_path: Path, monkeyp
 
     def run_stage(script: str, arguments: list[str], environment: dict[str, str], running: set[Any]) -> str | None:
         done.append((script, run_name(arguments)))
-        failed = script == "make_seeds.py" and run_name(arguments).startswith("both")
-        return "make_seeds.py ended with 1, error: no memory" if failed else None
+        failed = script == "seeds" and run_name(arguments).startswith("both")
+        return "seeds ended with 1, error: no memory" if failed else None
 
     monkeypatch.setattr(ablate_module, "run_stage", run_stage)
     variants = {**VARIANTS, "the same": {"train.log_every": 7}}
-    with pytest.raises(StageError, match=r"2 of 6 runs failed \(both/seed0: make_seeds.py ended with 1.*both/seed1"):
+    with pytest.raises(StageError, match=r"2 of 6 runs failed \(both/seed0: seeds ended with 1.*both/seed1"):
         ablate_main(["--config", str(table(tmp_path, variants=variants))])
     assert len(done) == 12
 
@@ -344,14 +342,12 @@ def test_a_preset_lies_between_the_recipe_and_the_other_keys(tmp_path: Path, pre
 TOP_LEVEL = ("shapes", "voc_animals_deit_tiny", "voc_deit_small", "coco_deit_small")
 
 
-@pytest.mark.parametrize(
-    "preset", sorted((TRAINING / "recipes" / "presets").glob("*.yaml")), ids=lambda file: file.stem
-)
+@pytest.mark.parametrize("preset", sorted((RECIPES / "presets").glob("*.yaml")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("recipe", TOP_LEVEL)
 def test_every_preset_of_the_repository_fits_every_recipe(recipe: str, preset: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(TRAINING.parent)
     ablation = Ablation(
-        name="presets", recipe=f"training/recipes/{recipe}.yaml", baseline="plain",
+        name="presets", recipe=f"bitrans_hf/recipes/{recipe}.yaml", baseline="plain",
         variants={"plain": {}, "preset": {"preset": preset.stem}}, seeds=[0],
     )  # fmt: skip
     plain, laid_over = ablation.recipes().values()  # which refuses presets that change the scored images
@@ -446,9 +442,7 @@ def test_pictures_are_of_the_variant_that_a_row_chooses(tmp_path: Path, started:
             np.testing.assert_array_equal(row.maps[name].maps, store.read(row.image_id, variant).maps)
 
 
-@pytest.mark.parametrize(
-    "file", sorted((TRAINING / "recipes" / "ablations").glob("*.yaml")), ids=lambda file: file.stem
-)
+@pytest.mark.parametrize("file", sorted((RECIPES / "ablations").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_table_of_the_repository_parses(file: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(TRAINING.parent)
     content = yaml.safe_load(file.read_text())
@@ -465,7 +459,7 @@ def test_the_small_table_on_voc_animals_trains_as_the_papers(monkeypatch: pytest
     monkeypatch.chdir(TRAINING.parent)
     recipes = {}
     for data in ("voc", "voc_animals"):
-        file = TRAINING / "recipes" / "ablations" / f"paper_tables_{data}.yaml"
+        file = RECIPES / "ablations" / f"paper_tables_{data}.yaml"
         recipes[data] = Ablation(**yaml.safe_load(file.read_text())).recipes()
     for cell, small in recipes["voc_animals"].items():
         paper = recipes["voc"][cell]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitrans_hf.affinity_pairs import (
+from bitrans_hf.hub.affinity_pairs import (
     AffinityLabels,
     affinity_labels,
     affinity_loss,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,25 +20,24 @@ from torch.optim.lr_scheduler import PolynomialLR
 
 from bitrans_hf.data import UnreadableImageError, make_shapes, open_mask
 from bitrans_hf.data.rows import build_dataset
-from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
-from bitrans_hf.modeling_affinitynet import AffinityNetModel
-from bitrans_hf.pseudo_labels import scores_to_label_map
-from bitrans_hf.report import step_table
-from bitrans_hf.store import DiskFullError, LabelScoreStore, SeedStore
+from bitrans_hf.files import DiskFullError
+from bitrans_hf.hub.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.hub.modeling_affinitynet import AffinityNetModel
+from bitrans_hf.refine.pseudo_labels import scores_to_label_map
+from bitrans_hf.report.page import step_table
+from bitrans_hf.stages.affinity import AffinityCrops, label_backgrounds, random_window
+from bitrans_hf.stages.affinity import main as train_affinity_main
+from bitrans_hf.stages.label_maps import cell_labels
+from bitrans_hf.stages.loop import RateSchedule
+from bitrans_hf.stages.pseudo_labels import main as make_pseudo_labels_main
+from bitrans_hf.stages.recipe import AffinityRecipe, parse_recipe
+from bitrans_hf.stages.run import Checkpoints, StageError
+from bitrans_hf.stages.run_all import main as run_all_main
+from bitrans_hf.stages.seeds import main as make_seeds_main
+from bitrans_hf.stages.train import main as train_main
+from bitrans_hf.store import LabelScoreStore, SeedStore
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-from label_maps import cell_labels  # noqa: E402
-from loop import RateSchedule  # noqa: E402
-from make_pseudo_labels import main as make_pseudo_labels_main  # noqa: E402
-from make_seeds import main as make_seeds_main  # noqa: E402
-from recipe import AffinityRecipe, parse_recipe  # noqa: E402
-from run_all import main as run_all_main  # noqa: E402
-from runtime import Checkpoints, StageError  # noqa: E402
-from train import main as train_main  # noqa: E402
-from train_affinity import AffinityCrops, label_backgrounds, random_window  # noqa: E402
-from train_affinity import main as train_affinity_main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -25,8 +25,8 @@ from tiny_models import picture, tiny_model
 
 from bitrans_hf import BiTransImageProcessor, PseudoMaskPipeline, extract_seeds
 from bitrans_hf.cli import main
-from bitrans_hf.labels import palette
-from bitrans_hf.views import VIEWS, invert_affinity
+from bitrans_hf.hub.labels import palette
+from bitrans_hf.hub.views import VIEWS, invert_affinity
 
 gradio = pytest.importorskip("gradio", reason="the app's extra is not installed")
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from tiny_models import pixels, tiny_config, tiny_model
 from torch import nn
 
-from bitrans_hf.backbones import (
+from bitrans_hf.hub.backbones import (
     BiTransBackbone,
     apply_freezing,
     bitrans_options,

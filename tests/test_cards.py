@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from render_cards import main as render_cards_main
+from render_cards import rendered
 from tiny_run import METRICS, RECIPE, write_run
 
 import bitrans_hf
-from bitrans_hf.cards import DATA_NAMES, NOT_MEASURED, Run, render_card
+from bitrans_hf.publishing.cards import DATA_NAMES, NOT_MEASURED, Run, render_card
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-TEMPLATES = REPOSITORY / "model_cards" / "templates"
-sys.path.insert(0, str(REPOSITORY / "training"))
-
-from render_cards import main as render_cards_main  # noqa: E402
-from render_cards import rendered  # noqa: E402
 
 NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?(?:[eE][+-]?\d+)?(?![\w])")
 KEPT_CARDS = sorted((REPOSITORY / "model_cards").glob("*/run.json"))
@@ -56,7 +52,7 @@ def template_texts() -> list[str]:
     """What every card is made from besides the run: templates, names of data sets, versions, licence."""
     return [
         *DATA_NAMES.values(),
-        *(path.read_text() for path in TEMPLATES.glob("*.jinja")),
+        *(path.read_text() for path in (REPOSITORY / "bitrans_hf" / "publishing" / "templates").glob("*.jinja")),
         "apache-2.0",
         bitrans_hf.__version__,
     ]
@@ -64,7 +60,7 @@ def template_texts() -> list[str]:
 
 def card_of(run: Run, network: str = "bitrans", **options: Any) -> str:
     given = {"repo": "me/bitrans-x", "version": "v1.0", "package_version": bitrans_hf.__version__, **options}
-    return render_card(run, network, TEMPLATES, **given)  # type: ignore[arg-type]
+    return render_card(run, network, **given)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")

@@ -18,9 +18,10 @@ from PIL import Image
 from stopping import stop
 from tiny_models import picture, tiny_model
 
-from bitrans_hf import BiTransImageProcessor, PseudoMaskPipeline, cli, pipeline_bitrans
+from bitrans_hf import BiTransImageProcessor, PseudoMaskPipeline, cli
 from bitrans_hf.cli import main
-from bitrans_hf.labels import palette
+from bitrans_hf.hub import pipeline_bitrans
+from bitrans_hf.hub.labels import palette
 
 CLASSES = ["cat", "dog", "horse"]
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 from pathlib import Path
@@ -27,12 +26,9 @@ from bitrans_hf.data import (
 )
 from bitrans_hf.data.coco import CROWDS, OVERLAPS
 from bitrans_hf.data.label_files import read_label_file
-from bitrans_hf.labels import COCO_CLASSES
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from prepare_coco import main as prepare_coco_main
-from recipe import DataRecipe, Recipe, ReportRecipe, SeedsRecipe, check_later_splits, load_images
+from bitrans_hf.hub.labels import COCO_CLASSES
+from bitrans_hf.stages.prepare_coco import main as prepare_coco_main
+from bitrans_hf.stages.recipe import DataRecipe, Recipe, ReportRecipe, SeedsRecipe, check_later_splits, load_images
 
 RULES = [CocoMaskRule(overlap, crowd) for overlap, crowd in product(OVERLAPS, CROWDS)]
 

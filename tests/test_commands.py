@@ -10,7 +10,7 @@ import pytest
 from stopping import stop
 
 from bitrans_hf.commands import _asks_for_quiet, run_command
-from bitrans_hf.errors import InputError
+from bitrans_hf.hub.errors import InputError
 
 PROGRAM = """
 import multiprocessing, sys, time

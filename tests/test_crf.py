@@ -17,19 +17,10 @@ import numpy as np
 import pytest
 from stopping import stop
 
-from bitrans_hf.crf import (
-    CRF_PRESETS,
-    CrfJob,
-    CrfNotInstalledError,
-    ImageFailedError,
-    ImagePool,
-    Outcome,
-    check_crf_installed,
-    crf_pool,
-    dense_crf,
-)
-from bitrans_hf.errors import InputError
-from bitrans_hf.store import DiskFullError
+from bitrans_hf.files import DiskFullError
+from bitrans_hf.hub.errors import InputError
+from bitrans_hf.pool import ImageFailedError, ImagePool, Outcome
+from bitrans_hf.refine.crf import CRF_PRESETS, CrfJob, CrfNotInstalledError, check_crf_installed, crf_pool, dense_crf
 
 try:
     check_crf_installed()
@@ -382,7 +373,7 @@ def test_an_unknown_preset_is_refused_before_any_work():
 
 KILLED_PARENT = """
 import os, sys, time
-from bitrans_hf.crf import ImagePool
+from bitrans_hf.refine.crf import ImagePool
 if __name__ == "__main__":
     pool = ImagePool(2)
     first = next(pool.run(int, (("a", n) for n in range(1))))
@@ -432,7 +423,7 @@ def is_running(pid: int) -> bool:
 STOPPED_POOL = """
 import sys, time
 from bitrans_hf.commands import run_command
-from bitrans_hf.crf import ImagePool
+from bitrans_hf.refine.crf import ImagePool
 
 def work(seconds):
     print("working", file=sys.stderr, flush=True)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 
 from bitrans_hf.cli import build_parser
+from bitrans_hf.stages.evaluate import EvaluationOptions
+from bitrans_hf.stages.recipe import parse_recipe, parse_recipe_with
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "training"))
-
-from evaluate_masks import EvaluationOptions  # noqa: E402
-from recipe import parse_recipe, parse_recipe_with  # noqa: E402
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 
@@ -56,6 +53,9 @@ def test_every_command_of_the_pages_is_understood(page: str, words: list[str], m
     if script is not None:
         arguments = words[words.index(script) + 1 :]
         text = Path(script).read_text(encoding="utf-8")
+        stage = re.search(r'run_script\("(bitrans_hf\.[\w.]+)"\)', text)
+        if stage is not None:
+            text = (REPOSITORY / f"{stage[1].replace('.', '/')}.py").read_text(encoding="utf-8")
         if "parse_recipe(__doc__" in text:
             parse_recipe(None, [word for word in arguments if word != "--dry-run"])  # publish.py's own spelling
         elif "parse_recipe_with(EvaluationOptions, __doc__, arguments)" in text:
@@ -66,7 +66,7 @@ def test_every_command_of_the_pages_is_understood(page: str, words: list[str], m
     elif words[0] == "make":
         targets = re.findall(r"^([\w-]+):", Path("Makefile").read_text(encoding="utf-8"), re.MULTILINE)
         assert words[1] in targets
-    elif words[1:3] == ["-m", "bitrans_hf.export"]:
+    elif words[1:3] == ["-m", "bitrans_hf.publishing.export"]:
         assert len(words) == 5  # a model and a folder
     elif words[0].endswith("/bitrans"):
         build_parser().parse_args(words[1:])

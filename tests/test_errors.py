@@ -9,24 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-from tiny_models import picture
-
-from bitrans_hf import BiTransConfig, InputError, cli
-from bitrans_hf.commands import run_command
-from bitrans_hf.crf import ImagePool
-from bitrans_hf.data import folder_report
-from bitrans_hf.errors import MissingExtraError, MissingFileError, ends_with_a_sentence, sentence_of
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
 from accelerate import Accelerator
-from tiny_models import tiny_model
+from PIL import Image
+from tiny_models import picture, tiny_model
 
-from bitrans_hf import BiTransImageProcessor
-from recipe import RunOptions
-from runtime import StageError
-from train import validate
+from bitrans_hf import BiTransConfig, BiTransImageProcessor, InputError, cli
+from bitrans_hf.commands import run_command
+from bitrans_hf.data import folder_report
+from bitrans_hf.hub.errors import MissingExtraError, MissingFileError, ends_with_a_sentence, sentence_of
+from bitrans_hf.pool import ImagePool
+from bitrans_hf.stages.recipe import RunOptions
+from bitrans_hf.stages.run import StageError
+from bitrans_hf.stages.train import validate
 
 
 def raising(error: BaseException):

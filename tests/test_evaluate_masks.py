@@ -17,16 +17,14 @@ import torch
 from PIL import Image
 
 from bitrans_hf.data import DataError, load_coco, make_shapes, open_mask, write_coco_masks
+from bitrans_hf.hub.seeds import SEED_VARIANTS
 from bitrans_hf.metrics import threshold_sweep
-from bitrans_hf.pseudo_labels import write_label_png
-from bitrans_hf.seeds import SEED_VARIANTS
+from bitrans_hf.refine.pseudo_labels import write_label_png
+from bitrans_hf.stages.evaluate import main as evaluate_main
+from bitrans_hf.stages.run import StageError, write_json
 from bitrans_hf.store import SeedStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "training"))
-
-from evaluate_masks import main as evaluate_main  # noqa: E402
-from runtime import StageError, write_json  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

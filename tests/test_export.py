@@ -13,7 +13,7 @@ import torch
 from tiny_models import picture, pixels, tiny_model
 
 from bitrans_hf import BiTransImageProcessor, extract_seeds
-from bitrans_hf.export import (
+from bitrans_hf.publishing.export import (
     ExportError,
     SeedNetwork,
     TraceableBiTrans,
@@ -76,10 +76,10 @@ def test_a_graph_that_differs_from_torch_is_not_written(tmp_path: Path, monkeypa
     model = tiny_model(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, num_seed_layers=1)
     other = tiny_model(1, hidden_size=8, num_attention_heads=1, num_hidden_layers=1, num_seed_layers=1)
     monkeypatch.setattr(
-        "bitrans_hf.export.to_exported_program", lambda *_, **__: to_exported_program(other, flip=False)
+        "bitrans_hf.publishing.export.to_exported_program", lambda *_, **__: to_exported_program(other, flip=False)
     )
-    monkeypatch.setattr("bitrans_hf.export.to_onnx", lambda *_: b"")
-    monkeypatch.setattr("bitrans_hf.export.onnx_runner", lambda _: SeedNetwork(model, flip=False))
+    monkeypatch.setattr("bitrans_hf.publishing.export.to_onnx", lambda *_: b"")
+    monkeypatch.setattr("bitrans_hf.publishing.export.onnx_runner", lambda _: SeedNetwork(model, flip=False))
     with pytest.raises(ExportError, match=r"model\.pt2 differs from torch by .* at .*; nothing was written"):
         export_model(model, BiTransImageProcessor(), tmp_path / "out", flip=False)
     assert not (tmp_path / "out").exists()
@@ -97,7 +97,7 @@ def test_nan_counts_as_a_difference():
 
 
 def test_a_missing_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from bitrans_hf.export import main
+    from bitrans_hf.publishing.export import main
 
     tiny_model(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, num_seed_layers=1).save_pretrained(tmp_path)
     BiTransImageProcessor().save_pretrained(tmp_path)
@@ -112,7 +112,7 @@ def test_a_missing_extra_says_what_to_install(tmp_path: Path, monkeypatch: pytes
 def test_the_console_exports_a_saved_model(tmp_path: Path):
     tiny_model().save_pretrained(tmp_path / "model")
     BiTransImageProcessor(image_mean=[0.5, 0.5, 0.5]).save_pretrained(tmp_path / "model")
-    command = [sys.executable, "-m", "bitrans_hf.export", str(tmp_path / "model"), str(tmp_path / "out")]
+    command = [sys.executable, "-m", "bitrans_hf.publishing.export", str(tmp_path / "model"), str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "model.onnx: differs from torch by" in done.stdout
     description = json.loads((tmp_path / "out" / "export.json").read_text())

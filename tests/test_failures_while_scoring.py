@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from accelerate import Accelerator
 
-from bitrans_hf.crf import Outcome
 from bitrans_hf.data import make_shapes
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-import predict_masks
-from label_maps import num_workers, result_of, scored_images
-from recipe import PredictionRecipe, RunOptions
-from runtime import StageError
+from bitrans_hf.pool import Outcome
+from bitrans_hf.stages import predictions as predict_masks
+from bitrans_hf.stages.label_maps import num_workers, result_of, scored_images
+from bitrans_hf.stages.recipe import PredictionRecipe, RunOptions
+from bitrans_hf.stages.run import StageError
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from bitrans_hf.file_names import ascii_name, image_id_of, label_files, label_path
-from bitrans_hf.pseudo_labels import pseudo_label_dataset, write_label_png
+from bitrans_hf.publishing.pseudo_labels import pseudo_label_dataset
+from bitrans_hf.refine.pseudo_labels import write_label_png
 
 # Letters that meet in one name on some disk, the signs that a disk or an escape treats in a special way, and devices.
 SIGNS = "aAä%~.-/ #?*:<>|\\\"'+\n\t\x7f\u0131\u017f\u0308"

@@ -13,8 +13,8 @@ from PIL import Image
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from bitrans_hf import BiTransImageProcessor, BiTransModel, extract_seeds
-from bitrans_hf.crf import dense_crf
-from bitrans_hf.seeds import refine_with_affinity
+from bitrans_hf.hub.seeds import refine_with_affinity
+from bitrans_hf.refine.crf import dense_crf
 from bitrans_hf.weights import from_mctformer
 
 with np.load(Path(__file__).parent / "golden" / "mctformer_v2_golden.npz") as arrays:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitrans_hf.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES, class_ids_to_multi_hot, palette
+from bitrans_hf.hub.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES, class_ids_to_multi_hot, palette
 
 # The devkit's colours of background and the twenty classes.
 VOC_COLOURS = [

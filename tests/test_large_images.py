@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,15 @@ from PIL import Image
 from tiny_models import CLASSES, picture, tiny_model
 
 from bitrans_hf import BiTransImageProcessor
-from bitrans_hf.image_processing_bitrans import bounded_image, resized
-from bitrans_hf.par import pixel_adaptive_refinement
-from bitrans_hf.seeds import extract_seeds
+from bitrans_hf.hub.image_processing_bitrans import bounded_image, resized
+from bitrans_hf.hub.par import pixel_adaptive_refinement
+from bitrans_hf.hub.seeds import extract_seeds
+from bitrans_hf.stages.pseudo_labels import main as make_pseudo_labels_main
+from bitrans_hf.stages.recipe import SeedsRecipe
+from bitrans_hf.stages.report import main as make_report_main
+from bitrans_hf.stages.seeds import check_size, images_at_once, memory_of_views
+from bitrans_hf.stages.seeds import main as make_seeds_main
 from bitrans_hf.store import SeedStore
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from make_pseudo_labels import main as make_pseudo_labels_main
-from make_report import main as make_report_main
-from make_seeds import check_size, images_at_once, memory_of_views
-from make_seeds import main as make_seeds_main
-from recipe import SeedsRecipe
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 

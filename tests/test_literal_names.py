@@ -7,7 +7,6 @@ import copy
 import html
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,19 +14,15 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_report import make_row
 from tiny_run import write_run
 
-from bitrans_hf.cards import Run, render_card
-from bitrans_hf.markdown import literal
-from bitrans_hf.report import confusion_picture, drawable, figure_grid
+from bitrans_hf.publishing.cards import Run, render_card
+from bitrans_hf.publishing.markdown import literal
+from bitrans_hf.report.page import Table, confusion_picture, drawable, figure_grid
+from bitrans_hf.stages.evaluate import columns_of, text_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY / "training"))
-
-from test_report import make_row  # noqa: E402
-
-from bitrans_hf.report import Table  # noqa: E402
-from evaluate_masks import columns_of, text_table  # noqa: E402
 
 NAMES = [
     "no", "null", "1.0", "a|b", "<b>x</b>", "yes: maybe", '#1 "q"', "- dash", "back`tick", "``` fence", "it's {x}",
@@ -65,7 +60,6 @@ def test_a_card_shows_every_name_and_its_code_is_python(tmp_path: Path, first: s
     card = render_card(
         Run(run.name, names, stages),
         "bitrans",
-        REPOSITORY / "model_cards" / "templates",
         repo="org/a",
         version="v1",
         package_version="1",

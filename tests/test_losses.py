@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_models import pixels, tiny_model
 
-from bitrans_hf.losses import (
+from bitrans_hf.hub.losses import (
     affinity_consistency_loss,
     class_consistency_loss,
     class_contrast_loss,

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bitrans_hf.data import DataError, MaskValues, check_folder, check_masks, load_folder, open_mask
 from bitrans_hf.data.mask_names import match_masks
-from bitrans_hf.errors import InputError
+from bitrans_hf.hub.errors import InputError
 
 SQUARE = np.zeros((6, 8), np.uint8)
 SQUARE[2:4, 3:6] = 1

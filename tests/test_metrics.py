@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from bitrans_hf import metrics
-from bitrans_hf.labels import palette
+from bitrans_hf.hub.labels import palette
+from bitrans_hf.hub.seeds import Seeds
 from bitrans_hf.metrics import (
     METRIC_FOLDER,
     MeanIoU,
@@ -28,8 +29,7 @@ from bitrans_hf.metrics import (
     threshold_sweep,
 )
 from bitrans_hf.metrics.mean_iou.app import score_files
-from bitrans_hf.pseudo_labels import seeds_to_label_map
-from bitrans_hf.seeds import Seeds
+from bitrans_hf.refine.pseudo_labels import seeds_to_label_map
 
 # --- confusion counts and IoU ---------------------------------------------------------------------------------------
 

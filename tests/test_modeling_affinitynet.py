@@ -13,10 +13,10 @@ from tiny_models import pixels, tiny_model
 from transformers import AutoConfig, AutoModel
 
 from bitrans_hf import AffinityNetConfig, AffinityNetModel, BiTransModel
-from bitrans_hf.affinity_pairs import affinity_labels, half_disc_offsets
-from bitrans_hf.backbones import bitrans_options
-from bitrans_hf.configuration_affinitynet import RELATIONS
-from bitrans_hf.modeling_affinitynet import boundary_to_matrices, boundary_to_pair_affinity, displacement_losses
+from bitrans_hf.hub.affinity_pairs import affinity_labels, half_disc_offsets
+from bitrans_hf.hub.backbones import bitrans_options
+from bitrans_hf.hub.configuration_affinitynet import RELATIONS
+from bitrans_hf.hub.modeling_affinitynet import boundary_to_matrices, boundary_to_pair_affinity, displacement_losses
 
 NARROW = {"backbone_config": {"width_multiplier": 1 / 32}}
 BITRANS = {"backbone": "bitrans", "backbone_config": bitrans_options(tiny_model())}

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from bitrans_hf import BiTransConfig, BiTransImageProcessor, BiTransModel, BiTransOutput
-from bitrans_hf.encoder import RecomputedAttention, attention_with_map
-from bitrans_hf.losses import class_consistency_loss
+from bitrans_hf.hub.encoder import RecomputedAttention, attention_with_map
+from bitrans_hf.hub.losses import class_consistency_loss
 from bitrans_hf.weights import from_timm_state_dict
 
 LABELS = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]])

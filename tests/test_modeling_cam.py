@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +18,25 @@ from tiny_models import CLASSES, picture, pixels
 from transformers import AutoModel
 
 from bitrans_hf import BiTransImageProcessor, CamConfig, CamModel
-from bitrans_hf.seeds import sum_over_views
+from bitrans_hf.hub.seeds import sum_over_views
+from bitrans_hf.recipes import FOLDER as RECIPES
+from bitrans_hf.stages.affinity import build_network as build_affinity_network
+from bitrans_hf.stages.publish import publish
+from bitrans_hf.stages.recipe import TRANSFORMER_KEYS, ModelRecipe, TrainRecipe, build_cam, parse_recipe
+from bitrans_hf.stages.report import make_report
+from bitrans_hf.stages.run import StageError
+from bitrans_hf.stages.seeds import main as make_seeds_main
+from bitrans_hf.stages.segmentation import build_network as build_segmentation_network
+from bitrans_hf.stages.train import learning_rate, make_optimizer
+from bitrans_hf.stages.train import main as train_main
 from bitrans_hf.store import SeedStore
 from bitrans_hf.weights import load_backbone
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-from make_report import make_report  # noqa: E402
-from make_seeds import main as make_seeds_main  # noqa: E402
-from publish import publish  # noqa: E402
-from recipe import TRANSFORMER_KEYS, ModelRecipe, TrainRecipe, build_cam, parse_recipe  # noqa: E402
-from runtime import StageError  # noqa: E402
-from train import learning_rate, make_optimizer  # noqa: E402
-from train import main as train_main  # noqa: E402
-from train_affinity import build_network as build_affinity_network  # noqa: E402
-from train_segmentation import build_network as build_segmentation_network  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
-PRESET = TRAINING / "recipes" / "presets" / "cam_resnet50.yaml"
+PRESET = RECIPES / "presets" / "cam_resnet50.yaml"
 VARIANTS: dict[str, dict[str, Any]] = {
     "resnet": {"backbone": "test_resnet"},
     "resnet, IRN's freezing": {"backbone": "test_resnet", "num_frozen_stages": 3, "freeze_batch_statistics": True},
@@ -190,7 +188,7 @@ def test_wrong_inputs_are_refused(shape: tuple[int, ...], labels: tuple[int, ...
 # ---- The stages.
 
 TINY = [
-    "--config", str(TRAINING / "recipes" / "shapes.yaml"), "--config", str(PRESET),
+    "--config", str(RECIPES / "shapes.yaml"), "--config", str(PRESET),
     "--cpu", "true", "--quiet", "true", "--name", "tiny",
     "--data.num_train", "24", "--data.num_val", "6",
     "--model.weights", "scratch", "--model.backbone", "test_resnet", "--model.image_size", "64",
@@ -245,7 +243,7 @@ def test_from_images_to_scores_of_the_only_variant_a_cnn_has(
 
 
 def test_the_preset_turns_a_recipe_into_the_baseline_and_keeps_its_data():
-    recipe = str(TRAINING / "recipes" / "voc_deit_small.yaml")
+    recipe = str(RECIPES / "voc_deit_small.yaml")
     before, _ = parse_recipe(None, ["--config", recipe])
     after, _ = parse_recipe(None, ["--config", recipe, "--config", str(PRESET)])
     # A recipe may set any key of the network: the preset has all of them, or it would not fit every recipe.

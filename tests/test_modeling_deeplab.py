@@ -22,8 +22,8 @@ from bitrans_hf import (
     DeepLabConfig,
     DeepLabForSemanticSegmentation,
 )
-from bitrans_hf.backbones import bitrans_options
-from bitrans_hf.labels import VOC_CLASSES
+from bitrans_hf.hub.backbones import bitrans_options
+from bitrans_hf.hub.labels import VOC_CLASSES
 
 NARROW = {"backbone_config": {"width_multiplier": 1 / 32}, "num_labels": 4}
 BITRANS = {"backbone": "bitrans", "backbone_config": bitrans_options(tiny_model()), "num_labels": 4}

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitrans_hf.par import DILATIONS, pixel_adaptive_refinement
+from bitrans_hf.hub.par import DILATIONS, pixel_adaptive_refinement
 
 
 def random_images(batch: int = 2, h: int = 7, w: int = 9) -> torch.Tensor:

@@ -21,12 +21,12 @@ from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 from bitrans_hf import BiTransImageProcessor, DeepLabForSemanticSegmentation, PseudoMaskPipeline, extract_seeds
-from bitrans_hf.crf import dense_crf
 from bitrans_hf.data import load_voc, make_shapes
-from bitrans_hf.image_decoding import to_rgb
-from bitrans_hf.par import pixel_adaptive_refinement
-from bitrans_hf.pipeline_bitrans import open_picture
-from bitrans_hf.pseudo_labels import seeds_to_label_map
+from bitrans_hf.hub.image_decoding import to_rgb
+from bitrans_hf.hub.par import pixel_adaptive_refinement
+from bitrans_hf.hub.pipeline_bitrans import open_picture
+from bitrans_hf.refine.crf import dense_crf
+from bitrans_hf.refine.pseudo_labels import seeds_to_label_map
 
 CLASSES = ["cat", "dog", "horse"]
 
@@ -425,7 +425,7 @@ def test_a_refiner_must_keep_the_shape():
 
 
 def test_the_crf_without_the_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "bitrans_hf.crf", None)
+    monkeypatch.setitem(sys.modules, "bitrans_hf.refine.crf", None)
     with pytest.raises(ImportError, match=r'needs the installed package.*pip install "bitrans-hf\[crf\]"'):
         pipe()(picture(40, 48), candidate_labels=["dog"], refiner="crf")
 

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bitrans_hf import precision
-from bitrans_hf.precision import bf16_slowdown, has_native_bf16, why
+from bitrans_hf.stages import precision
+from bitrans_hf.stages.precision import bf16_slowdown, has_native_bf16, why
 
 CPU = torch.device("cpu")
 

@@ -11,15 +11,14 @@ from huggingface_hub import DatasetCard
 from PIL import Image
 
 from bitrans_hf import Seeds
-from bitrans_hf.crf import CrfNotInstalledError, check_crf_installed, dense_crf
-from bitrans_hf.labels import palette
-from bitrans_hf.par import pixel_adaptive_refinement
-from bitrans_hf.pseudo_labels import (
+from bitrans_hf.hub.labels import palette
+from bitrans_hf.hub.par import pixel_adaptive_refinement
+from bitrans_hf.publishing.pseudo_labels import pseudo_label_card, pseudo_label_dataset
+from bitrans_hf.refine.crf import CrfNotInstalledError, check_crf_installed, dense_crf
+from bitrans_hf.refine.pseudo_labels import (
     REFINERS,
     confident_label_map,
     label_map_with_ignore_band,
-    pseudo_label_card,
-    pseudo_label_dataset,
     scores_to_label_map,
     seeds_to_label_map,
     with_background,

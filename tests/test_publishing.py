@@ -24,14 +24,13 @@ from tiny_run import write_run
 
 from bitrans_hf import BiTransImageProcessor, BiTransModel, PseudoMaskPipeline
 from bitrans_hf.hub_errors import hub_error_sentence
-from bitrans_hf.publishing import PublishError, check_in_clean_process, files_of, write_model_folder
+from bitrans_hf.publishing.folders import PublishError, check_in_clean_process, files_of, write_model_folder
+from bitrans_hf.recipes import FOLDER as RECIPES
+from bitrans_hf.stages import run_all
+from bitrans_hf.stages.publish import main as publish_main
+from bitrans_hf.stages.run import StageError
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-import run_all  # noqa: E402
-from publish import main as publish_main  # noqa: E402
-from runtime import StageError  # noqa: E402
 
 
 def arguments(runs: Path) -> list[str]:
@@ -170,8 +169,8 @@ def test_a_dry_run_lists_what_would_go_up_and_asks_nobody(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     write_run(tmp_path / "runs" / "animals", ("train", "seeds"))
-    monkeypatch.setattr("bitrans_hf.publishing.check_in_clean_process", lambda *_: None)
-    monkeypatch.setattr("publish.upload", lambda *_, **__: pytest.fail("a dry run uploads nothing"))
+    monkeypatch.setattr("bitrans_hf.publishing.folders.check_in_clean_process", lambda *_: None)
+    monkeypatch.setattr("bitrans_hf.stages.publish.upload", lambda *_, **__: pytest.fail("a dry run uploads nothing"))
     publish_main([*arguments(tmp_path / "runs"), "--publish.repo", "me/x", "--publish.version", "v2", "--dry-run"])
     said = capsys.readouterr().out
     assert "model me/x, version v2" in said
@@ -185,7 +184,9 @@ def test_without_a_repository_the_folder_is_written_and_nothing_uploaded(
 ):
     run = write_run(tmp_path / "runs" / "animals", ("train", "seeds"))
     checked: list[Path] = []
-    monkeypatch.setattr("bitrans_hf.publishing.check_in_clean_process", lambda folder, *_: checked.append(folder))
+    monkeypatch.setattr(
+        "bitrans_hf.publishing.folders.check_in_clean_process", lambda folder, *_: checked.append(folder)
+    )
     for _ in range(2):
         publish_main(arguments(tmp_path / "runs"))
     assert len(checked) == 1, "what is written and checked is not done again"
@@ -205,7 +206,7 @@ import os
 from pathlib import Path
 from bitrans_hf import BiTransModel
 from bitrans_hf.hub_errors import hub_error_sentence
-from bitrans_hf.publishing import PublishError, upload
+from bitrans_hf.publishing.folders import PublishError, upload
 from huggingface_hub import HfApi
 folder, result = Path(sys.argv[1]), {}
 
@@ -297,7 +298,7 @@ def test_the_demo_ends_by_publishing(monkeypatch: pytest.MonkeyPatch):
     stages = [name for name, value in vars(run_all).items() if isinstance(value, FunctionType)]
     for stage in set(stages) - {"main", "parse_recipe", "run_script", "check_later_splits", "say_progress"}:
         monkeypatch.setattr(run_all, stage, lambda *_, stage=stage: called.append(stage))
-    run_all.main(["--config", str(TRAINING / "recipes" / "shapes.yaml")])
+    run_all.main(["--config", str(RECIPES / "shapes.yaml")])
     assert (called[0], called[-1]) == ("train", "publish")
     called.clear()
     run_all.main([])
@@ -337,6 +338,6 @@ def test_a_folder_that_does_not_open_elsewhere_says_why(tmp_path: Path):
     model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     with (tmp_path / "model" / "losses.py").open("a") as file:
-        file.write("\nimport bitrans_hf.labels\n")
+        file.write("\nimport bitrans_hf.hub.labels\n")
     with pytest.raises(PublishError, match=r"does not open where bitrans_hf is not installed: .*bitrans_hf"):
         check_in_clean_process(tmp_path / "model", model, processor)

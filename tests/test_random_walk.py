@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bitrans_hf.affinity_pairs import affinity_matrix, pair_affinity
-from bitrans_hf.random_walk import propagate, propagate_scores, transition_matrix
+from bitrans_hf.hub.affinity_pairs import affinity_matrix, pair_affinity
+from bitrans_hf.refine.random_walk import propagate, propagate_scores, transition_matrix
 
 with np.load(Path(__file__).parent / "golden" / "psa_affinity_golden.npz") as arrays:
     GOLDEN = {key: torch.from_numpy(arrays[key]) for key in arrays.files}

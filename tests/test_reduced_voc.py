@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,9 @@ import pytest
 from PIL import Image
 
 from bitrans_hf.data import DataError, load_voc, open_mask, write_reduced_voc
+from bitrans_hf.stages.prepare_voc import main as prepare_voc_main
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-from prepare_voc import main as prepare_voc_main  # noqa: E402
 
 SIZES = {"2007_000001": (100, 75), "2007_000002": (33, 64), "2007_000003": (32, 20)}
 """(width, height) of the pictures; the last is small enough for a longest side of 32."""

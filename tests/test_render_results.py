@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from render_results import main, markdown, rendered
+
+from bitrans_hf.stages.run import StageError
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 DOCS = TRAINING.parent / "docs"
-sys.path.insert(0, str(TRAINING))
-
-from render_results import main, markdown, rendered  # noqa: E402
-from runtime import StageError  # noqa: E402
 
 
 def scores(*values: float) -> dict[str, Any]:

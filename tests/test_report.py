@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bitrans_hf import report
-from bitrans_hf.report import Chart, Curve, GalleryRow, Table
-from bitrans_hf.seeds import Seeds
+from bitrans_hf.hub.seeds import Seeds
+from bitrans_hf.report import page as report
+from bitrans_hf.report.page import Chart, Curve, GalleryRow, Table
 
 NAMES = ("cat", "dog", "<i>cow</i>")
 

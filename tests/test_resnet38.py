@@ -5,7 +5,7 @@ import reference_resnet38 as reference
 import torch
 from tiny_models import pixels
 
-from bitrans_hf.resnet38 import STAGES, TAP_CHANNELS, TAP_STRIDES, TAPS, ResNet38
+from bitrans_hf.hub.resnet38 import STAGES, TAP_CHANNELS, TAP_STRIDES, TAPS, ResNet38
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,8 @@ from bitrans_hf.data.label_files import read_label_file
 from bitrans_hf.data.sbd import read_sbd_mask, sbd_folder, sbd_ids
 from bitrans_hf.data.transforms import TrainingImages, training_transform
 from bitrans_hf.data.voc import SBD_COUNTS, VOC_COUNTS, train_aug_ids
-from bitrans_hf.labels import VOC_CLASSES
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "training"))
-
-from prepare_voc import main as prepare_voc_main
+from bitrans_hf.hub.labels import VOC_CLASSES
+from bitrans_hf.stages.prepare_voc import main as prepare_voc_main
 
 SIZE = (5, 7)
 CAT, DOG = VOC_CLASSES.index("cat") + 1, VOC_CLASSES.index("dog") + 1

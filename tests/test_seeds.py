@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_models import picture, pixels, tiny_model
 
 from bitrans_hf import BiTransImageProcessor, BiTransModel, Seeds, extract_seeds
-from bitrans_hf.seeds import (
+from bitrans_hf.hub.seeds import (
     CAM_FUSIONS,
     SEED_VARIANTS,
     normalized_seeds,

@@ -9,7 +9,7 @@ from tiny_models import pixels
 from torch import nn
 from transformers.modeling_outputs import SemanticSegmenterOutput
 
-from bitrans_hf.segment import SINGLE_SCALE, TEST_PRESETS, multi_scale_scores, view_logits, window_starts
+from bitrans_hf.stages.multi_scale import SINGLE_SCALE, TEST_PRESETS, multi_scale_scores, view_logits, window_starts
 
 NUM_LABELS = 5
 

@@ -24,18 +24,16 @@ from tiny_models import tiny_model
 from bitrans_hf import BiTransImageProcessor, DeepLabConfig, DeepLabForSemanticSegmentation
 from bitrans_hf.data import load_coco, make_shapes, open_mask
 from bitrans_hf.metrics import MeanIoU
-from bitrans_hf.segment import TEST_PRESETS, multi_scale_scores
+from bitrans_hf.stages.multi_scale import TEST_PRESETS, multi_scale_scores
+from bitrans_hf.stages.predictions import VOC_SERVER_FOLDER, pack_for_voc_server, predict_image
+from bitrans_hf.stages.predictions import main as predict_main
+from bitrans_hf.stages.recipe import PredictionRecipe, SegmentationRecipe, parse_recipe
+from bitrans_hf.stages.run import StageError
+from bitrans_hf.stages.run_all import main as run_all_main
+from bitrans_hf.stages.segmentation import build_network, make_optimizer
+from bitrans_hf.stages.segmentation import main as train_main
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-from predict_masks import VOC_SERVER_FOLDER, pack_for_voc_server, predict_image  # noqa: E402
-from predict_masks import main as predict_main  # noqa: E402
-from recipe import PredictionRecipe, SegmentationRecipe, parse_recipe  # noqa: E402
-from run_all import main as run_all_main  # noqa: E402
-from runtime import StageError  # noqa: E402
-from train_segmentation import build_network, make_optimizer  # noqa: E402
-from train_segmentation import main as train_main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -170,7 +168,7 @@ def test_a_refiner_is_a_further_step(refiner: str, tmp_path: Path):
 
 def test_no_more_than_one_image_is_held_for_each_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("pydensecrf", reason="the dense CRF is an extra")
-    import predict_masks
+    from bitrans_hf.stages import predictions as predict_masks
 
     train_main(arguments(tmp_path))
     order: list[tuple[str, str]] = []
@@ -265,7 +263,7 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: p
     more = ("--segmentation.checkpoint_every", "1", "--segmentation.preset", "deeplab-v1")
     train_main(arguments(tmp_path / "whole", *more))
 
-    import loop
+    from bitrans_hf.stages import loop
 
     save = loop.Checkpoints.save
 

@@ -13,7 +13,7 @@ from PIL import Image as PILImage
 
 from bitrans_hf.data import class_names, make_shapes, open_image, open_mask
 from bitrans_hf.data.shapes import SHAPE_CLASSES, DrawnShape, Scene, draw_scene
-from bitrans_hf.labels import palette
+from bitrans_hf.hub.labels import palette
 
 
 @pytest.fixture(scope="module")

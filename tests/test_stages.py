@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,18 +21,17 @@ from timm.scheduler import CosineLRScheduler
 
 from bitrans_hf import BiTransModel
 from bitrans_hf.data import UnreadableImageError, make_shapes
+from bitrans_hf.recipes import FOLDER as RECIPES
+from bitrans_hf.stages.recipe import ModelRecipe, TrainRecipe, build_model, parse_recipe
+from bitrans_hf.stages.run import ShardedBatches, StageError, auto_precision, provenance, stop_if_not_finite
+from bitrans_hf.stages.run_all import main as run_all_main
+from bitrans_hf.stages.seeds import check_size
+from bitrans_hf.stages.seeds import main as make_seeds_main
+from bitrans_hf.stages.train import consistency_warmup, learning_rate, parameter_groups
+from bitrans_hf.stages.train import main as train_main
 from bitrans_hf.store import SeedStore
 
 TRAINING = Path(__file__).resolve().parents[1] / "training"
-sys.path.insert(0, str(TRAINING))
-
-from make_seeds import check_size  # noqa: E402
-from make_seeds import main as make_seeds_main  # noqa: E402
-from recipe import ModelRecipe, TrainRecipe, build_model, parse_recipe  # noqa: E402
-from run_all import main as run_all_main  # noqa: E402
-from runtime import ShardedBatches, StageError, auto_precision, provenance, stop_if_not_finite  # noqa: E402
-from train import consistency_warmup, learning_rate, parameter_groups  # noqa: E402
-from train import main as train_main  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -66,8 +64,8 @@ def metrics(folder: Path, stage: str) -> dict[str, Any]:
 def test_auto_precision_is_the_devices_said_recorded_and_then_that_of_the_trained_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("runtime.has_native_bf16", lambda device: True)
-    monkeypatch.setattr("runtime.why", lambda device: "a good CPU")
+    monkeypatch.setattr("bitrans_hf.stages.run.has_native_bf16", lambda device: True)
+    monkeypatch.setattr("bitrans_hf.stages.run.why", lambda device: "a good CPU")
     train_main(arguments(tmp_path, "--train.epochs", "1"))
     assert "precision: bf16 (a good CPU)" in capsys.readouterr().out
     assert metrics(tmp_path, "train")["made_with"]["precision"] == "bf16"
@@ -75,8 +73,8 @@ def test_auto_precision_is_the_devices_said_recorded_and_then_that_of_the_traine
     assert recipe["train"]["precision"] == "auto"
 
     # The next stage on another machine.
-    monkeypatch.setattr("runtime.has_native_bf16", lambda device: False)
-    monkeypatch.setattr("runtime.bf16_slowdown", lambda device: 8.25)
+    monkeypatch.setattr("bitrans_hf.stages.run.has_native_bf16", lambda device: False)
+    monkeypatch.setattr("bitrans_hf.stages.run.bf16_slowdown", lambda device: 8.25)
     make_seeds_main(arguments(tmp_path, "--train.epochs", "1"))
     said = capsys.readouterr().out
     assert "precision: bf16 (as the network was trained so far)" in said
@@ -87,8 +85,8 @@ def test_auto_precision_is_the_devices_said_recorded_and_then_that_of_the_traine
 def test_bf16_by_name_where_it_is_emulated_warns_and_says_how_to_avoid_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr("runtime.has_native_bf16", lambda device: False)
-    monkeypatch.setattr("runtime.bf16_slowdown", lambda device: 8.25)
+    monkeypatch.setattr("bitrans_hf.stages.run.has_native_bf16", lambda device: False)
+    monkeypatch.setattr("bitrans_hf.stages.run.bf16_slowdown", lambda device: 8.25)
     train_main(arguments(tmp_path, "--train.epochs", "1", "--train.precision", "bf16"))
     said = capsys.readouterr().out
     assert "precision: bf16 (as the recipe says)" in said
@@ -97,7 +95,7 @@ def test_bf16_by_name_where_it_is_emulated_warns_and_says_how_to_avoid_it(
 
 @pytest.mark.parametrize("native", [True, False])
 def test_a_network_keeps_its_precision_on_every_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, native: bool):
-    monkeypatch.setattr("runtime.has_native_bf16", lambda device: native)
+    monkeypatch.setattr("bitrans_hf.stages.run.has_native_bf16", lambda device: native)
     state = PartialState(cpu=True)
     of_device = "bf16" if native else "no"
     assert auto_precision(tmp_path, state) == of_device
@@ -300,7 +298,7 @@ def test_an_unknown_key_in_a_recipe_file_is_refused(tmp_path: Path, capsys: pyte
     assert "'lr'" in failed(capsys, ["--config", str(recipe)])
 
 
-@pytest.mark.parametrize("recipe", sorted((TRAINING / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("recipe", sorted((RECIPES).glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_recipe_that_is_shipped_can_be_read(recipe: Path):
     parsed, _ = parse_recipe("", ["--config", str(recipe)])
     assert parsed.name == recipe.stem
@@ -469,12 +467,10 @@ def test_the_consistency_losses_weight_rises_from_nothing_to_one(tmp_path: Path)
             assert entry["loss"] == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "preset", sorted((TRAINING / "recipes" / "presets").glob("*.yaml")), ids=lambda preset: preset.stem
-)
+@pytest.mark.parametrize("preset", sorted((RECIPES / "presets").glob("*.yaml")), ids=lambda preset: preset.stem)
 def test_a_preset_goes_on_top_of_a_recipe(preset: Path):
     for name in ("voc_deit_small", "voc_animals_deit_tiny"):
-        files = ["--config", str(TRAINING / "recipes" / f"{name}.yaml"), "--config", str(preset)]
+        files = ["--config", str(RECIPES / f"{name}.yaml"), "--config", str(preset)]
         assert parse_recipe(None, files)[0].data.train_split == "train_aug"
 
 

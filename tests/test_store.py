@@ -11,9 +11,10 @@ import pytest
 import torch
 from tiny_models import pixels, tiny_model
 
-from bitrans_hf.pseudo_labels import write_label_png
-from bitrans_hf.seeds import SEED_VARIANTS, normalized_seeds, sum_over_views
-from bitrans_hf.store import DiskFullError, LabelScoreStore, SeedStore, atomic_write
+from bitrans_hf.files import DiskFullError, atomic_write
+from bitrans_hf.hub.seeds import SEED_VARIANTS, normalized_seeds, sum_over_views
+from bitrans_hf.refine.pseudo_labels import write_label_png
+from bitrans_hf.store import LabelScoreStore, SeedStore
 
 IDS = np.array([1, 4])
 

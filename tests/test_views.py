@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from bitrans_hf.views import VIEWS, invert_affinity
+from bitrans_hf.hub.views import VIEWS, invert_affinity
 
 GRIDS = [(3, 5), (4, 4), (1, 6), (5, 2)]
 

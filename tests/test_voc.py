@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from bitrans_hf.data import DataError, class_names, load_voc, open_image, open_mask
 from bitrans_hf.data.label_files import read_label_file
-from bitrans_hf.labels import VOC_CLASSES
+from bitrans_hf.hub.labels import VOC_CLASSES
 
 CAT, DOG, PERSON = (VOC_CLASSES.index(name) for name in ("cat", "dog", "person"))
 

@@ -30,9 +30,9 @@ from bitrans_hf import (
     DeepLabForSemanticSegmentation,
 )
 from bitrans_hf.checkpoints import read_mxnet_params
-from bitrans_hf.errors import InputError, MissingFileError
-from bitrans_hf.pipeline_bitrans import PseudoMaskPipeline
-from bitrans_hf.weight_files import WeightFileError, load_trained
+from bitrans_hf.hub.errors import InputError, MissingFileError
+from bitrans_hf.hub.pipeline_bitrans import PseudoMaskPipeline
+from bitrans_hf.hub.weight_files import WeightFileError, load_trained
 from bitrans_hf.weights import (
     affinitynet_from_psa,
     deeplab_from_mctformer,

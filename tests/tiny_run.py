@@ -11,7 +11,7 @@ import torch
 from tiny_models import CLASSES, tiny_model
 
 from bitrans_hf import AffinityNetModel, BiTransImageProcessor, DeepLabForSemanticSegmentation
-from bitrans_hf.pseudo_labels import write_label_png
+from bitrans_hf.refine.pseudo_labels import write_label_png
 
 MADE_WITH = {"commit": "0123456789ab", "torch": "9.8.7", "transformers": "6.5.4", "device": "2 CPU cores"}
 RECIPE: dict[str, Any] = {

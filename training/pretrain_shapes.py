@@ -34,10 +34,10 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from bitrans_hf.data.shapes import REFERENCE_SIZE, SHAPE_CLASSES, draw_scene
-from bitrans_hf.image_processing_bitrans import BiTransImageProcessor
+from bitrans_hf.files import atomic_write
+from bitrans_hf.hub.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.progress import progress, say_result
-from bitrans_hf.store import atomic_write
-from runtime import provenance
+from bitrans_hf.stages.run import provenance
 
 ONE_OBJECT = (1, 1)
 PATCH_SIZE = 8
@@ -48,7 +48,7 @@ SPLITS = (24, 32, 40)
 def main() -> None:
     """Draw, train, score on fresh pictures, save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("training/recipes/shapes_encoder.safetensors"))
+    parser.add_argument("--output", type=Path, default=Path("bitrans_hf/recipes/shapes_encoder.safetensors"))
     parser.add_argument("--pictures", type=int, default=8000)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=32)

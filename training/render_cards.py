@@ -15,11 +15,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bitrans_hf
-from bitrans_hf.cards import NETWORK_STAGES, Run, render_card
-from bitrans_hf.store import atomic_write
-from publish import TEMPLATES
+from bitrans_hf.files import atomic_write
+from bitrans_hf.publishing.cards import NETWORK_STAGES, Run, render_card
 
-CARDS = TEMPLATES.parent
+CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 FILES = {"bitrans": "README.md", "affinitynet": "affinitynet.md", "deeplab": "deeplab.md"}
 
 
@@ -54,7 +53,7 @@ def rendered(source: Path) -> dict[str, str]:
     picture = "gallery.png" if source.with_name("gallery.png").is_file() else None
     return {
         FILES[network]: render_card(
-            run, network, TEMPLATES, repo=f"OWNER/bitrans-{run.name}", version="v1.0",
+            run, network, repo=f"OWNER/bitrans-{run.name}", version="v1.0",
             package_version=bitrans_hf.__version__, picture=picture if network == "bitrans" else None,
         )
         for network, stage in NETWORK_STAGES.items()

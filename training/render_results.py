@@ -19,10 +19,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ablate import CHOSEN, deviation, plus_minus
-from bitrans_hf.report import VARIANT_TITLES
-from bitrans_hf.store import atomic_write
-from runtime import StageError, write_json
+from bitrans_hf.files import atomic_write
+from bitrans_hf.report.page import VARIANT_TITLES
+from bitrans_hf.stages.ablate import CHOSEN, deviation, plus_minus
+from bitrans_hf.stages.run import StageError, write_json
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAPER = {

@@ -23,9 +23,9 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from ..errors import InputError
-from ..labels import BACKGROUND, IGNORE_INDEX
-from ..store import atomic_write
+from ..files import atomic_write
+from ..hub.errors import InputError
+from ..hub.labels import BACKGROUND, IGNORE_INDEX
 from .common import (
     COCO_REFERENCE,
     DataError,

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from ..errors import InputError
-from ..image_decoding import DECODING_ERRORS, TOO_LARGE, decoding_notes, opened, to_rgb
-from ..labels import BACKGROUND, IGNORE_INDEX, palette
+from ..hub.errors import InputError
+from ..hub.image_decoding import DECODING_ERRORS, TOO_LARGE, decoding_notes, opened, to_rgb
+from ..hub.labels import BACKGROUND, IGNORE_INDEX, palette
 from .mask_values import OPTION, MaskValueError, MaskValues, checked_ids, label_ids
 
 ImageCell: TypeAlias = Mapping[str, Any] | PILImage.Image | str | Path

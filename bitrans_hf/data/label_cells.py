@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..hub.errors import InputError
 from .common import folded_name, is_background, tidy_name
 
 SEPARATORS = (";", "|", "\n", ",")

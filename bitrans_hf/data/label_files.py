@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import InputError
+from ..hub.errors import InputError
 from .common import DataError
 
 # Type codes of plain numbers, as numpy writes them: booleans, integers and floats of one to eight bytes.

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image as PILImage
 
-from ..labels import BACKGROUND, IGNORE_INDEX
+from ..hub.labels import BACKGROUND, IGNORE_INDEX
 from .common import DataError, exif_orientation, image_size, open_mask
 from .folder import FolderContent, look_through, shown_names
 from .tables import Caller, Problem, option

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from ..errors import InputError
-from ..labels import BACKGROUND, IGNORE_INDEX, palette
+from ..hub.errors import InputError
+from ..hub.labels import BACKGROUND, IGNORE_INDEX, palette
 
 Ids = NDArray[np.uint8]
 

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import MissingExtraError
+from ..hub.errors import MissingExtraError
 
 Region: TypeAlias = NDArray[np.bool_]
 """(H, W), True on the pixels of an object."""

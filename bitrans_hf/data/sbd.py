@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..image_decoding import DECODING_ERRORS
-from ..labels import VOC_CLASSES
+from ..hub.image_decoding import DECODING_ERRORS
+from ..hub.labels import VOC_CLASSES
 from .common import DataError, read_id_list
 
 SBD_SPLITS = ("train", "val")

@@ -12,8 +12,8 @@ from datasets import Dataset, Image
 from numpy.typing import NDArray
 from PIL import Image as PILImage
 
-from ..image_processing_bitrans import BiTransImageProcessor, bounded_image
-from ..labels import BACKGROUND, IGNORE_INDEX
+from ..hub.image_processing_bitrans import BiTransImageProcessor, bounded_image
+from ..hub.labels import BACKGROUND, IGNORE_INDEX
 from .common import DataError, ImageCell, open_image, open_mask
 from .rows import class_names
 from .training_set import TrainingSet

@@ -18,7 +18,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import InputError
+from ..hub.errors import InputError
 from .common import index_png
 from .rows import row_features
 

@@ -11,8 +11,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 from datasets import Dataset, Features, Image
 
-from ..errors import InputError
-from ..store import atomic_write
+from ..files import atomic_write
+from ..hub.errors import InputError
 from .common import COCO_REFERENCE, DataError, UnreadableImageError, index_png, open_mask
 
 _ROWS_AT_ONCE = 100

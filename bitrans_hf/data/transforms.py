@@ -14,8 +14,8 @@ from PIL import Image as PILImage
 from timm.data.transforms_factory import create_transform
 from torchvision import transforms
 
-from ..image_processing_bitrans import BiTransImageProcessor
-from ..labels import class_ids_to_multi_hot
+from ..hub.image_processing_bitrans import BiTransImageProcessor
+from ..hub.labels import class_ids_to_multi_hot
 from .common import DataError, open_image
 from .rows import class_names, require_labels
 from .training_set import TrainingSet

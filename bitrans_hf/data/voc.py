@@ -12,10 +12,9 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image as PILImage
 
-from ..errors import InputError
-from ..files import lies_in
-from ..labels import BACKGROUND, IGNORE_INDEX, VOC_CLASSES
-from ..store import atomic_write
+from ..files import atomic_write, lies_in
+from ..hub.errors import InputError
+from ..hub.labels import BACKGROUND, IGNORE_INDEX, VOC_CLASSES
 from .common import (
     DataError,
     chosen_classes,

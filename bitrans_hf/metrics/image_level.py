@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
+from ..hub.errors import InputError
 from .mean_iou.confusion import Scores, mean_over_labels
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InputError
-from ..labels import BACKGROUND, IGNORE_INDEX
+from ..hub.errors import InputError
+from ..hub.labels import BACKGROUND, IGNORE_INDEX
 from .mean_iou.confusion import AbsentRule, Counts, Scores, integer_map, iou_from_counts, miou_from_counts
 
 if TYPE_CHECKING:
-    from ..seeds import Seeds
+    from ..hub.seeds import Seeds
 
 DEFAULT_THRESHOLDS: tuple[float, ...] = tuple(step / 100 for step in range(101))
 """Background thresholds 0.00, 0.01 ... 1.00."""

@@ -1,0 +1,1 @@
+"""Folders that open elsewhere, cards, uploads, and models for other runtimes."""

@@ -1,0 +1,208 @@
+"""Scores to label maps: the background score, refiners by name, ignore bands, palette PNGs and a published set."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from ..file_names import ID_KEY, SHORTENED
+from ..files import atomic_write
+from ..hub.errors import InputError
+from ..hub.image_processing_bitrans import enlarged_strips
+from ..hub.labels import BACKGROUND, IGNORE_INDEX, palette
+from ..hub.par import pixel_adaptive_refinement
+from ..hub.seeds import Seeds
+from .crf import dense_crf
+
+NO_SCORE = 1e-5
+"""Below this for every label, a pixel counts as not scored at all (PSA: the zero padding of a crop)."""
+
+# ---- Scores.
+
+
+def with_background(maps: np.ndarray, *, threshold: float | None = None, alpha: float | None = None) -> np.ndarray:
+    """Put a background score above the class maps.
+
+    Args:
+        maps: (K, H, W) scores of the present classes in [0, 1]; K may be 0.
+        threshold: A constant background score in [0, 1], as MCTformer's random walk has it.
+        alpha: Or the exponent of (1 - max_k map_k) ** alpha, as PSA has it: small values give much background, large
+            ones little (PSA 4 and 32, MCTformer 1 and 12 for its two label maps).
+
+    Returns:
+        (1 + K, H, W) float32.
+
+    Raises:
+        ValueError: not exactly one of both rules is given, or its value is out of range.
+    """
+    maps = np.asarray(maps, dtype=np.float32)
+    if (threshold is None) == (alpha is None):
+        raise InputError(f"give either a threshold or alpha, got threshold {threshold} and alpha {alpha}.")
+    if threshold is not None:
+        _check_threshold("threshold", threshold)
+        background = np.full(maps.shape[1:], threshold, dtype=np.float32)
+    else:
+        if not 0 < alpha < float("inf"):  # type: ignore[operator]  # one of both is given
+            raise InputError(f"alpha must be a positive number, got {alpha}.")
+        background = (1 - np.clip(maps.max(axis=0, initial=0.0), 0, 1)) ** np.float32(alpha)
+    return np.concatenate([background[None], maps])
+
+
+Refiner = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(image (H, W, 3) uint8, scores (L, H, W) in [0, 1] with background as row 0) -> refined scores (L, H, W)."""
+
+
+def _unrefined(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    return scores
+
+
+def _par(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
+    refined = pixel_adaptive_refinement(pixels, torch.from_numpy(np.array(scores, dtype=np.float32)).unsqueeze(0))
+    return refined.squeeze(0).numpy()
+
+
+REFINERS: dict[str, Refiner] = {"none": _unrefined, "crf": dense_crf, "par": _par}
+"""What recipes choose from: no refinement, the dense CRF with PSA's settings, AFA's pixel-adaptive refinement."""
+
+
+# ---- Label maps.
+
+
+def scores_to_label_map(class_ids: np.ndarray, scores: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Take the best label of each pixel; of equal ones the first, so background before classes.
+
+    Args:
+        class_ids: (K,) 0-based ids of the classes that rows 1 to K belong to.
+        scores: (1 + K, h, w), background as row 0.
+        size: (H, W) of the label map where the scores are smaller; they are enlarged bilinearly, a strip at a time.
+
+    Returns:
+        (H, W) uint8 with 0 for background and class id + 1 for objects.
+
+    Raises:
+        ValueError: the rows do not fit the class ids, a class id above 253, or NaN.
+    """
+    label_ids = _label_ids(class_ids, scores)
+    strips = enlarged_strips(torch.from_numpy(np.ascontiguousarray(scores)), size or scores.shape[1:])
+    return np.concatenate([label_ids[strip.numpy().argmax(axis=0)] for _, strip in strips])
+
+
+def seeds_to_label_map(seeds: Seeds, threshold: float, size: tuple[int, int] | None = None) -> np.ndarray:
+    """Cut seeds into a label map: the class with the highest score where it exceeds the background score.
+
+    Args:
+        seeds: K class maps (K, H, W) in [0, 1].
+        threshold: Constant background score in [0, 1]; a pixel whose best class only equals it stays background, and
+            of equal classes the first wins, as `argmax` over [threshold; maps] does.
+        size: (H, W) of the label map where the seeds were read at a smaller size.
+
+    Returns:
+        (H, W) uint8 with 0 for background and class id + 1 for objects.
+
+    Raises:
+        ValueError: the threshold is outside [0, 1].
+    """
+    return scores_to_label_map(seeds.class_ids, with_background(seeds.maps, threshold=threshold), size)
+
+
+def label_map_with_ignore_band(class_ids: np.ndarray, maps: np.ndarray, *, low: float, high: float) -> np.ndarray:
+    """Label what is clear: a class above the high threshold, background up to the low one, between them nothing.
+
+    This is AFA's rule for its pseudo labels (0.35 and 0.55 there).
+
+    Args:
+        class_ids: (K,) 0-based ids of the classes of `maps`.
+        maps: (K, H, W) in [0, 1], without a background score.
+        low: Threshold in [0, 1].
+        high: Threshold in [low, 1].
+
+    Returns:
+        (H, W) uint8 with 0, class id + 1, and 255 where unsure.
+
+    Raises:
+        ValueError: thresholds out of range or order, or as for `scores_to_label_map`.
+    """
+    _check_threshold("low", low)
+    _check_threshold("high", high)
+    if low > high:
+        raise InputError(f"the low threshold must not exceed the high one, got {low} and {high}.")
+    scores = with_background(maps, threshold=high)
+    label_map = scores_to_label_map(class_ids, scores)
+    label_map[(label_map == BACKGROUND) & (scores[1:].max(axis=0, initial=0.0) > low)] = IGNORE_INDEX
+    return label_map
+
+
+def confident_label_map(class_ids: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Join two score stacks, of much and of little background, to the labels that AffinityNet is trained with.
+
+    PSA's rule: an object is sure where it wins against much background, background is sure where it wins even when
+    there is little of it, all else is unsure; and so is a pixel without any score (the padding of a crop).
+
+    Args:
+        class_ids: (K,) 0-based ids of the classes that rows 1 to K belong to.
+        low: (1 + K, H, W) refined scores of the low alpha (much background), or their averages over grid cells.
+        high: (1 + K, H, W) of the high alpha (little background).
+
+    Returns:
+        (H, W) uint8 with 0, class id + 1, and 255 where unsure.
+
+    Raises:
+        ValueError: the two stacks differ in shape, or as for `scores_to_label_map`.
+    """
+    if low.shape != high.shape:
+        raise InputError(f"scores of both alphas must have one shape, got {low.shape} and {high.shape}.")
+    label_map = scores_to_label_map(class_ids, low)
+    label_map[label_map == BACKGROUND] = IGNORE_INDEX
+    label_map[scores_to_label_map(class_ids, high) == BACKGROUND] = BACKGROUND
+    label_map[np.maximum(low.max(axis=0), high.max(axis=0)) < NO_SCORE] = IGNORE_INDEX
+    return label_map
+
+
+def _label_ids(class_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Return the label id of each row, (1 + K,) uint8."""
+    if scores.ndim != 3 or len(scores) != 1 + len(class_ids):
+        raise InputError(
+            f"scores of {len(class_ids)} classes and background must be ({1 + len(class_ids)}, H, W), "
+            f"got {scores.shape}."
+        )
+    if len(class_ids) and not 0 <= np.min(class_ids) <= np.max(class_ids) < IGNORE_INDEX - 1:
+        raise InputError(f"a PNG holds the class ids 0 to {IGNORE_INDEX - 2}, got {np.max(class_ids)}.")
+    if np.isnan(scores).any():
+        raise InputError("the scores hold NaN; look at the network that made them.")
+    return np.concatenate([[BACKGROUND], np.asarray(class_ids) + 1]).astype(np.uint8)
+
+
+def _check_threshold(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise InputError(f"{name} must be in [0, 1], got {value}.")
+
+
+# ---- Files.
+
+
+def write_label_png(path: Path, label_map: np.ndarray, image_id: str | None = None) -> None:
+    """Write a label map (H, W) uint8 as a PNG with the VOC palette, by atomic rename.
+
+    Args:
+        path: See `file_names.label_path`.
+        label_map: (H, W) uint8.
+        image_id: Kept in the file where its name is too long to hold it, for `file_names.label_files`.
+
+    Raises:
+        ValueError: not two axes of uint8.
+        OSError: no room on the disk, among others; nothing is left at `path`.
+    """
+    if label_map.ndim != 2 or label_map.dtype != np.uint8:
+        raise InputError(f"a label map is (H, W) uint8, got {label_map.shape} {label_map.dtype}.")
+    image = Image.fromarray(label_map)
+    image.putpalette(palette())
+    text = None
+    if image_id is not None and any(SHORTENED in part for part in path.parts):
+        text = PngInfo()
+        text.add_itxt(ID_KEY, image_id)
+    with atomic_write(path) as temporary:
+        image.save(temporary, format="PNG", pnginfo=text)

@@ -1,0 +1,1 @@
+"""A run: one file for each stage, and what they share."""

@@ -1,0 +1,347 @@
+"""Train an affinity network on label maps that refined seeds agree upon.
+
+accelerate launch training/train_affinity.py --config voc_deit_small
+
+Seeds with much and with little background are refined (dense CRF or pixel-adaptive refinement) and stored as two label
+maps for each image: what is an object in the first is trusted, and what is background in the second. The network
+learns which neighbouring cells have the same label. Label maps that are already there are not made again, and training
+goes on from its newest checkpoint. Pixel labels score the label maps where they are known; training never sees them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from datasets import Dataset
+from PIL import Image
+from torchvision import transforms
+
+from ..data import class_names, open_image
+from ..data.segmentation import resized_label_map
+from ..data.training_set import TrainingSet
+from ..data.transforms import seeded
+from ..file_names import label_path
+from ..hub.configuration_affinitynet import RELATIONS, AffinityNetConfig
+from ..hub.image_processing_bitrans import BiTransImageProcessor
+from ..hub.labels import IGNORE_INDEX
+from ..hub.modeling_affinitynet import AffinityNetModel
+from ..hub.modeling_bitrans import BiTransModel
+from ..hub.weight_files import load_trained
+from ..weights import load_backbone
+from .label_maps import (
+    Background,
+    LabelMap,
+    LabelMapJob,
+    cell_labels,
+    read_label_map,
+    run_jobs,
+    score_steps,
+    seeds_of_split,
+    stored_label_maps,
+)
+from .loop import RateSchedule, TrainingLoop
+from .recipe import (
+    ALL_IMAGES,
+    AffinityRecipe,
+    ModelRecipe,
+    Recipe,
+    RunOptions,
+    build_model,
+    load_images,
+    max_side_of,
+    parse_recipe,
+)
+from .run import (
+    Stage,
+    StageError,
+    announce,
+    make_accelerator,
+    model_folder,
+    refuse_cnn,
+    remove_unfinished,
+    say,
+    say_precision,
+    say_unreadable,
+    wait_for_everyone,
+    working,
+)
+
+DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity")
+
+SGD_MOMENTUM = {"literal": 5e-4, "momentum": 0.9}
+"""Presets of the optimiser. PSA's gives its weight decay, 0.0005, where SGD takes the momentum."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments."""
+    train_affinity(*parse_recipe(__doc__, arguments))
+
+
+def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
+    """Make the label maps and train the recipe's affinity network; return the folder of the stage.
+
+    `labels/<split>/low/` and `high/` hold the label maps, `model/` the network and an image processor.
+    """
+    if recipe.affinity is None:
+        raise StageError("the recipe has no section affinity; add it, or --affinity.backbone bitrans, to train one.")
+    settings = recipe.affinity
+    accelerator = make_accelerator(recipe, options, "affinity", trains=True)
+    stage = Stage(recipe, "affinity", DEPENDS_ON, accelerator)
+    if stage.done:
+        say(accelerator, f"affinity: already done, {stage.folder}")
+        return stage.folder
+    say_precision(accelerator, recipe, "affinity")
+
+    # ---- Labels
+    with working("affinity: reading the list of images", accelerator, options):
+        images = chosen_images(recipe, settings, masks=False)
+    labels = stage.folder / "labels" / (settings.split or ALL_IMAGES)
+    remove_unfinished(labels, accelerator)
+    left_out = make_label_maps(recipe, settings, images, labels, accelerator, options)
+    say_unreadable(accelerator, left_out)
+    usable = [number for number, image_id in enumerate(images["image_id"]) if image_id not in left_out]
+    images = images.select(usable)
+
+    # ---- Network and optimiser
+    with working("affinity: building the network", accelerator, options):
+        model = build_network(recipe, settings, dict(enumerate(class_names(images))))
+    processor = BiTransImageProcessor(
+        size={"height": settings.crop_size, "width": settings.crop_size}, max_side=max_side_of(recipe)
+    )
+    dataset = AffinityCrops(images, labels, model.stride, processor, settings, seed=recipe.seed, strict=options.strict)
+    optimizer = torch.optim.SGD(
+        model.parameter_groups(settings.weight_decay),
+        lr=settings.learning_rate,
+        momentum=SGD_MOMENTUM[settings.optimizer],
+    )
+
+    # ---- Loop and result
+    rate = RateSchedule("poly", settings.learning_rate, settings.epochs)
+    loop = TrainingLoop(settings, stage, accelerator, options, model, optimizer, dataset, rate, recipe.seed)
+    metrics = loop.run()
+    scores = score_labels(accelerator, options, chosen_images(recipe, settings, masks=True), labels)
+    metrics["unreadable"] = sorted({*left_out, *metrics["unreadable"]})
+    loop.finish({**metrics, "labels": scores}, processor)
+    if "steps" in scores:
+        steps = scores["steps"]
+        say(
+            accelerator,
+            f"affinity: mIoU of the labels {steps['low']:.1f} low, {steps['high']:.1f} high, "
+            f"{steps['confident']:.1f} on the {scores['sure']['confident']:.0f} % of pixels that are sure",
+        )
+    say(accelerator, f"affinity: loss {metrics['loss']:.3f} -> {stage.folder}")
+    accelerator.wait_for_everyone()
+    return stage.folder
+
+
+# ---- Labels.
+
+
+def chosen_images(recipe: Recipe, settings: AffinityRecipe, *, masks: bool) -> Dataset:
+    """Load the images of the recipe's split, or as many as it asks for."""
+    images = load_images(recipe.data, settings.split, masks=masks)
+    wanted = settings.num_images
+    if wanted is None or wanted >= len(images):
+        return images
+    return images.select([number * len(images) // wanted for number in range(wanted)])
+
+
+def label_backgrounds(settings: AffinityRecipe) -> dict[str, Background]:
+    """Return the background scores of the maps "low" (foreground is taken from it) and "high" (background)."""
+    relation = RELATIONS[settings.relation]
+    thresholds = (settings.foreground_threshold, settings.background_threshold)
+    alphas = (settings.low_alpha, settings.high_alpha)
+    own_thresholds = relation.label_thresholds or (None, None)
+    own_alphas = relation.label_alphas or (None, None)
+    chosen = {}
+    for name, threshold, alpha, own_threshold, own_alpha in zip(
+        ("low", "high"), thresholds, alphas, own_thresholds, own_alphas, strict=True
+    ):
+        given = threshold is not None or alpha is not None
+        chosen[name] = Background(threshold, alpha) if given else Background(own_threshold, own_alpha)
+    return chosen
+
+
+def make_label_maps(
+    recipe: Recipe,
+    settings: AffinityRecipe,
+    images: Dataset,
+    folder: Path,
+    accelerator: Accelerator,
+    options: RunOptions,
+) -> set[str]:
+    """Write `low/` and `high/` of every image into a folder; return the ids of images that are left out.
+
+    Each process makes its share. Left out are images that cannot be read and those that have no seeds, which were left
+    out when the seeds were made.
+    """
+    store = seeds_of_split(recipe, settings.split)
+    variant = settings.variant or recipe.seeds.variant
+    backgrounds = label_backgrounds(settings)
+    seeded_ids = set(store.ids())
+    without_seeds = set(images["image_id"]) - seeded_ids
+    jobs = []
+    for index in range(accelerator.process_index, len(images), accelerator.num_processes):
+        row = images[index]
+        outputs = tuple((label_path(folder / name, row["image_id"]), each) for name, each in backgrounds.items())
+        if row["image_id"] in seeded_ids and not all(path.is_file() for path, _ in outputs):
+            jobs.append(
+                LabelMapJob(
+                    image_id=row["image_id"],
+                    image=row["image"],
+                    labels=tuple(row["labels"]),
+                    outputs=outputs,
+                    refiner=settings.refiner,
+                    crf_preset=settings.crf_preset,
+                    max_side=max_side_of(recipe),
+                    seeds=(store.folder, variant),
+                    strict=options.strict,
+                )
+            )
+    announce(
+        f"affinity: label maps of {len(jobs):,} of {len(images):,} images to do, refiner {settings.refiner}",
+        accelerator,
+        options,
+    )
+    broken = run_jobs(jobs, accelerator, options, len(jobs), settings.refiner, "labels", max_side_of(recipe))
+    wait_for_everyone(accelerator, options)
+    return without_seeds | set(gather_object(sorted(broken)))
+
+
+def score_labels(accelerator: Accelerator, options: RunOptions, images: Dataset, folder: Path) -> dict[str, Any]:
+    """Score the label maps "low", "high" and what they agree upon, "confident"; see `score_steps`."""
+    low_of, high_of = stored_label_maps(folder / "low"), stored_label_maps(folder / "high")
+
+    def confident_of(image_id: str) -> LabelMap | None:
+        low, high = low_of(image_id), high_of(image_id)
+        return None if low is None or high is None else cell_labels(low, high, 1)
+
+    steps = {"low": low_of, "high": high_of, "confident": confident_of}
+    return score_steps(accelerator, options, images, steps)
+
+
+# ---- Crops.
+
+
+class AffinityCrops(TrainingSet[Image.Image]):
+    """Random crops of pictures with the labels of their cells: what the loop trains on.
+
+    As PSA: pictures are cropped without scaling (but for the processor's bound on large ones), padded where they are
+    smaller, flipped, and their colours jittered.
+    An item is `{"pixel_values": (3, S, S) float, "labels": (S // stride, S // stride) int64, "index", "unreadable"}`
+    and a function of (seed, epoch, index) alone. A picture that cannot be read is replaced: see `TrainingSet`.
+
+    Args:
+        images: Rows of `image_id` and `image`.
+        labels: Folder with `low/` and `high/`.
+        stride: Pixels of a cell.
+        processor: Normalises.
+        settings: The recipe's section.
+        seed: Of all random draws.
+        strict: Raise instead of replacing a picture.
+
+    Raises:
+        StageError: there are no images, or a crop is not a whole number of cells.
+    """
+
+    def __init__(
+        self,
+        images: Dataset,
+        labels: Path,
+        stride: int,
+        processor: BiTransImageProcessor,
+        settings: AffinityRecipe,
+        *,
+        seed: int,
+        strict: bool,
+    ):
+        if len(images) == 0:
+            raise StageError(f"no image has label maps in {labels}; there is nothing to train on.")
+        if settings.crop_size % stride:
+            raise StageError(
+                f"affinity.crop_size must be a multiple of the network's stride {stride}, got {settings.crop_size}."
+            )
+        super().__init__(images, ("image",), seed=seed, strict=strict)
+        self._labels, self._stride = labels, stride
+        self._size, self._processor = settings.crop_size, processor
+        jitter = settings.color_jitter
+        self._jitter = transforms.ColorJitter(jitter, jitter, jitter, jitter / 3) if jitter else None
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        picture, origin = self._readable(index)
+        shown = self.image_ids[origin["index"]]
+        maps = [
+            resized_label_map(read_label_map(label_path(self._labels / name, shown)), (picture.height, picture.width))
+            for name in ("low", "high")
+        ]
+        with seeded(self._seed, int(self._epoch), index):
+            pixel_values, (low, high) = self._crop(picture, maps)
+        labels = cell_labels(low, high, self._stride)
+        return {"pixel_values": pixel_values, "labels": torch.from_numpy(labels.astype(np.int64)), **origin}
+
+    def _open(self, row: Mapping[str, Any]) -> Image.Image:
+        return self._processor.bounded(open_image(row["image"]))
+
+    def _crop(self, picture: Image.Image, maps: Sequence[LabelMap]) -> tuple[torch.Tensor, list[LabelMap]]:
+        size = self._size
+        (top, rows), (left, columns) = (random_window(side, size) for side in (picture.height, picture.width))
+        window = picture.crop((columns.start, rows.start, columns.stop, rows.stop))
+        if self._jitter is not None:
+            window = self._jitter(window)
+        pixels = torch.zeros(3, size, size)
+        place = (slice(top, top + window.height), slice(left, left + window.width))
+        pixels[:, place[0], place[1]] = self._processor.normalized(window)
+        crops = []
+        for label_map in maps:
+            crop = np.full((size, size), IGNORE_INDEX, dtype=np.uint8)
+            crop[place] = label_map[rows, columns]
+            crops.append(crop)
+        if torch.rand(()) < 0.5:
+            pixels, crops = pixels.flip(-1), [crop[:, ::-1] for crop in crops]
+        return pixels, crops
+
+
+def random_window(side: int, size: int) -> tuple[int, slice]:
+    """Draw where a crop of `size` lies on a picture's side: (start in the crop, slice of the picture).
+
+    A picture that is smaller than the crop is taken whole and put at a random place of it.
+    """
+    start = int(torch.randint(abs(side - size) + 1, ()))
+    return (0, slice(start, start + size)) if side >= size else (start, slice(0, side))
+
+
+# ---- Network.
+
+
+def build_network(recipe: Recipe, settings: AffinityRecipe, id2label: dict[int, str]) -> AffinityNetModel:
+    """Build the network of a recipe with its starting weights.
+
+    Args:
+        recipe: Of the run.
+        settings: Its section.
+        id2label: Names of the object classes, which the network keeps as a note: it relates cells and knows no class.
+
+    Raises:
+        StageError: the run's own encoder is wanted and there is none, as where the run trains a CNN.
+    """
+    fields = {"relation": settings.relation, "radius": settings.radius, "id2label": id2label, **settings.options}
+    set_seed(recipe.seed)
+    if settings.backbone == "bitrans":
+        if settings.weights in ("trained", "scratch"):
+            refuse_cnn(recipe, "affinity")
+        if settings.weights == "scratch":
+            new = ModelRecipe(**{**asdict(recipe.model), "weights": "scratch"})
+            return AffinityNetModel.from_bitrans(build_model(new, id2label, recipe.seed), **fields)
+        folder = model_folder(recipe) if settings.weights == "trained" else Path(settings.weights)
+        if not folder.is_dir():
+            raise StageError(f"no trained model at {folder}; affinity.weights must be the folder of one, or trained.")
+        return AffinityNetModel.from_bitrans(load_trained(BiTransModel, folder), **fields)
+    model = AffinityNetModel(AffinityNetConfig(backbone=settings.backbone, **fields))
+    if settings.weights != "scratch":
+        load_backbone(model, None if settings.weights == "timm" else settings.weights)
+    return model

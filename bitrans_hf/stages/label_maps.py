@@ -1,0 +1,368 @@
+"""Score maps to label maps in a pool of processes, and their scores: what the stages after the seeds share."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import numpy.typing as npt
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from ..data import UnreadableImageError, class_names, mask_rule, open_image, open_mask
+from ..data.common import ImageCell
+from ..file_names import label_path
+from ..hub.image_processing_bitrans import bounded_image
+from ..hub.labels import BACKGROUND, IGNORE_INDEX
+from ..hub.seeds import Seeds
+from ..metrics import confusion_counts, iou_from_counts, miou_from_counts
+from ..pool import ImagePool, Outcome, available_cores
+from ..progress import size_text
+from ..refine.crf import dense_crf
+from ..refine.pseudo_labels import REFINERS, confident_label_map, scores_to_label_map, with_background, write_label_png
+from ..store import SeedStore
+from .recipe import ALL_IMAGES, Recipe, RunOptions
+from .run import StageError, announce, progress
+
+LabelMap = npt.NDArray[np.uint8]
+Result = TypeVar("Result")
+
+
+# ---- One image.
+
+
+@dataclass(frozen=True)
+class Background:
+    """Where the background score comes from: a constant `threshold`, or (1 - max)^`alpha`; the other one is None."""
+
+    threshold: float | None = None
+    alpha: float | None = None
+
+    def scores(self, maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Put the background score before class maps (K, H, W) in [0, 1]: (1 + K, H, W)."""
+        return with_background(maps, threshold=self.threshold, alpha=self.alpha)
+
+
+@dataclass(frozen=True)
+class LabelMapJob:
+    """What it takes to write the label maps of one image, in this or another process.
+
+    Attributes:
+        image_id: Name of the image.
+        image: The picture.
+        labels: (K,) ids of the classes that the image holds.
+        outputs: Files to write, each with its background score. Those that are there already are left as they are.
+        refiner: "crf", "par" or "none".
+        crf_preset: Of the CRF.
+        seeds: Folder of the seeds and their variant; None with `class_ids` and `scores`.
+        class_ids: (K,) 0-based ids of the classes of `scores`.
+        scores: (1 + K, h, w) with background first, at the picture's bounded size; the outputs' background scores then
+            mean nothing.
+        max_side: Longest side that the picture is refined at; label maps have the picture's size.
+        strict: Raise what makes an image unusable.
+    """
+
+    image_id: str
+    image: ImageCell
+    labels: tuple[int, ...]
+    outputs: tuple[tuple[Path, Background], ...]
+    refiner: str
+    crf_preset: str
+    max_side: int
+    seeds: tuple[Path, str] | None = None
+    class_ids: npt.NDArray[np.int64] | None = None
+    scores: npt.NDArray[np.float32] | None = None
+    strict: bool = False
+
+
+def write_label_maps(job: LabelMapJob) -> bool:
+    """Refine the scores of one image and write its label maps.
+
+    Returns:
+        False where the picture cannot be read.
+
+    Raises:
+        UnreadableImageError: the picture cannot be read, and the job is strict.
+        StageError: the seeds do not fit the picture.
+        DiskFullError: there is no room for a label map.
+    """
+    try:
+        image = open_image(job.image)
+    except UnreadableImageError:
+        if job.strict:
+            raise
+        return False
+    size = (image.height, image.width)
+    pixels = np.asarray(bounded_image(image, job.max_side))
+    for path, background in job.outputs:
+        if path.is_file():
+            continue
+        if job.scores is not None and job.class_ids is not None:
+            class_ids, scores = job.class_ids, job.scores
+        else:
+            assert job.seeds is not None
+            folder, variant = job.seeds
+            seeds = read_seeds(job.image_id, SeedStore(folder), variant, job.labels, size, job.max_side)
+            class_ids, scores = seeds.class_ids, background.scores(seeds.maps)
+        if len(class_ids) == 0:
+            label_map = np.zeros(size, dtype=np.uint8)
+        else:
+            label_map = scores_to_label_map(class_ids, refined(pixels, scores, job.refiner, job.crf_preset), size)
+        write_label_png(path, label_map, job.image_id)
+    return True
+
+
+def refined(
+    pixels: npt.NDArray[np.uint8], scores: npt.NDArray[np.float32], refiner: str, crf_preset: str
+) -> npt.NDArray[np.float32]:
+    """Refine scores (1 + K, H, W) along the edges of a picture (H, W, 3)."""
+    if refiner == "crf":
+        return dense_crf(pixels, scores, preset=crf_preset)
+    return REFINERS[refiner](pixels, scores)
+
+
+def read_seeds(
+    image_id: str, store: SeedStore, variant: str, labels: Sequence[int], size: tuple[int, int], max_side: int
+) -> Seeds:
+    """Read the seeds of an image of (H, W) pixels that holds the classes `labels`, at its bounded size.
+
+    Raises:
+        StageError: they do not belong to this picture or to these classes, or are broken.
+    """
+    seeds = store.read(image_id, variant, max_side=max_side)
+    height, width = store.size(image_id)
+    if (height, width) != size:
+        raise StageError(
+            f"the seeds of image {image_id} are for {height} x {width} pixels (height x width), the picture has "
+            f"{size[0]} x {size[1]}: it was changed since. Delete the seeds stage and make the seeds again."
+        )
+    if seeds.class_ids.tolist() != sorted(labels):
+        raise StageError(
+            f"the seeds of image {image_id} are of the classes {seeds.class_ids.tolist()}, the data says "
+            f"{sorted(labels)}: the labels or the list of classes changed since. Delete the seeds stage and make the "
+            "seeds again."
+        )
+    if not np.isfinite(seeds.maps).all():
+        raise StageError(
+            f"the seeds of image {image_id} hold NaN or infinity; delete {store.path(image_id)} and the seeds stage's "
+            "done.json, and make the seeds again."
+        )
+    return seeds
+
+
+def read_label_map(path: Path) -> LabelMap:
+    """Read a label map (H, W) uint8."""
+    return open_mask(path)
+
+
+def stored_label_maps(folder: Path) -> Callable[[str], LabelMap | None]:
+    """Return a function from an image id to its label map in a folder, None if it has none."""
+
+    def read(image_id: str) -> LabelMap | None:
+        path = label_path(folder, image_id)
+        return read_label_map(path) if path.is_file() else None
+
+    return read
+
+
+# ---- Two label maps that have to agree.
+
+
+def cell_labels(low: LabelMap, high: LabelMap, stride: int) -> LabelMap:
+    """Reduce two label maps (S, S) to labels on a grid of cells of `stride` pixels, by PSA's rule.
+
+    A cell has the label that most of its pixels have in each map: it is background if it is in the "high" map, else it
+    is what the "low" map says, and unsure (255) where that is background. Pixels beyond the picture (255) have no say,
+    and a cell of nothing else is unsure. PSA averages the scores of a cell before it takes the strongest; here label
+    maps are stored in place of scores, and pixels vote.
+
+    Returns:
+        (S // stride, S // stride) uint8.
+    """
+    label_ids = np.union1d([BACKGROUND], np.union1d(low, high))
+    label_ids = label_ids[label_ids != IGNORE_INDEX]
+    shares = [cell_shares(label_map, label_ids, stride) for label_map in (low, high)]
+    return confident_label_map(label_ids[1:].astype(np.int64) - 1, *shares)
+
+
+def cell_shares(label_map: LabelMap, label_ids: npt.NDArray[np.integer], stride: int) -> npt.NDArray[np.float32]:
+    """Return for each label id the share of a cell's pixels that have it: (L, H // stride, W // stride)."""
+    height, width = label_map.shape
+    cells = label_map.reshape(height // stride, stride, width // stride, stride)
+    return np.stack([(cells == label).mean(axis=(1, 3), dtype=np.float32) for label in label_ids])
+
+
+# ---- Seeds of a split.
+
+
+def seeds_of_split(recipe: Recipe, split: str | None) -> SeedStore:
+    """Return the seeds that `make_seeds.py` made of a split.
+
+    Raises:
+        StageError: that stage is not finished.
+    """
+    stage = Path(recipe.output_dir) / recipe.name / "seeds"
+    if not (stage / "done.json").is_file():
+        raise StageError(f"{stage} is not finished; run training/make_seeds.py with the same recipe first.")
+    store = SeedStore(stage / (split or ALL_IMAGES) / "seeds")
+    if not store.folder.is_dir():
+        raise StageError(f"there are no seeds at {store.folder}; delete {stage} and run training/make_seeds.py again.")
+    return store
+
+
+# ---- A set of images.
+
+
+BYTES_A_PIXEL, BYTES_A_PROCESS = 600, 1e9
+"""What a process that refines takes: 3 x 48 numbers of float32 for each pixel in PAR; libraries and whole images."""
+
+
+def run_jobs(
+    jobs: Iterable[LabelMapJob],
+    accelerator: Accelerator,
+    options: RunOptions,
+    total: int,
+    refiner: str,
+    name: str,
+    max_side: int,
+) -> set[str]:
+    """Write the label maps of this process' jobs; return the ids of the pictures that cannot be read.
+
+    A refiner keeps a core busy for about a second an image, so that worker processes share the images; without one
+    the work is done in this process. Jobs are taken as the work goes on.
+
+    Raises:
+        StageError: an image failed for another reason than its picture; what is finished is kept.
+        DiskFullError: there is no room.
+    """
+    workers = 1 if refiner == "none" else num_workers(accelerator, options, total)
+    if refiner != "none" and total:
+        most = size_text(BYTES_A_PROCESS + BYTES_A_PIXEL * max_side**2)
+        announce(
+            f"{name}: {workers} process{'es' if workers > 1 else ''} to refine, each takes up to about {most}, "
+            f"for an image of {max_side} x {max_side} pixels",
+            accelerator,
+            options,
+        )
+    unreadable: set[str] = set()
+    with ImagePool(workers) as pool:
+        outcomes = pool.run(write_label_maps, ((job.image_id, job) for job in jobs))
+        for outcome in progress(outcomes, accelerator, options, total=total, desc=name, unit="image"):
+            if not result_of(outcome):
+                unreadable.add(outcome.image_id)
+    return unreadable
+
+
+def num_workers(accelerator: Accelerator, options: RunOptions, total: int) -> int:
+    """Return how many processes of this one refine `total` images: its share of the cores unless the run says."""
+    cores = available_cores() // accelerator.num_processes if options.workers is None else options.workers
+    return max(1, min(cores, total))
+
+
+def result_of(outcome: Outcome[Result]) -> Result:
+    """Return what the work on an image gave.
+
+    Raises:
+        StageError: it failed. Pictures that cannot be read are left out before this, so that a score never covers
+            fewer images without a word.
+    """
+    if outcome.error is not None:
+        raise StageError(
+            f"image {outcome.image_id}: {outcome.error} What is finished is kept; the same command goes on from there."
+        )
+    return cast("Result", outcome.result)
+
+
+# ---- Scores.
+
+
+def score_steps(
+    accelerator: Accelerator,
+    options: RunOptions,
+    images: Dataset,
+    label_map_of: dict[str, Callable[[str], LabelMap | None]],
+) -> dict[str, Any]:
+    """Score the label maps after each step wherever masks are known.
+
+    Args:
+        accelerator: Each process scores its share of the images.
+        options: Of the run.
+        images: With masks where they are known.
+        label_map_of: Step -> function of an image's id to its label map (H, W), None if it has none. Unsure pixels
+            (255) are not counted.
+
+    Returns:
+        "scored": number of images with a mask and a label map after every step. If there are any, "mask_rule" (how
+        the masks were made), and in percent over all classes and background: "steps" (step -> mIoU), "per_class" (step
+        -> class -> IoU), "sure" (step -> share of the pixels that have a label, where that is not all), and
+        "several_classes" with "images" and "steps" of the images that hold two classes or more.
+    """
+    num_labels = 1 + len(class_names(images))
+    subsets = ("all", "several_classes")
+    counts = {
+        step: {subset: np.zeros((num_labels, num_labels), dtype=np.int64) for subset in subsets}
+        for step in label_map_of
+    }
+    pixels = {step: np.zeros(2, dtype=np.int64) for step in label_map_of}
+    scored = dict.fromkeys(subsets, 0)
+    own = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for index in progress(own, accelerator, options, desc="score", unit="image"):
+        row = images[index]
+        if row["mask"] is None:
+            continue
+        target = open_mask(row["mask"], num_classes=num_labels - 1)
+        maps = {step: get(row["image_id"]) for step, get in label_map_of.items()}
+        if any(label_map is None for label_map in maps.values()):
+            continue
+        several = len(row["labels"]) > 1
+        scored["all"] += 1
+        scored["several_classes"] += several
+        for step, label_map in maps.items():
+            assert label_map is not None
+            sure = label_map != IGNORE_INDEX
+            pixels[step] += (sure.sum(), sure.size)
+            added = confusion_counts(label_map, np.where(sure, target, IGNORE_INDEX), num_labels)
+            counts[step]["all"] += added
+            if several:
+                counts[step]["several_classes"] += added
+    total = {subset: sum(part[subset] for part in gather_object([scored])) for subset in subsets}
+    for step in label_map_of:
+        pixels[step] = np.sum(gather_object([pixels[step]]), axis=0)
+        for subset in subsets:
+            counts[step][subset] = np.sum(gather_object([counts[step][subset]]), axis=0)
+
+    result: dict[str, Any] = {"scored": total["all"]}
+    if total["all"]:
+        names = ["background", *class_names(images)]
+        result["mask_rule"] = mask_rule(images)
+        result["steps"] = {step: percent(miou_from_counts(each["all"])) for step, each in counts.items()}
+        result["per_class"] = {
+            step: dict(zip(names, map(percent, iou_from_counts(each["all"])), strict=True))
+            for step, each in counts.items()
+        }
+        sure = {step: percent(number[0] / number[1]) for step, number in pixels.items() if number[0] < number[1]}
+        if sure:
+            result["sure"] = sure
+    if total["several_classes"]:
+        result["several_classes"] = {
+            "images": total["several_classes"],
+            "steps": {step: percent(miou_from_counts(each["several_classes"])) for step, each in counts.items()},
+        }
+    return result
+
+
+def scored_images(scores: Mapping[str, Any]) -> str:
+    """Say how many images of a split there are, and over how many the score is where these are fewer.
+
+    Args:
+        scores: "images", the number of images that have a result, and "scored" where masks are known.
+    """
+    images, scored = scores["images"], scores.get("scored", 0)
+    return f"{images} images" + (f" ({scored} of them scored)" if 0 < scored < images else "")
+
+
+def percent(share: float) -> float:
+    """Turn a share into percent with two decimals, for JSON."""
+    return round(100 * float(share), 2)

@@ -1,0 +1,371 @@
+"""Test the segmentation network: label maps of whole splits, at several scales, refined, scored and packed.
+
+accelerate launch training/predict_masks.py --config voc_deit_small
+
+Every image gets three palette PNGs: of one scale, of all scales, and of all scales after the refiner, so that one run
+gives the score of each step. Images that are done are not done again. Scores of a few images are all that is held in
+memory, however many images and classes there are.
+"""
+
+import gzip
+import io
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset
+
+from ..data import UnreadableImageError, class_names, open_image
+from ..file_names import label_path
+from ..files import atomic_write
+from ..hub.image_processing_bitrans import BiTransImageProcessor, enlarged_strips
+from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
+from ..hub.par import pixel_adaptive_refinement
+from ..hub.weight_files import load_trained
+from ..pool import Outcome
+from ..refine.crf import CrfJob, CrfNotInstalledError, check_crf_installed, crf_pool
+from ..refine.pseudo_labels import write_label_png
+from .label_maps import num_workers, result_of, score_steps, scored_images, stored_label_maps
+from .multi_scale import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
+from .recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, max_side_of, parse_recipe
+from .run import (
+    Stage,
+    StageError,
+    announce,
+    make_accelerator,
+    progress,
+    say,
+    say_precision,
+    say_unreadable,
+    wait_for_everyone,
+    working,
+)
+from .segmentation import check_classes
+
+DEPENDS_ON = (
+    "seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation", "prediction",
+)  # fmt: skip
+
+SINGLE_SCALE, MULTI_SCALE = "single_scale", "multi_scale"
+"""Folders of the label maps before the refiner; the refiner's own is called after it."""
+
+CRF_PRESETS = {"mctformer": "mctformer", "deeplab-v1": "seam-retrain"}
+"""The dense CRF that ends each published test."""
+
+VOC_SERVER_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
+"""Where the VOC server looks for the maps of a method that used other data than VOC's, such as ImageNet or SBD."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments."""
+    predict_masks(*parse_recipe(__doc__, arguments))
+
+
+def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
+    """Predict and score every split of the recipe; return the folder of the stage.
+
+    `<split>/<step>/*.png` holds the label maps after each step.
+    """
+    if recipe.prediction is None:
+        raise StageError("the recipe has no section prediction; add it, or --prediction.preset mctformer.")
+    settings = recipe.prediction
+    network = None if settings.network is None else Path(settings.network).parent
+    accelerator = make_accelerator(recipe, options, "segmentation", network=network)
+    stage = Stage(recipe, "predictions", DEPENDS_ON, accelerator)
+    if stage.done:
+        say(accelerator, f"predictions: already done, {stage.folder}")
+        return stage.folder
+    if settings.refiner == "crf":
+        try:
+            check_crf_installed()  # before hours of predictions depend on it
+        except CrfNotInstalledError as error:
+            raise StageError(f"prediction.refiner is crf: {error}") from error
+    say_precision(accelerator, recipe, "segmentation")
+    with working("predictions: loading the network", accelerator, options):
+        model, processor = load_network(recipe, settings)
+    model.to(accelerator.device).eval()
+
+    splits: dict[str, dict[str, Any]] = {}
+    unreadable: set[str] = set()
+    for split in settings.splits:
+        name = split or ALL_IMAGES
+        with working(f"predictions: reading the list of {name}", accelerator, options):
+            images = load_images(recipe.data, split, masks=True)
+        check_classes(model, class_names(images))
+        folder = stage.folder / name
+        broken = predict_split(accelerator, options, model, processor, images, folder, settings)
+        splits[name] = score_split(accelerator, options, images, folder, settings)
+        if settings.pack and not splits[name]["scored"] and accelerator.is_main_process:
+            with working("predictions: packing", accelerator, options):
+                splits[name]["archive"] = str(pack_for_voc_server(images["image_id"], folder, settings))
+        unreadable |= broken
+
+    head = next(iter(splits.values()))
+    final = {"miou": head["steps"][last_step(settings)]} if "steps" in head else {}
+    stage.finish({**final, "splits": splits, "unreadable": sorted(unreadable)})
+    say_unreadable(accelerator, unreadable)
+    for name, scores in splits.items():
+        shown = "no masks to score against"
+        if "steps" in scores:
+            shown = "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
+        say(accelerator, f"predictions: {name}, {scored_images(scores)}, {shown}")
+    say(accelerator, f"predictions: -> {stage.folder}")
+    accelerator.wait_for_everyone()
+    return stage.folder
+
+
+# ---- The network.
+
+
+def load_network(
+    recipe: Recipe, settings: PredictionRecipe
+) -> tuple[DeepLabForSemanticSegmentation, BiTransImageProcessor]:
+    """Load the segmentation network and its image processor.
+
+    Raises:
+        StageError: it is not there.
+    """
+    own = Path(recipe.output_dir) / recipe.name / "segmentation" / "model"
+    folder = own if settings.network is None else Path(settings.network)
+    if not (folder / "config.json").is_file():
+        raise StageError(f"no segmentation network at {folder}; run training/train_segmentation.py first.")
+    processor = BiTransImageProcessor.from_pretrained(folder)
+    processor.max_side = max_side_of(recipe)
+    return load_trained(DeepLabForSemanticSegmentation, folder), processor
+
+
+# ---- Label maps.
+
+
+def last_step(settings: PredictionRecipe) -> str:
+    """Return the name of the step whose label maps are the prediction."""
+    return MULTI_SCALE if settings.refiner == "none" else settings.refiner
+
+
+def steps(settings: PredictionRecipe) -> list[str]:
+    """Return the names of all steps in their order, which are those of the folders."""
+    return list(dict.fromkeys([SINGLE_SCALE, MULTI_SCALE, last_step(settings)]))
+
+
+def view_options(settings: PredictionRecipe) -> ViewOptions:
+    """Return the views of the recipe: the preset's, with scales and flip replaced where it says so."""
+    views = TEST_PRESETS[settings.preset].copy()
+    if settings.scales is not None:
+        views["scales"] = settings.scales
+    if settings.flip is not None:
+        views["flip"] = settings.flip
+    return views
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Scores of one image on their way to the last step, at its bounded size.
+
+    Attributes:
+        size: (H, W) of the image and of its label maps.
+        label_ids: (L,) ids of the rows of `scores`, background first.
+        image: (h, w, 3) uint8.
+        scores: (L, h, w) float32.
+    """
+
+    size: tuple[int, int]
+    label_ids: npt.NDArray[np.uint8]
+    image: npt.NDArray[np.uint8]
+    scores: npt.NDArray[np.float32]
+
+    def label_map(self, scores: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+        """Return the label with the highest score (L, h, w) at each pixel: (H, W)."""
+        return label_map_of(torch.from_numpy(scores), self.label_ids, self.size)
+
+
+def label_map_of(
+    scores: torch.Tensor, label_ids: npt.NDArray[np.uint8], size: tuple[int, int]
+) -> npt.NDArray[np.uint8]:
+    """Return the label with the highest score (L, h, w), enlarged to (H, W), at each pixel: (H, W)."""
+    strips = enlarged_strips(scores, size)
+    return np.concatenate([label_ids[strip.argmax(dim=0).cpu().numpy()] for _, strip in strips])
+
+
+def predict_split(
+    accelerator: Accelerator,
+    options: RunOptions,
+    model: DeepLabForSemanticSegmentation,
+    processor: BiTransImageProcessor,
+    images: Dataset,
+    folder: Path,
+    settings: PredictionRecipe,
+) -> set[str]:
+    """Write the label maps of this process' share of a split; return the ids of unusable images of all processes.
+
+    The network runs here while a pool of processes refines what it has seen before. An image is done when its last
+    label map is there, which is written last.
+
+    Raises:
+        StageError: the refiner failed on an image; what is finished is kept.
+    """
+    own = range(accelerator.process_index, len(images), accelerator.num_processes)
+    ids, final = images["image_id"], folder / last_step(settings)
+    todo = [index for index in own if not label_path(final, ids[index]).is_file()]
+    announce(
+        f"predictions: {len(todo):,} of {len(own):,} images of {folder.name} to do; refiner {settings.refiner}, "
+        f"device {accelerator.device.type}",
+        accelerator,
+        options,
+    )
+    waiting: dict[str, Prediction] = {}
+    unusable: set[str] = set()
+
+    def jobs() -> Iterator[tuple[str, CrfJob]]:
+        for index in todo:
+            row = images[index]
+            try:
+                made = predict_image(accelerator, model, processor, row, folder, settings)
+            except UnreadableImageError:
+                if options.strict:
+                    raise
+                unusable.add(row["image_id"])
+                continue
+            waiting[row["image_id"]] = made
+            yield row["image_id"], CrfJob(made.image, made.scores)
+
+    refined: Iterable[Outcome[npt.NDArray[np.float32]]]
+    if settings.refiner == "crf":
+        workers = num_workers(accelerator, options, len(todo))
+        preset = settings.crf_preset or CRF_PRESETS[settings.preset]
+        refined = crf_pool(jobs(), preset=preset, processes=workers, progress=None)
+    else:
+        refined = (Outcome(image_id, job.scores) for image_id, job in jobs())
+    for outcome in progress(refined, accelerator, options, total=len(todo), desc=folder.name, unit="image"):
+        made = waiting.pop(outcome.image_id)
+        label_map = made.label_map(result_of(outcome))
+        write_label_png(label_path(final, outcome.image_id), label_map, outcome.image_id)
+    wait_for_everyone(accelerator, options)
+    return set(gather_object(sorted(unusable)))
+
+
+@torch.no_grad()
+def predict_image(
+    accelerator: Accelerator,
+    model: DeepLabForSemanticSegmentation,
+    processor: BiTransImageProcessor,
+    row: dict[str, Any],
+    folder: Path,
+    settings: PredictionRecipe,
+) -> Prediction:
+    """Pass one image through the network and write its label maps of all but the last step.
+
+    The refiner "par" runs here and not in another process: it is made of torch, and fast where the scores are.
+    """
+    image = open_image(row["image"])
+    size = (image.height, image.width)
+    image = processor.bounded(image)
+    pixels = np.array(image)
+    single, fused = single_and_fused_scores(
+        accelerator, model, processor.normalized(image).to(accelerator.device), settings
+    )
+    winners = fused.argmax(dim=0).unique()
+    all_ids = np.arange(len(fused), dtype=np.uint8)
+    for step, scores in ((SINGLE_SCALE, single), (MULTI_SCALE, fused)):
+        if step != last_step(settings):
+            path = label_path(folder / step, row["image_id"])
+            write_label_png(path, label_map_of(scores, all_ids, size), row["image_id"])
+
+    labels = torch.arange(1, len(fused)) if settings.crf_classes == "all" else winners[winners > 0].cpu()
+    labels = torch.cat([torch.zeros(1, dtype=labels.dtype), labels])  # background first, always
+    scores = fused[labels.to(fused.device)]
+    if settings.refiner == "par" and len(labels) > 1:
+        batch = torch.from_numpy(pixels).to(fused.device).permute(2, 0, 1)[None].float() / 255
+        scores = pixel_adaptive_refinement(batch, scores[None])[0]
+    return Prediction(size, labels.numpy().astype(np.uint8), pixels, scores.cpu().numpy())
+
+
+def single_and_fused_scores(
+    accelerator: Accelerator,
+    model: DeepLabForSemanticSegmentation,
+    pixel_values: torch.Tensor,
+    settings: PredictionRecipe,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the scores (1 + C, H, W) of the image as it is, and those of all views fused."""
+    views = view_options(settings)
+    single: torch.Tensor | None = None
+
+    def logits(scales: Sequence[float], flip: bool) -> Iterator[torch.Tensor]:
+        nonlocal single
+        with accelerator.autocast():
+            for view in view_logits(
+                model,
+                pixel_values,
+                scales=scales,
+                flip=flip,
+                align_image=views["align_image"],
+                align_logits=views["align_logits"],
+                window=settings.window,
+                stride=settings.stride,
+            ):
+                if view.scale == 1.0 and not view.flipped:
+                    single = view.logits.softmax(dim=0)
+                yield view.logits
+
+    fused = FUSIONS[views["fusion"]](logits(views["scales"], views["flip"]))
+    if single is None:  # the recipe's scales leave 1.0 out
+        list(logits([1.0], False))
+    assert single is not None
+    return single, fused
+
+
+# ---- Scores.
+
+
+def score_split(
+    accelerator: Accelerator, options: RunOptions, images: Dataset, folder: Path, settings: PredictionRecipe
+) -> dict[str, Any]:
+    """Score the label maps of a split after every step, wherever masks are known.
+
+    Returns:
+        "images": how many were predicted, and what `score_steps` returns.
+    """
+    scores = score_steps(
+        accelerator, options, images, {step: stored_label_maps(folder / step) for step in steps(settings)}
+    )
+    final = folder / last_step(settings)
+    return {"images": sum(label_path(final, image_id).is_file() for image_id in images["image_id"]), **scores}
+
+
+# ---- The VOC server.
+
+
+def pack_for_voc_server(image_ids: Sequence[str], folder: Path, settings: PredictionRecipe) -> Path:
+    """Pack the predictions of a split as the VOC evaluation server wants them; return the archive.
+
+    The same predictions give the same bytes, so that two archives can be compared.
+
+    Raises:
+        StageError: a prediction is missing.
+    """
+    files = {image_id: label_path(folder / last_step(settings), image_id) for image_id in image_ids}
+    missing = [image_id for image_id, path in files.items() if not path.is_file()]
+    if missing:
+        raise StageError(
+            f"{len(missing)} of {len(files)} images have no prediction, the first is {missing[0]}; the VOC server "
+            "wants all. Mend or replace these images and give the same command again."
+        )
+    archive = folder / "comp6_test_cls.tar.gz"
+    with (
+        atomic_write(archive) as temporary,
+        temporary.open("wb") as raw,
+        gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as tar,
+    ):
+        for image_id, path in sorted(files.items()):
+            content = path.read_bytes()
+            entry = tarfile.TarInfo(f"{VOC_SERVER_FOLDER}/{image_id}.png")
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    return archive

@@ -1,0 +1,416 @@
+"""Make pseudo labels from seeds: by a random walk along learned affinities, or by a refiner alone.
+
+accelerate launch training/make_pseudo_labels.py --config voc_deit_small
+
+Every image of the recipe's splits that has seeds gets a label map: the background score is put beside the seeds, all
+scores walk along the affinities of the trained network, a refiner follows if the recipe names one, and the strongest
+score wins. Images that are done are not done again, so that a run that was killed goes on, to the same files. Where
+masks are known, the label maps after each step are scored.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from ..data import UnreadableImageError, class_names, image_size, open_image
+from ..file_names import label_path
+from ..hub.configuration_affinitynet import RELATIONS
+from ..hub.image_processing_bitrans import BiTransImageProcessor, bounded_image
+from ..hub.modeling_affinitynet import AffinityNetModel
+from ..hub.weight_files import load_trained
+from ..refine.pseudo_labels import scores_to_label_map, seeds_to_label_map, write_label_png
+from ..refine.random_walk import propagate_scores
+from ..store import LabelScoreStore
+from .label_maps import (
+    Background,
+    LabelMap,
+    LabelMapJob,
+    read_seeds,
+    run_jobs,
+    score_steps,
+    scored_images,
+    seeds_of_split,
+    stored_label_maps,
+)
+from .recipe import ALL_IMAGES, PseudoLabelsRecipe, Recipe, RunOptions, load_images, max_side_of, parse_recipe
+from .run import (
+    Stage,
+    StageError,
+    announce,
+    make_accelerator,
+    remove_unfinished,
+    say,
+    say_precision,
+    say_unreadable,
+    wait_for_everyone,
+    working,
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments."""
+    make_pseudo_labels(*parse_recipe(__doc__, arguments))
+
+
+def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
+    """Make the pseudo labels of every split of the recipe; return the folder of the stage.
+
+    `<split>/labels/*.png` are the pseudo labels; `<split>/walk/*.png` those before the refiner, where one follows the
+    walk; `<split>/scores/*.npz` the soft scores on request. `metrics.json` has "miou" of the first split's pseudo
+    labels and, for each split with masks, the mIoU after each step.
+    """
+    settings = recipe.pseudo_labels
+    if settings is None:
+        raise StageError("the recipe has no section pseudo_labels; add it, or --pseudo_labels.method refiner.")
+    network = None if settings.network is None else Path(settings.network).parent
+    accelerator = make_accelerator(recipe, options, "affinity", network=network)
+    stage = Stage(recipe, "pseudo_labels", depends_on(settings), accelerator)
+    if stage.done:
+        say(accelerator, f"pseudo_labels: already done, {stage.folder}")
+        return stage.folder
+    walk = None
+    if settings.method == "random_walk":
+        say_precision(accelerator, recipe, "affinity")
+        with working("pseudo_labels: loading the affinity network", accelerator, options):
+            walk = RandomWalk.of(recipe, settings, accelerator)
+    background = background_of(recipe, settings)
+    remove_unfinished(stage.folder, accelerator)
+
+    splits: dict[str, dict[str, Any]] = {}
+    left_out: set[str] = set()
+    for split in settings.splits:
+        name = split or ALL_IMAGES
+        with working(f"pseudo_labels: reading the list of {name}", accelerator, options):
+            labels = SplitLabels(accelerator, options, recipe, split, stage.folder / name, background, walk)
+        if split == settings.splits[0] and labels.note_on_classes():
+            say(accelerator, f"pseudo_labels: {labels.note_on_classes()}")
+        left_out |= labels.make()
+        splits[name] = labels.score()
+
+    head = next(iter(splits.values()))
+    last_step = "refined" if settings.refiner != "none" else "walk"
+    metrics: dict[str, Any] = {}
+    if "steps" in head:
+        metrics = {"miou": head["steps"][last_step], "steps": head["steps"]}
+    stage.finish({**metrics, "threshold": background.threshold, "splits": splits, "unreadable": sorted(left_out)})
+    say_unreadable(accelerator, left_out)
+    for name, scores in splits.items():
+        shown = "no masks to score against"
+        if "steps" in scores:
+            shown = "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
+        say(accelerator, f"pseudo_labels: {name}, {scored_images(scores)}, {shown}")
+        if scores["without_classes"]:
+            number = scores["without_classes"]
+            say(accelerator, f"pseudo_labels: {name}, {number} image(s) hold no class and are background alone")
+    say(accelerator, f"pseudo_labels: -> {stage.folder}")
+    accelerator.wait_for_everyone()
+    return stage.folder
+
+
+def depends_on(settings: PseudoLabelsRecipe) -> tuple[str, ...]:
+    """Return the parts of the recipe that the result depends on."""
+    own_network = settings.method == "random_walk" and settings.network is None
+    return ("seed", "data", "model", "train", "seeds", *(("affinity",) if own_network else ()), "pseudo_labels")
+
+
+def background_of(recipe: Recipe, settings: PseudoLabelsRecipe) -> Background:
+    """Return the background score of the recipe.
+
+    Raises:
+        StageError: the seeds' best threshold is wanted, and no masks were there to find it.
+    """
+    if settings.background == "alpha":
+        return Background(alpha=settings.alpha)
+    if settings.threshold is None:
+        return Background(threshold=recipe.seeds.threshold)
+    if settings.threshold != "best":
+        return Background(threshold=settings.threshold)
+    path = Path(recipe.output_dir) / recipe.name / "seeds" / "metrics.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("threshold", {}) if path.is_file() else {}
+    variant = settings.variant or recipe.seeds.variant
+    if variant not in found:
+        raise StageError(
+            f'pseudo_labels.threshold "best" needs the seeds\' best threshold in {path}, and there is none: no masks '
+            "are known for the first of seeds.splits. Give a number, or null for seeds.threshold."
+        )
+    return Background(threshold=found[variant])
+
+
+# ---- The random walk.
+
+
+class RandomWalk:
+    """A trained affinity network and how scores walk along what it says.
+
+    The network relates cells and knows no classes: one that was trained for other classes, or for another number of
+    them, is used as it is. What has to fit are the seeds, whose classes are checked against the data's.
+
+    Args:
+        model: In evaluation mode.
+        processor: Normalises.
+        settings: The recipe's section.
+        accelerator: Of the run.
+    """
+
+    def __init__(
+        self,
+        model: AffinityNetModel,
+        processor: BiTransImageProcessor,
+        settings: PseudoLabelsRecipe,
+        accelerator: Accelerator,
+    ):
+        self.model, self.processor, self.accelerator = model, processor, accelerator
+        self.rescale, self.stride = settings.rescale, model.stride
+        relation = RELATIONS[model.config.relation]
+        self.beta = relation.beta if settings.beta is None else settings.beta
+        self.num_doublings = relation.num_doublings if settings.num_doublings is None else settings.num_doublings
+
+    @classmethod
+    def of(cls, recipe: Recipe, settings: PseudoLabelsRecipe, accelerator: Accelerator) -> "RandomWalk":
+        """Load the network that the recipe names.
+
+        Raises:
+            StageError: there is none, or the folder holds another network.
+            ValueError: the network cannot have this output stride.
+        """
+        folder = Path(recipe.output_dir) / recipe.name / "affinity" / "model"
+        if settings.network is not None:
+            folder = Path(settings.network)
+        elif not (folder.parent / "done.json").is_file():
+            raise StageError(f"no trained affinity network at {folder}; run training/train_affinity.py first.")
+        config = folder / "config.json"
+        if not config.is_file():
+            raise StageError(f"{folder} holds no network: there is no config.json in it.")
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        if kind != AffinityNetModel.config_class.model_type:
+            raise StageError(
+                f"{folder} holds a network of the type {kind!r}, expected 'affinitynet'; name the folder model/ of "
+                "an affinity stage in pseudo_labels.network."
+            )
+        stride = settings.output_stride
+        finer: dict[str, Any] = {} if stride is None else {"output_stride": stride, "stride": None}
+        model = load_trained(AffinityNetModel, folder, **finer).to(accelerator.device).eval()
+        return cls(model, BiTransImageProcessor.from_pretrained(folder), settings, accelerator)
+
+    @torch.no_grad()
+    def __call__(
+        self, pictures: Sequence[Any], scores: Sequence[npt.NDArray[np.float32]]
+    ) -> list[npt.NDArray[np.float32]]:
+        """Walk with the scores of pictures of one size.
+
+        Args:
+            pictures: B RGB pictures of W x H pixels.
+            scores: For each picture (1 + K, H, W), background first.
+
+        Returns:
+            For each picture (1 + K, H, W) walked scores.
+        """
+        device = self.accelerator.device
+        pixel_values = torch.stack([self.processor.normalized(picture) for picture in pictures]).to(device)
+        with self.accelerator.autocast():
+            affinities, boundaries = self.model.affinity_and_boundary(pixel_values)
+        walked = []
+        for number, (before, affinity) in enumerate(zip(scores, affinities, strict=True)):
+            values = torch.from_numpy(before).to(device)
+            if boundaries is not None:  # IRN: object scores do not start from a boundary
+                inside = (1 - boundaries[number]).repeat_interleave(self.stride, 0).repeat_interleave(self.stride, 1)
+                values[1:] *= inside[: values.shape[1], : values.shape[2]]
+            values = propagate_scores(
+                values, affinity, stride=self.stride, beta=self.beta, num_doublings=self.num_doublings
+            )
+            if self.rescale:
+                values[1:] /= values[1:].amax(dim=(1, 2), keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+            walked.append(values.cpu().numpy())
+        return walked
+
+
+# ---- The images of a split.
+
+
+class SplitLabels:
+    """The pseudo labels of one split.
+
+    Args:
+        accelerator: Each process makes its share.
+        options: Of the run.
+        recipe: Of the run, with a section pseudo_labels.
+        split: Of the data.
+        folder: Where the label maps go.
+        background: Background score beside the seeds.
+        walk: The random walk; None for the refiner alone.
+
+    Raises:
+        StageError: the split's seeds are not there.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        options: RunOptions,
+        recipe: Recipe,
+        split: str | None,
+        folder: Path,
+        background: Background,
+        walk: "RandomWalk | None",
+    ):
+        assert recipe.pseudo_labels is not None
+        self.accelerator, self.options, self.settings = accelerator, options, recipe.pseudo_labels
+        self.images = load_images(recipe.data, split, masks=True)
+        self.store = seeds_of_split(recipe, split)
+        self.variant = self.settings.variant or recipe.seeds.variant
+        self.max_side = max_side_of(recipe)
+        self.folder, self.background, self.walk = folder, background, walk
+        best = background.threshold if self.settings.threshold == "best" else None
+        self.seed_threshold = recipe.seeds.threshold if best is None else best
+        self.left_out: set[str] = set()
+        self.affinity_labels: Path | None = None
+        affinity = recipe.affinity
+        if walk is not None and affinity is not None and affinity.split == split and affinity.num_images is None:
+            self.affinity_labels = folder.parents[1] / "affinity" / "labels" / folder.name
+
+    def note_on_classes(self) -> str:
+        """Say that the network was trained for other classes than the data has, if it was; "" otherwise."""
+        if self.walk is None:
+            return ""
+        trained = [name for _, name in sorted((self.walk.model.config.id2label or {}).items())]
+        wanted = class_names(self.images)
+        if trained == wanted:
+            return ""
+        return (
+            f"the affinity network was trained for {len(trained)} classes ({', '.join(trained)}), the data has "
+            f"{len(wanted)} ({', '.join(wanted)}): it relates cells and knows no class, and is used as it is."
+        )
+
+    def make(self) -> set[str]:
+        """Write the pseudo labels of this process' share; return the ids that all processes left out.
+
+        Left out are images that cannot be read and those without seeds, which were left out when the seeds were made.
+        """
+        seeded_ids = set(self.store.ids())
+        own = []
+        for index in range(self.accelerator.process_index, len(self.images), self.accelerator.num_processes):
+            image_id = self.images[index]["image_id"]
+            if image_id in seeded_ids:
+                own.append(index)
+            else:
+                self.left_out.add(image_id)
+        todo = [index for index in own if not self._is_done(self.images[index])]
+        announce(
+            f"pseudo_labels: {len(todo):,} of {len(own):,} images to do; method {self.settings.method}, refiner "
+            f"{self.settings.refiner}, device {self.accelerator.device.type}",
+            self.accelerator,
+            self.options,
+        )
+        jobs = self._walked_jobs(own) if self.walk is not None else self._jobs_from_seeds(todo)
+        broken = run_jobs(
+            jobs, self.accelerator, self.options, len(todo), self.settings.refiner, "pseudo labels", self.max_side
+        )
+        wait_for_everyone(self.accelerator, self.options)
+        return set(gather_object(sorted(self.left_out | broken)))
+
+    def score(self) -> dict[str, Any]:
+        """Score the label maps after each step.
+
+        Returns:
+            "images": how many have pseudo labels; "without_classes": how many of these hold no class; with masks, what
+            `score_steps` returns for the steps "seed" (cut at their own background score: seeds.threshold, or their
+            best one where the recipe asks for it), "low" and "high" (the affinity network's labels, where it was
+            trained on all of this split), "walk" and "refined".
+        """
+
+        def seed(image_id: str) -> LabelMap | None:
+            if image_id not in self.store:
+                return None
+            seeds = self.store.read(image_id, self.variant, max_side=self.max_side)
+            return seeds_to_label_map(seeds, self.seed_threshold, self.store.size(image_id))
+
+        steps: dict[str, Callable[[str], LabelMap | None]] = {"seed": seed}
+        if self.affinity_labels is not None:
+            steps |= {name: stored_label_maps(self.affinity_labels / name) for name in ("low", "high")}
+        if self.walk is not None:
+            folder = "labels" if self.settings.refiner == "none" else "walk"
+            steps["walk"] = stored_label_maps(self.folder / folder)
+        if self.settings.refiner != "none":
+            steps["refined"] = stored_label_maps(self.folder / "labels")
+        counts = {"images": 0, "without_classes": 0}
+        for row in self.images.select_columns(["image_id", "labels"]):
+            if self._is_done(row):
+                counts["images"] += 1
+                counts["without_classes"] += not row["labels"]
+        return {**counts, **score_steps(self.accelerator, self.options, self.images, steps)}
+
+    def _is_done(self, row: dict[str, Any]) -> bool:
+        return label_path(self.folder / "labels", row["image_id"]).is_file()
+
+    def _job(self, row: dict[str, Any], **source: Any) -> LabelMapJob:
+        return LabelMapJob(
+            image_id=row["image_id"],
+            image=row["image"],
+            labels=tuple(row["labels"]),
+            outputs=((label_path(self.folder / "labels", row["image_id"]), self.background),),
+            refiner=self.settings.refiner,
+            crf_preset=self.settings.crf_preset,
+            max_side=self.max_side,
+            strict=self.options.strict,
+            **source,
+        )
+
+    def _jobs_from_seeds(self, todo: Sequence[int]) -> Iterator[LabelMapJob]:
+        for index in todo:
+            yield self._job(self.images[index], seeds=(self.store.folder, self.variant))
+
+    def _walked_jobs(self, own: Sequence[int]) -> Iterator[LabelMapJob]:
+        """Let the scores of all images that are not done walk, and give the jobs that write their label maps.
+
+        Batches hold images of one size and are the same whatever is done already, because the last digits of a
+        network's output depend on its batch: a run that was killed ends with the files of one that was not.
+        """
+        assert self.walk is not None
+        of_size = defaultdict(list)
+        for index in own:
+            row = self.images[index]
+            try:
+                of_size[image_size(row["image"])].append(index)
+            except UnreadableImageError:
+                if self.options.strict:
+                    raise
+                self.left_out.add(row["image_id"])
+        for size, indices in sorted(of_size.items()):
+            for start in range(0, len(indices), self.settings.batch_size):
+                rows = [self.images[index] for index in indices[start : start + self.settings.batch_size]]
+                if all(map(self._is_done, rows)):
+                    continue
+                pictures, seeds, readable = [], [], []
+                for row in rows:
+                    try:
+                        pictures.append(bounded_image(open_image(row["image"]), self.max_side))
+                    except UnreadableImageError:
+                        if self.options.strict:
+                            raise
+                        self.left_out.add(row["image_id"])
+                        continue
+                    seeds.append(
+                        read_seeds(row["image_id"], self.store, self.variant, row["labels"], size, self.max_side)
+                    )
+                    readable.append(row)
+                if not readable:
+                    continue
+                walked = self.walk(pictures, [self.background.scores(each.maps) for each in seeds])
+                for row, each, scores in zip(readable, seeds, walked, strict=True):
+                    if self._is_done(row):
+                        continue
+                    if self.settings.refiner != "none":
+                        path = label_path(self.folder / "walk", row["image_id"])
+                        write_label_png(path, scores_to_label_map(each.class_ids, scores, size), row["image_id"])
+                    if self.settings.keep_scores:
+                        kept = LabelScoreStore(self.folder / "scores")
+                        kept.write(row["image_id"], each.class_ids, {"walk": scores})
+                    yield self._job(row, class_ids=each.class_ids, scores=scores)

@@ -1,0 +1,248 @@
+"""Write what a run has made as folders for the Hub, open them elsewhere, and upload them if a repository is named.
+
+python training/publish.py --config shapes                            (folders only)
+python training/publish.py --config shapes --dry-run                  (what would go up)
+python training/publish.py --config shapes --publish.repo me/bitrans-shapes
+
+The token comes from HF_TOKEN or `hf auth login`; it is never printed. The same command may be given again at any time.
+"""
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import concatenate_datasets
+from transformers import PreTrainedModel
+
+from .. import __version__
+from ..hub.image_processing_bitrans import BiTransImageProcessor
+from ..hub.modeling_affinitynet import AffinityNetModel
+from ..hub.modeling_bitrans import BiTransModel
+from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
+from ..hub.weight_files import load_trained
+from ..progress import size_text
+from ..publishing.cards import Network, Run, render_card, step_table
+from ..publishing.folders import (
+    Kind,
+    PublishError,
+    files_of,
+    upload,
+    write_metric_folder,
+    write_model_folder,
+    write_pseudo_label_folder,
+)
+from ..publishing.pseudo_labels import pseudo_label_card, pseudo_label_dataset
+from .recipe import PublishRecipe, Recipe, RunOptions, parse_recipe
+from .run import Stage, StageError, make_accelerator, say, working
+
+DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One folder, and the repository it goes to.
+
+    Attributes:
+        name: Of the part, a key of `PARTS`.
+        kind: Of the repository.
+        stage: Stage that made it; None for the metric.
+        suffix: What follows the run's repository name.
+    """
+
+    name: str
+    kind: Kind
+    stage: str | None
+    suffix: str
+
+    def repo(self, repo: str) -> str:
+        """Return the repository of this part."""
+        return f"{repo.split('/')[0]}/mean_iou" if self.name == "metric" else repo + self.suffix
+
+
+PARTS = {
+    part.name: part
+    for part in (
+        Part("model", "model", "train", ""),
+        Part("affinity", "model", "affinity", "-affinity"),
+        Part("segmentation", "model", "segmentation", "-segmentation"),
+        Part("pseudo_labels", "dataset", "pseudo_labels", "-pseudo-labels"),
+        # `evaluate.load` looks for a script of the repository's name.
+        Part("metric", "space", None, ""),
+    )
+}
+
+NETWORKS: dict[str, tuple[Network, type[PreTrainedModel]]] = {
+    "model": ("bitrans", BiTransModel),
+    "affinity": ("affinitynet", AffinityNetModel),
+    "segmentation": ("deeplab", DeepLabForSemanticSegmentation),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments; `--dry-run` is short for `--dry_run true`."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    spelt = [word for each in given for word in (("--dry_run", "true") if each == "--dry-run" else (each,))]
+    recipe, options = parse_recipe(__doc__, spelt)
+    publish(dataclasses.replace(recipe, publish=recipe.publish or PublishRecipe()), options)
+
+
+def publish(recipe: Recipe, options: RunOptions) -> Path:
+    """Write and check the folders of a run, upload them if the recipe names a repository; return the stage's folder.
+
+    `<part>/` is what a repository holds. `metrics.json` has the files with their sizes, and the uploads.
+    """
+    settings = cast(PublishRecipe, recipe.publish)
+    accelerator = make_accelerator(recipe, options)
+    folder = Path(recipe.output_dir) / recipe.name
+    stage = Stage(recipe, "publish", DEPENDS_ON, accelerator)
+    if not accelerator.is_main_process:
+        return stage.folder
+    parts = chosen_parts(folder, settings)
+    if recipe.model.architecture == "cam" and PARTS["model"] in parts:
+        raise StageError(
+            "model.architecture cam is a baseline, whose network is not published; name what is in publish.parts, "
+            "without model."
+        )
+
+    # ---- Folders. Those of an earlier call are kept, if they were made of the same things.
+    sources = {part.name: source_of(folder, part, settings) for part in parts}
+    before = stage.metrics() if stage.done else {}
+    for part in parts:
+        if before.get("sources", {}).get(part.name) == sources[part.name] and (stage.folder / part.name).is_dir():
+            say(accelerator, f"publish: {part.name} is already written and checked, {stage.folder / part.name}")
+            continue
+        with working(f"publish: writing and opening {part.name}", accelerator, options):
+            write_part(recipe, settings, folder, part, stage.folder / part.name)
+        opened = ", opened without the package: outputs equal to the last bit" if part.name in NETWORKS else ""
+        say(accelerator, f"publish: {part.name} -> {stage.folder / part.name}{opened}")
+    files = {part.name: files_of(stage.folder / part.name) for part in parts}
+    uploads = {**before.get("uploads", {})}
+    stage.finish({"sources": sources, "files": files, "uploads": uploads})
+
+    # ---- The Hub.
+    for part in parts:
+        target = "no repository is named (--publish.repo owner/name)"
+        if settings.repo is not None:
+            target = f"{part.kind} {part.repo(settings.repo)}, version {settings.version}"
+        if options.dry_run:
+            total = sum(files[part.name].values())
+            say(accelerator, f"publish: {part.name}, {len(files[part.name])} files, {size_text(total)}; {target}")
+            for name, size in files[part.name].items():
+                say(accelerator, f"    {size_text(size):>9}  {name}")
+        elif settings.repo is not None:
+            with working(f"publish: uploading {part.name}", accelerator, options):
+                uploads[part.name] = upload_part(settings, part, stage.folder / part.name)
+            say(accelerator, f"publish: {uploads[part.name]['url']}, version {settings.version}")
+    if uploads != before.get("uploads", {}):
+        stage.finish({"sources": sources, "files": files, "uploads": uploads})
+    if settings.repo is None and not options.dry_run:
+        say(accelerator, f"publish: nothing was uploaded, {target}")
+    return stage.folder
+
+
+def chosen_parts(folder: Path, settings: PublishRecipe) -> list[Part]:
+    """Return what is to be published: what the recipe names, or what the run has made.
+
+    Raises:
+        StageError: a part is named whose stage is not finished, or nothing is finished.
+    """
+    finished = [part for part in PARTS.values() if part.stage and (folder / part.stage / "done.json").is_file()]
+    if settings.parts is None:
+        if not finished:
+            raise StageError(f"no finished stage in {folder}; run training/run_all.py with the same recipe first.")
+        return finished
+    parts = [PARTS[name] for name in settings.parts]
+    for part in parts:
+        if part.stage and part not in finished:
+            raise StageError(
+                f"{folder / part.stage} is not finished, and makes publish.parts {part.name!r}; run it first."
+            )
+    return parts
+
+
+def source_of(folder: Path, part: Part, settings: PublishRecipe) -> dict[str, Any]:
+    """Return what a part's folder depends on: the finished stages, the card and the package."""
+    finished = {}
+    if part.stage is not None:
+        for done in sorted(folder.glob("*/done.json")):
+            if done.parent.name not in ("publish", "report"):
+                finished[done.parent.name] = json.loads(done.read_text(encoding="utf-8"))["finished"]
+    return {
+        "stages": finished,
+        "card": [settings.version, settings.licence, settings.picture, settings.repo],
+        "package": __version__,
+    }
+
+
+def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part, out: Path) -> None:
+    """Write one part's folder.
+
+    Raises:
+        StageError: it is not fit to be published.
+    """
+    if part.name == "metric":
+        write_metric_folder(out)
+        return
+    run = Run.from_folder(folder)
+    if part.name == "pseudo_labels":
+        stage = folder / "pseudo_labels"
+        content = run.stages["pseudo_labels"]
+        scores = content["metrics"].get("splits", {})
+        found = [path.name for path in sorted(stage.iterdir()) if (path / "labels").is_dir()]
+        names = sorted(found, key=lambda name: list(scores).index(name) if name in scores else len(scores))
+        splits = {name: pseudo_label_dataset(stage / name / "labels") for name in names}
+        # The stage's one score is of its first split.
+        measured = {**scores.get(names[0], {}), **content["metrics"]}
+        card = pseudo_label_card(
+            concatenate_datasets([*splits.values()]), list(run.classes), content["recipe"], measured
+        )
+        card += f"\n## Splits\n\n{step_table(content['metrics'])}\n"
+        write_pseudo_label_folder(out, splits, card)
+        return
+    network, model_class = NETWORKS[part.name]
+    picture = picture_of(recipe, settings, folder) if part.name == "model" else None
+    card = render_card(
+        run, network,
+        repo=part.repo(settings.repo) if settings.repo else str(out), version=settings.version,
+        package_version=__version__, picture=picture.name if picture else None, licence=settings.licence,
+    )  # fmt: skip
+    source = folder / cast(str, part.stage) / "model"
+    try:
+        write_model_folder(
+            out, load_trained(model_class, source), BiTransImageProcessor.from_pretrained(source), card, picture
+        )
+    except PublishError as error:
+        raise StageError(str(error)) from error
+
+
+def picture_of(recipe: Recipe, settings: PublishRecipe, folder: Path) -> Path | None:
+    """Return the picture of the card: the recipe's, or the report's gallery where its pictures are our own."""
+    if settings.picture is not None:
+        picture = Path(settings.picture)
+        if not picture.is_file():
+            raise StageError(f"publish.picture {picture} is not there.")
+        return picture
+    gallery = folder / "report" / "index_pictures" / "gallery.png"
+    return gallery if recipe.data.source == "shapes" and gallery.is_file() else None
+
+
+def upload_part(settings: PublishRecipe, part: Part, folder: Path) -> dict[str, Any]:
+    """Upload one part; a failure ends in a sentence and the command to give again.
+
+    Raises:
+        StageError: the Hub did not take it.
+    """
+    assert settings.repo is not None
+    try:
+        done = upload(
+            folder, part.repo(settings.repo), part.kind, version=settings.version, private=settings.private,
+            create=settings.create, branch=settings.branch,
+        )  # fmt: skip
+    except PublishError as error:
+        raise StageError(f"{error}\n    {shlex.join(['python', *sys.argv])}") from error
+    return dataclasses.asdict(done)

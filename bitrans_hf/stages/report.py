@@ -1,0 +1,206 @@
+"""Write a page to look at: pictures of seeds and label maps, loss curves and scores of a run.
+
+python training/make_report.py --config voc_deit_small
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..commands import if_stopped
+from ..data import class_names, open_image, open_mask
+from ..data.segmentation import resized_label_map
+from ..hub.image_processing_bitrans import bounded_image
+from ..refine.pseudo_labels import seeds_to_label_map
+from ..report.page import (
+    Chart,
+    GalleryRow,
+    Table,
+    charts_from_log,
+    recipe_table,
+    score_table,
+    step_table,
+    write_report,
+)
+from ..store import SeedStore
+from .label_maps import LabelMap, cell_labels, stored_label_maps
+from .recipe import ALL_IMAGES, Recipe, RunOptions, load_images, max_side_of, parse_recipe, variants_of
+from .run import StageError, make_accelerator, say, working
+
+PREDICTION_STEPS = {
+    "multi_scale": "Segmentation network",
+    "crf": "Segmentation network, CRF",
+    "par": "Segmentation network, PAR",
+}
+"""Headings of the pictures of the last stage."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments."""
+    make_report(*parse_recipe(__doc__, arguments))
+
+
+def make_report(recipe: Recipe, options: RunOptions) -> Path:
+    """Write the page of a run whose training and seeds are done; return its path."""
+    accelerator = make_accelerator(recipe, options)
+    run = Path(recipe.output_dir) / recipe.name
+    page = run / "report" / "index.html"
+    if not accelerator.is_main_process:
+        return page
+    for name in ("train", "seeds"):
+        if not (run / name / "done.json").is_file():
+            raise StageError(f"{run / name} is not finished; run training/run_all.py with the same recipe.")
+    trained, seeds = (
+        json.loads((run / name / "metrics.json").read_text(encoding="utf-8")) for name in ("train", "seeds")
+    )
+    later = {name: finished(run / name) for name in ("pseudo_labels", "predictions")}
+    if_stopped(lambda: "in stage report; earlier stages are kept")
+    with working("report: drawing the page", accelerator, options):
+        write_page(recipe, run, page, trained, seeds, later)
+    say(accelerator, f"report: {page}")
+    return page
+
+
+def write_page(
+    recipe: Recipe, run: Path, page: Path, trained: dict[str, Any], seeds: dict[str, Any], later: dict[str, Any]
+) -> None:
+    """Write the page from what the stages measured."""
+    rows = list(gallery(recipe, run, recipe.report.split or ALL_IMAGES))
+    shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
+    write_report(
+        page,
+        title=f"Bi-Trans: {recipe.name}",
+        rows=rows,
+        curves=list(charts(run)),
+        tables=[
+            *score_tables(seeds),
+            *step_tables(later["pseudo_labels"], "From seeds to pseudo labels"),
+            *step_tables(later["predictions"], "Segmentation network"),
+            *training_table(trained),
+            recipe_table(resolved_recipe(run)),
+        ],
+        notes=[
+            (
+                f"Label maps are cut from the variant {recipe.seeds.variant!r} at the background score "
+                f"{recipe.seeds.threshold}, as the recipe says. The tables show the best threshold of each "
+                "variant, found with the ground truth of the same images, as the field reports seeds."
+            ),
+            (
+                f"Made at commit {seeds['made_with']['commit']} with seed {recipe.seed} on "
+                f"{seeds['made_with']['device']}; training took {trained['seconds']:.0f} s."
+            ),
+        ],
+    )
+
+
+def charts(run: Path) -> Iterator[Chart]:
+    """Give the curves of every stage that trained."""
+    yield from charts_from_log(run / "train" / "log.jsonl")
+    for stage, network in (("affinity", "Affinity network"), ("segmentation", "Segmentation network")):
+        if (run / stage / "done.json").is_file():
+            for chart in charts_from_log(run / stage / "log.jsonl"):
+                title = chart.title[0].lower() + chart.title[1:]
+                yield replace(chart, title=f"{network}: {title}")
+
+
+def finished(stage: Path) -> dict[str, Any]:
+    """Return what a stage measured, or nothing where it is not finished."""
+    if not (stage / "done.json").is_file():
+        return {}
+    return dict(json.loads((stage / "metrics.json").read_text(encoding="utf-8")))
+
+
+def resolved_recipe(run: Path) -> dict[str, Any]:
+    """Return the recipe of a run: the parts that its finished stages depend on."""
+    resolved: dict[str, Any] = {}
+    for stage in ("seeds", "affinity", "pseudo_labels", "segmentation", "predictions"):
+        if (run / stage / "done.json").is_file():
+            resolved |= json.loads((run / stage / "recipe.json").read_text(encoding="utf-8"))
+    return resolved
+
+
+def gallery(recipe: Recipe, run: Path, split: str) -> Iterator[GalleryRow]:
+    """Give the pictures of a split: images with several classes first, then spread over the split."""
+    images = load_images(recipe.data, recipe.report.split, masks=True)
+    store = SeedStore(run / "seeds" / split / "seeds")
+    stored = set(store.ids())
+    found = [index for index, image_id in enumerate(images["image_id"]) if image_id in stored]
+    labels = images["labels"]
+    several = [index for index in found if len(labels[index]) > 1]
+    single = [index for index in found if len(labels[index]) == 1]
+    half = min(len(several), recipe.report.num_images // 2)
+    for index in spread(several, half) + spread(single, recipe.report.num_images - half):
+        row = images[index]
+        max_side = max_side_of(recipe)
+        maps = store.read_variants(row["image_id"], variants_of(recipe), max_side=max_side)
+        image = bounded_image(open_image(row["image"]), max_side)
+        size = (image.height, image.width)
+        yield GalleryRow(
+            image_id=row["image_id"],
+            image=image,
+            target=None if row["mask"] is None else resized_label_map(open_mask(row["mask"]), size),
+            maps=maps,
+            label_map=seeds_to_label_map(maps[recipe.seeds.variant], recipe.seeds.threshold),
+            class_names=class_names(images),
+            steps={
+                heading: resized_label_map(label_map, size)
+                for heading, label_map in later_label_maps(run, split, row["image_id"])
+            },
+        )
+
+
+def later_label_maps(run: Path, split: str, image_id: str) -> Iterator[tuple[str, LabelMap]]:
+    """Give heading and label map of an image after each stage that follows the seeds, as far as it has one."""
+    labels = run / "affinity" / "labels" / split
+    low, high = (stored_label_maps(labels / name)(image_id) for name in ("low", "high"))
+    if low is not None and high is not None:
+        yield "Affinity labels", cell_labels(low, high, 1)
+    for heading, folder in (("After the walk", "walk"), ("Pseudo label", "labels")):
+        label_map = stored_label_maps(run / "pseudo_labels" / split / folder)(image_id)
+        if label_map is not None:
+            yield heading, label_map
+    predictions = run / "predictions" / split
+    for step, heading in PREDICTION_STEPS.items():
+        label_map = stored_label_maps(predictions / step)(image_id)
+        if label_map is not None:
+            yield heading, label_map
+
+
+def spread(items: Sequence[int], count: int) -> list[int]:
+    """Take `count` items at equal distances."""
+    count = min(count, len(items))
+    return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
+
+
+def score_tables(seeds: dict[str, Any]) -> Iterator[Table]:
+    """Give a score table for every split with ground truth, and one for its images with several classes."""
+    for name, scores in seeds["splits"].items():
+        for table, scored in ((scores, "images"), (scores.get("several_classes", {}), "images with several classes")):
+            made = score_table(table, f"Seeds of {name}: {table.get('scored', table.get('images'))} {scored}")
+            if made is not None:
+                yield made
+
+
+def step_tables(stage: Mapping[str, Any], title: str) -> Iterator[Table]:
+    """Give the scores after each step of a stage, for every split with ground truth."""
+    for name, scores in stage.get("splits", {}).items():
+        made = step_table(scores, f"{title}, {name}: {scores.get('scored', 0)} images")
+        if made is not None:
+            yield made
+
+
+def training_table(trained: dict[str, Any]) -> Iterator[Table]:
+    """Give the table of the last epoch's image-level scores, if there was a validation split."""
+    titles = {
+        "map_class": "mAP of the class tokens (%)",
+        "map_patch": "mAP of the patch branch (%)",
+        "image_ap_class": "AP per image of the class tokens (%)",
+        "map": "mAP (%)",
+        "image_ap": "AP per image (%)",
+    }
+    rows = [[title, f"{trained[key]:.1f}"] for key, title in titles.items() if key in trained]
+    if rows:
+        yield Table("Image-level tags on the validation split", ["", ""], rows)

@@ -1,0 +1,363 @@
+"""Train the segmentation network on pseudo labels.
+
+accelerate launch training/train_segmentation.py --config voc_deit_small
+
+Label maps are looked through before the first step: all are there, fit their pictures, hold known ids, and are not the
+ground truth by mistake. A run that was killed goes on from its newest checkpoint. Ground truth scores the network
+on another split; it is trained on where the recipe says `segmentation.labels: ground_truth`, and then only.
+"""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from datasets import Dataset, Image
+from transformers import set_seed
+
+from ..data import DataError, UnreadableImageError, class_names, open_image, open_mask
+from ..data.segmentation import LABEL_MAP, TrainingPairs, open_pair, pair_augmentation, with_label_maps
+from ..file_names import label_files
+from ..hub.configuration_deeplab import DeepLabConfig
+from ..hub.image_processing_bitrans import BiTransImageProcessor, enlarged_strips
+from ..hub.labels import IGNORE_INDEX
+from ..hub.modeling_bitrans import BiTransModel
+from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
+from ..hub.weight_files import load_trained
+from ..metrics import confusion_counts, iou_from_counts, miou_from_counts
+from ..weights import load_backbone
+from .loop import RateSchedule, TrainingLoop
+from .multi_scale import SINGLE_SCALE, multi_scale_scores
+from .recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, load_images, max_side_of, parse_recipe
+from .run import Stage, StageError, make_accelerator, model_folder, progress, refuse_cnn, say, say_precision, working
+
+DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation")
+
+SGD_MOMENTUM = {"mctformer": 1e-5, "deeplab-v1": 0.9}
+"""MCTformer's optimiser gets its weight decay, 0.00001, where SGD takes the momentum."""
+
+LEARNING_RATE = {"mctformer": 7e-4, "deeplab-v1": 1e-3}
+"""First rate of the presets: for 4 images a step, and for 10."""
+
+LOOKED_AT = 24
+"""Label maps that are compared with the ground truth to find out whether they are a copy of it."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the stage from command-line arguments."""
+    train_segmentation(*parse_recipe(__doc__, arguments))
+
+
+def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
+    """Train the recipe's segmentation network; return the stage's folder, whose `model/` holds it and a processor."""
+    if recipe.segmentation is None:
+        raise StageError("the recipe has no section segmentation; add it, or --segmentation.backbone bitrans.")
+    settings = recipe.segmentation
+    accelerator = make_accelerator(recipe, options, "segmentation", trains=True)
+    stage = Stage(recipe, "segmentation", DEPENDS_ON, accelerator)
+    if stage.done:
+        say(accelerator, f"segmentation: already done, {stage.folder}")
+        return stage.folder
+    say_precision(accelerator, recipe, "segmentation")
+
+    # ---- Pictures and label maps
+    with working("segmentation: reading the list of images", accelerator, options):
+        pairs = labelled_images(recipe, settings)
+    own_crop = {} if settings.crop_size is None else {"crop_size": settings.crop_size}
+    augmentation = pair_augmentation(settings.preset, **own_crop, **settings.augmentation_options)
+    check_label_maps(accelerator, options, pairs, augmentation.crop_size / augmentation.scale[1])
+    dataset = TrainingPairs(pairs, augmentation, seed=recipe.seed, strict=options.strict, max_side=max_side_of(recipe))
+    validation = None
+    if settings.val_split is not None:
+        validation = load_images(recipe.data, settings.val_split, masks=True)
+
+    # ---- Network and optimiser
+    with working("segmentation: building the network", accelerator, options):
+        model = build_network(recipe, settings, class_names(pairs))
+    if settings.batch_norm == "sync":
+        model = synchronized(model, accelerator)
+    if settings.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers hides the overloads
+    optimizer = make_optimizer(model, settings)
+    # Pictures up to the bound keep their size: the network sees them whole.
+    processor = BiTransImageProcessor(do_resize=False, max_side=max_side_of(recipe))
+
+    # ---- Loop and result
+    peak = LEARNING_RATE[settings.preset] if settings.learning_rate is None else settings.learning_rate
+    rate = RateSchedule("poly", peak, settings.epochs)
+    loop = TrainingLoop(settings, stage, accelerator, options, model, optimizer, dataset, rate, recipe.seed)
+
+    scores: dict[str, Any] = {}
+
+    def score() -> dict[str, float]:
+        epoch = loop.state["step"] // loop.steps_per_epoch
+        if validation is None or (epoch % settings.val_every and epoch < settings.epochs):
+            return {}
+        scores.update(validate(accelerator, options, loop.model, processor, validation))
+        return {"miou": scores["miou"]}
+
+    metrics = loop.run(score)
+    if validation is not None and not scores:  # resumed after the last epoch
+        score()
+    metrics |= scores
+    loop.finish({**metrics, "labels": settings.labels, "images": len(pairs)}, processor)
+    scored = f", mIoU {metrics['miou']:.1f} on {settings.val_split}" if validation is not None else ""
+    say(accelerator, f"segmentation: loss {metrics['loss']:.3f}{scored} -> {stage.folder}")
+    accelerator.wait_for_everyone()
+    return stage.folder
+
+
+# ---- Label maps.
+
+
+def labelled_images(recipe: Recipe, settings: SegmentationRecipe) -> Dataset:
+    """Load the pictures of the recipe's split with the label maps that it names.
+
+    Raises:
+        StageError: label maps are missing, or are the ground truth without the recipe saying so.
+    """
+    if settings.labels == "ground_truth":
+        images = chosen_images(settings, load_images(recipe.data, settings.split, masks=True))
+        cells = list(images.cast_column("mask", Image(decode=False))["mask"])
+        missing = [name for name, cell in zip(images["image_id"], cells, strict=True) if cell is None]
+        refuse_missing(missing, len(images), "ground-truth mask", "choose a split whose masks are known")
+        return with_label_maps(images, cells)
+
+    folder = label_folder(recipe, settings)
+    if not folder.is_dir():
+        raise StageError(f"there are no label maps at {folder}; {how_to_make(settings.labels)}.")
+    images = chosen_images(settings, load_images(recipe.data, settings.split, masks=False))
+    present = label_files(folder)  # one look, not 80,000
+    missing = [name for name in images["image_id"] if name not in present]
+    refuse_missing(missing, len(images), f"label map in {folder}", how_to_make(settings.labels))
+    pairs = with_label_maps(images, [present[name] for name in images["image_id"]])
+    refuse_ground_truth(folder, pairs, chosen_images(settings, load_images(recipe.data, settings.split, masks=True)))
+    return pairs
+
+
+def chosen_images(settings: SegmentationRecipe, images: Dataset) -> Dataset:
+    """Return the images that the recipe trains on: all, or some at equal distances."""
+    if settings.num_images is None or settings.num_images >= len(images):
+        return images
+    return images.select([number * len(images) // settings.num_images for number in range(settings.num_images)])
+
+
+def label_folder(recipe: Recipe, settings: SegmentationRecipe) -> Path:
+    """Return the folder of the label maps that are not ground truth."""
+    run, split = Path(recipe.output_dir) / recipe.name, settings.split or ALL_IMAGES
+    own = {"pseudo_labels": run / "pseudo_labels" / split / "labels", "seeds": run / "seeds" / split / "masks"}
+    return own.get(settings.labels, Path(settings.labels))
+
+
+def how_to_make(labels: str) -> str:
+    """Say how the label maps of a recipe come to be: a piece of a message."""
+    scripts = {"pseudo_labels": "make_pseudo_labels.py", "seeds": "make_seeds.py"}
+    if labels in scripts:
+        return f"run training/{scripts[labels]} for this split first"
+    return "segmentation.labels must be pseudo_labels, seeds, ground_truth or a folder of <image_id>.png"
+
+
+def refuse_missing(missing: Sequence[str], total: int, what: str, remedy: str) -> None:
+    """Raise StageError if something is missing, with how many and the first."""
+    if missing:
+        raise StageError(f"{len(missing)} of {total} images have no {what}, the first is {missing[0]}; {remedy}.")
+
+
+def refuse_ground_truth(folder: Path, pairs: Dataset, truth: Dataset) -> None:
+    """Stop if label maps are the ground truth, as happens to people who mix up folders.
+
+    Some label maps, spread over the set, are compared with the masks that the data has: no method that sees image
+    labels alone paints all of them without a fault.
+
+    Raises:
+        StageError: every one that was looked at equals its mask wherever the mask is not ignored.
+    """
+    looked_at = 0
+    for number in range(0, len(truth), max(1, len(truth) // (10 * LOOKED_AT))):
+        mask = truth[number]["mask"]
+        if mask is None or looked_at == LOOKED_AT:
+            continue
+        try:
+            label_map, target = open_mask(pairs[number][LABEL_MAP]), open_mask(mask)
+        except DataError:
+            return  # `check_label_maps` says what is wrong with it
+        looked_at += 1
+        counted = target != IGNORE_INDEX
+        if label_map.shape != target.shape or bool((label_map != target)[counted].any()):
+            return
+    if looked_at:
+        raise StageError(
+            f"the label maps in {folder} are the ground truth: {looked_at} of {looked_at} that were looked at equal "
+            "the masks of the data. Give the folder of pseudo labels; for the ceiling say "
+            "segmentation.labels ground_truth."
+        )
+
+
+def check_label_maps(accelerator: Accelerator, options: RunOptions, pairs: Dataset, largest_crop: float) -> None:
+    """Open every picture and label map once, before hours of training depend on them.
+
+    Args:
+        accelerator: Each process looks at its share.
+        options: Of the run.
+        pairs: Pictures with label maps.
+        largest_crop: Longest side in pixels, before scaling, that a picture must have for a crop to fit in at all.
+
+    Raises:
+        StageError: some label maps do not fit (how many, and what is wrong with the first), or a crop is larger than
+            every picture.
+    """
+    num_classes = len(class_names(pairs))
+    own = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+
+    def look(index: int) -> tuple[str, int]:
+        """Return what is wrong with a pair, and the longest side of the picture."""
+        row = pairs[index]
+        try:
+            image, _ = open_pair(row, num_classes)
+        except UnreadableImageError:
+            return "", 0  # training leaves it out and names it
+        except DataError as error:
+            return f"{row['image_id']}: {error}", 0
+        return "", max(image.size)
+
+    pool = ThreadPoolExecutor()  # PIL releases the interpreter lock
+    try:
+        looked = pool.map(look, own)
+        found = list(progress(looked, accelerator, options, total=len(own), desc="check labels", unit="image"))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    wrong = gather_object([message for message, _ in found if message])
+    longest = max(gather_object([max((side for _, side in found), default=0)]))
+    if wrong:
+        raise StageError(f"{len(wrong)} of {len(pairs)} label maps cannot be trained on. The first: {wrong[0]}")
+    if longest and longest < largest_crop:
+        raise StageError(
+            f"the crop is larger than every image: the longest side is {longest} pixels, a crop at the largest scale "
+            f"spans {largest_crop:.0f}. Every crop would be mostly padding; lower segmentation.crop_size."
+        )
+
+
+# ---- Network and optimiser.
+
+
+def build_network(
+    recipe: Recipe, settings: SegmentationRecipe, classes: Sequence[str]
+) -> DeepLabForSemanticSegmentation:
+    """Build the recipe's network with its starting weights.
+
+    Raises:
+        StageError: there is no trained encoder, or the weights are those of a network for other classes.
+        ValueError, OSError: the weights are not there or do not fit, see `load_backbone`.
+    """
+    names = {0: "background", **dict(enumerate(classes, start=1))}
+    options: dict[str, Any] = {"preset": settings.preset, "id2label": names, **settings.options}
+    if settings.batch_norm is not None:
+        options["freeze_batch_norm"] = settings.batch_norm == "frozen"
+    set_seed(recipe.seed)
+    if settings.weights == "trained":
+        refuse_cnn(recipe, "segmentation")
+        bitrans = load_trained(BiTransModel, model_folder(recipe))
+        return DeepLabForSemanticSegmentation.from_bitrans(bitrans, **options)
+    if Path(settings.weights).is_dir():
+        model = load_trained(DeepLabForSemanticSegmentation, settings.weights)
+        check_classes(model, classes)
+        return model
+    model = DeepLabForSemanticSegmentation(DeepLabConfig(backbone=settings.backbone, **options))
+    if settings.weights != "scratch":
+        load_backbone(model, None if settings.weights == "timm" else settings.weights)
+    return model
+
+
+def check_classes(model: DeepLabForSemanticSegmentation, classes: Sequence[str]) -> None:
+    """Check that a network was trained for these object classes.
+
+    Raises:
+        StageError: it was trained for others.
+    """
+    known = [name for _, name in sorted((model.config.id2label or {}).items())][1:]
+    if known != list(classes):
+        raise StageError(
+            f"the segmentation network knows the classes {', '.join(known)}, the data {', '.join(classes)}; use the "
+            "recipe that it was trained with."
+        )
+
+
+def synchronized(model: DeepLabForSemanticSegmentation, accelerator: Accelerator) -> DeepLabForSemanticSegmentation:
+    """Let BatchNorm see the images of all GPUs.
+
+    Raises:
+        StageError: on the CPU, where torch has no such layer.
+    """
+    if accelerator.device.type != "cuda":
+        raise StageError(f"segmentation.batch_norm sync needs GPUs, got {accelerator.device.type}; use trained.")
+    converted: DeepLabForSemanticSegmentation = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return converted
+
+
+def make_optimizer(model: DeepLabForSemanticSegmentation, settings: SegmentationRecipe) -> torch.optim.Optimizer:
+    """Make the recipe's optimiser; the learning rate of each step is the loop's."""
+    groups = model.parameter_groups(settings.weight_decay)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups)
+    return torch.optim.SGD(groups, lr=0.0, momentum=SGD_MOMENTUM[settings.preset])
+
+
+# ---- Scores.
+
+
+@torch.no_grad()
+def validate(
+    accelerator: Accelerator,
+    options: RunOptions,
+    model: torch.nn.Module,
+    processor: BiTransImageProcessor,
+    images: Dataset,
+) -> dict[str, Any]:
+    """Score whole pictures at one scale; only confusion counts are kept, whatever the number of images.
+
+    Returns:
+        In percent: "miou" over all classes and background, "per_class". "scored": number of images with a mask.
+
+    Raises:
+        StageError: no image has a mask.
+    """
+    network: torch.nn.Module = accelerator.unwrap_model(model)
+    network.eval()
+    names = ["background", *class_names(images)]
+    counts = np.zeros((len(names), len(names)), dtype=np.int64)
+    scored = 0
+    own: Iterable[int] = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for index in progress(own, accelerator, options, desc="validate", unit="image", leave=False):
+        row = images[index]
+        if row["mask"] is None:
+            continue
+        try:
+            image = open_image(row["image"])
+        except UnreadableImageError:
+            continue
+        target = open_mask(row["mask"], image_size=(image.height, image.width), num_classes=len(names) - 1)
+        with accelerator.autocast():
+            pixel_values = processor.normalized(processor.bounded(image)).to(accelerator.device)
+            scores = multi_scale_scores(network, pixel_values, **SINGLE_SCALE)
+        for rows, strip in enlarged_strips(scores, target.shape):
+            counts += confusion_counts(strip.argmax(dim=0).cpu().numpy(), target[rows], len(names))
+        scored += 1
+    counts, scored = np.sum(gather_object([counts]), axis=0), sum(gather_object([scored]))
+    if not scored:
+        raise StageError("segmentation.val_split has no readable image with a mask; leave it out or name another.")
+    return {**scores_in_percent(counts, names), "scored": scored}
+
+
+def scores_in_percent(counts: npt.NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
+    """Return "miou" and "per_class" (name -> IoU) of confusion counts in percent with two decimals, for JSON."""
+
+    def percent(share: float) -> float:
+        return round(100 * float(share), 2)
+
+    per_class = {name: percent(value) for name, value in zip(names, iou_from_counts(counts), strict=True)}
+    return {"miou": percent(miou_from_counts(counts)), "per_class": per_class}
