@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from stopping import stop
 
-from bitrans_hf.commands import _asks_for_quiet, run_command
+from bitrans_hf.commands import asks_for_quiet, run_command
 from bitrans_hf.hub.errors import InputError
 
 PROGRAM = """
@@ -123,7 +123,7 @@ def test_a_stop_is_heeded_while_the_imports_take_their_time(tmp_path: Path):
     ],
 )  # fmt: skip
 def test_quiet_is_known_before_there_is_a_parser(words: str, quiet: bool):
-    assert _asks_for_quiet(words.split()) is quiet
+    assert asks_for_quiet(words.split()) is quiet
 
 
 def test_what_a_background_job_ignores_stays_ignored(tmp_path: Path):
