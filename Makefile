@@ -42,7 +42,7 @@ test-oldest: $(OLDEST)/.installed
 $(OLDEST)/.installed: pyproject.toml tests/oldest.txt
 	@echo "== installing the oldest versions into $(OLDEST) (once, some minutes: PyTorch is large)"
 	@$(PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python -m pip install -c tests/oldest.txt -e '.[coco,crf,sbd]' \
+	@$(OLDEST)/bin/python -m pip install -c tests/oldest.txt -e '.[coco,crf,sbd,trackers]' \
 		hypothesis playwright pytest pytest-xdist
 	@touch $@
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from tiny_models import tiny_model
-from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.dynamic_module_utils import get_relative_import_files, get_relative_imports
 
 import bitrans_hf.data
 
@@ -45,6 +45,7 @@ ORDER = (
 # These files travel to the Hub as remote code, where neither this package nor its other dependencies are installed.
 HUB = PACKAGE / "hub"
 HUB_FILES = sorted(file.stem for file in HUB.glob("*.py") if file.stem != "__init__")
+OPENED_BY_TRANSFORMERS = ("configuration_", "image_processing_", "modeling_", "pipeline_")
 HUB_MODULES = frozenset(f"bitrans_hf.hub.{name}" for name in HUB_FILES)
 HUB_LIBRARIES = frozenset({"torch", "torchvision", "transformers", "numpy", "PIL"}) | sys.stdlib_module_names
 
@@ -130,6 +131,14 @@ def test_transformers_finds_the_same_files_to_copy_as_python_imports(entry: str)
         reached |= new
         to_visit += new
     assert copied == reached
+
+
+@pytest.mark.parametrize("entry", sorted(name for name in HUB_FILES if name.startswith(OPENED_BY_TRANSFORMERS)))
+def test_a_file_that_transformers_opens_names_all_that_it_reaches(entry: str):
+    # Versions before 5.23 copy out of a local folder what the opened file names, and nothing that those files name.
+    file = HUB / f"{entry}.py"
+    reached = {Path(name).stem for name in get_relative_import_files(file)} - {entry}
+    assert reached == set(get_relative_imports(file)) - {entry}
 
 
 def test_importing_the_package_prints_nothing_and_leaves_evaluate_alone(tmp_path: Path):

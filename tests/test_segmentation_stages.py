@@ -43,7 +43,7 @@ TINY = [
     "--segmentation.labels", "ground_truth", "--segmentation.val_split", "val",
     "--segmentation.options", '{"backbone_config": {"width_multiplier": 0.03125}}',
     "--segmentation.crop_size", "48", "--segmentation.epochs", "2", "--segmentation.batch_size", "4",
-    "--segmentation.num_workers", "0", "--segmentation.log_every", "2", "--segmentation.learning_rate", "0.02",
+    "--segmentation.num_workers", "0", "--segmentation.log_every", "2", "--segmentation.learning_rate", "0.002",
     "--prediction.refiner", "none", "--prediction.scales", "[1.0, 0.5]",
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ M from-cells as in `affinity_pairs`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -39,6 +39,15 @@ from .backbones import (
 from .configuration_affinitynet import RELATIONS, AffinityNetConfig
 from .errors import InputError
 from .modeling_bitrans import BiTransModel
+
+if TYPE_CHECKING:
+    # What the imports above import: transformers before 5.23 copies only the files that this text names.
+    from .configuration_bitrans import BiTransConfig as BiTransConfig
+    from .encoder import ClassTokenEncoder as ClassTokenEncoder
+    from .labels import IGNORE_INDEX as IGNORE_INDEX
+    from .losses import classification_loss as classification_loss
+    from .resnet38 import ResNet38 as ResNet38
+    from .views import VIEWS as VIEWS
 
 BOUNDARY_STRIDE = 4
 """Pixels per cell of IRN's grid, if the backbone has a map that fine."""

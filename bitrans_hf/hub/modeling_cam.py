@@ -5,7 +5,7 @@ applied to every cell gives the maps. As trained for PSA, IRN and SEAM. B images
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,14 @@ from .backbones import TimmFeatures, apply_freezing, build_backbone, init_convol
 from .configuration_cam import CamConfig
 from .errors import InputError
 from .losses import classification_loss
+
+if TYPE_CHECKING:
+    # What the imports above import: transformers before 5.23 copies only the files that this text names.
+    from .configuration_bitrans import BiTransConfig as BiTransConfig
+    from .encoder import ClassTokenEncoder as ClassTokenEncoder
+    from .modeling_bitrans import BiTransModel as BiTransModel
+    from .resnet38 import ResNet38 as ResNet38
+    from .views import VIEWS as VIEWS
 
 
 @dataclass

@@ -4,7 +4,7 @@ Chen et al. (arXiv:1412.7062), in the two forms that weakly supervised methods a
 pixels, C object classes, an h x w grid of logits.
 """
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn as nn
@@ -25,6 +25,15 @@ from .backbones import (
 from .configuration_deeplab import HEAD_REACH_PX, PRESETS, DeepLabConfig
 from .errors import InputError
 from .modeling_bitrans import BiTransModel
+
+if TYPE_CHECKING:
+    # What the imports above import: transformers before 5.23 copies only the files that this text names.
+    from .configuration_bitrans import BiTransConfig as BiTransConfig
+    from .encoder import ClassTokenEncoder as ClassTokenEncoder
+    from .labels import IGNORE_INDEX as IGNORE_INDEX
+    from .losses import classification_loss as classification_loss
+    from .resnet38 import ResNet38 as ResNet38
+    from .views import VIEWS as VIEWS
 
 HEAD_WIDTH = 512
 """Channels inside both heads."""

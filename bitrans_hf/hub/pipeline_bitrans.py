@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,13 @@ from .modeling_bitrans import BiTransModel
 from .par import pixel_adaptive_refinement
 from .seeds import fused_maps, present_class_ids
 from .weight_files import check_model_folder, load_trained
+
+if TYPE_CHECKING:
+    # What the imports above import: transformers before 5.23 copies only the files that this text names.
+    from .configuration_bitrans import BiTransConfig as BiTransConfig
+    from .encoder import ClassTokenEncoder as ClassTokenEncoder
+    from .losses import classification_loss as classification_loss
+    from .views import VIEWS as VIEWS
 
 TASK = "pseudo-mask-generation"
 
