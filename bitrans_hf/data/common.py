@@ -6,6 +6,7 @@ import codecs
 import difflib
 import functools
 import gc
+import hashlib
 import io
 import os
 import re
@@ -13,8 +14,9 @@ import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,13 +104,52 @@ def open_image(cell: ImageCell) -> PILImage.Image:
     return _open(cell, "image", to_rgb)
 
 
-def image_notes(cell: ImageCell) -> list[str]:
-    """Open a picture as `open_image` does, and say what was guessed or left out and whether it shows anything.
+@dataclass(frozen=True)
+class ImageFacts:
+    """What one look at an image file tells.
+
+    Attributes:
+        size: (height, width) as it is stored.
+        orientation: How its EXIF tag turns it upright: 1 not at all, 2 to 4 within its size, 5 to 8 to the side.
+        notes: What was guessed or left out when it was decoded, and whether it shows nothing; see `decoding_notes`.
+    """
+
+    size: tuple[int, int]
+    orientation: int
+    notes: tuple[str, ...] = ()
+
+
+def look_at_image(cell: ImageCell, *, decode: bool) -> ImageFacts:
+    """Open an image once and return what there is to know of it.
+
+    Args:
+        cell: As for `open_image`.
+        decode: Decode it completely, for the notes; damage inside the file shows only then.
 
     Raises:
         UnreadableImageError: the file is missing, damaged or no image.
     """
-    return _open(cell, "image", lambda image: decoding_notes(image, to_rgb(image)))
+
+    def read(image: PILImage.Image) -> ImageFacts:
+        notes = tuple(decoding_notes(image, to_rgb(image))) if decode else ()
+        return ImageFacts((image.height, image.width), int(image.getexif().get(_EXIF_ORIENTATION, 1)), notes)
+
+    return _open(cell, "image", read, decode=decode)
+
+
+def look_at_file(path: Path) -> tuple[ImageFacts, bytes]:
+    """Read and decode an image file once; return what it tells, and a digest of its bytes.
+
+    Raises:
+        UnreadableImageError: the file is missing, damaged or no image.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""
+    # Without a byte, what is wrong shows when the file is opened by its name.
+    cell: ImageCell = {"path": str(path), "bytes": content} if content else path
+    return look_at_image(cell, decode=True), hashlib.sha256(content).digest()
 
 
 def image_size(cell: ImageCell) -> tuple[int, int]:
@@ -118,15 +159,6 @@ def image_size(cell: ImageCell) -> tuple[int, int]:
         UnreadableImageError: the file is missing or no image. Damage further inside shows when it is opened.
     """
     return _open(cell, "image", lambda image: (image.height, image.width), decode=False)
-
-
-def exif_orientation(cell: ImageCell) -> int:
-    """Return how an image's EXIF tag turns it upright: 1 not at all, 2 to 4 within its size, 5 to 8 to the side.
-
-    Raises:
-        UnreadableImageError: the file is missing or no image.
-    """
-    return _open(cell, "image", lambda image: int(image.getexif().get(_EXIF_ORIENTATION, 1)), decode=False)
 
 
 def open_mask(
@@ -154,24 +186,39 @@ def open_mask(
         UnreadableImageError: the file is missing, damaged or no image.
         DataError: the mask is not known (None), the image is no index image, or its size or its ids do not fit.
     """
+    mask = open_mask_with_palette(cell, num_classes=num_classes, values=values, values_option=values_option)[0]
+    if image_size is not None and mask.shape != tuple(image_size):
+        raise DataError(
+            f"mask {_name(cast(ImageCell, cell))} is {mask.shape[0]}x{mask.shape[1]} (height x width) and its image "
+            f"{image_size[0]}x{image_size[1]}; save the mask at the size of the stored image, without EXIF rotation."
+        ).of_kind("size")
+    return mask
+
+
+def open_mask_with_palette(
+    cell: ImageCell | None,
+    *,
+    num_classes: int | None = None,
+    values: MaskValues | None = None,
+    values_option: str = OPTION,
+) -> tuple[NDArray[np.uint8], list[int]]:
+    """Open a mask as `open_mask` does, and return its palette too: red, green, blue of each value, [] without one."""
     if cell is None:
         raise DataError("the mask of this image is not known, the cell is None; leave out rows without a mask.")
     name = _name(cell)
+
+    def read(image: PILImage.Image) -> tuple[NDArray[np.uint8], list[int]]:
+        colors = image.getpalette("RGB") if image.mode == "P" else None
+        return _label_ids(image, num_classes, values), colors or []
+
     try:
         if name.startswith(COCO_REFERENCE):
             from .coco import painted_mask  # here: that file builds on this one
 
-            mask = checked_ids(painted_mask(name), num_classes)
-        else:
-            mask = _open(cell, "mask", lambda image: _label_ids(image, num_classes, values))
+            return checked_ids(painted_mask(name), num_classes), []
+        return _open(cell, "mask", read)
     except MaskValueError as error:
         raise DataError(f"mask {name} {error.advising(values_option)}").of_kind(error.kind) from error
-    if image_size is not None and mask.shape != tuple(image_size):
-        raise DataError(
-            f"mask {name} is {mask.shape[0]}x{mask.shape[1]} (height x width) and its image "
-            f"{image_size[0]}x{image_size[1]}; save the mask at the size of the stored image, without EXIF rotation."
-        ).of_kind("size")
-    return mask
 
 
 def colours_to_ids(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .common import DataError, folded_name, image_notes, image_size
+from .common import DataError, folded_name, look_at_file, look_at_image
 from .folder import FolderContent, look_through, notes_on_classes, shown_names
 from .mask_report import MaskFinding, all_together, look_at_mask
 from .tables import Caller, Problem
@@ -189,18 +188,16 @@ def _check_files(
     name = found.rows[position].file_name
     path = found.folder / name
     try:
-        size = image_size(path)
-        found_out = image_notes(path) if decode else []
+        image, digest = look_at_file(path) if decode else (look_at_image(path, decode=False), b"")
     except DataError as error:
         return b"", None, [Problem("unreadable", name, str(error))], []
     if not decode:
         return b"", None, [], []
+    size, found_out = image.size, list(image.notes)
     if min(size) < USUAL_PATCH:
         found_out.append(
             f"it is {size[0]} x {size[1]} pixels (height x width), and models with patches of {USUAL_PATCH} leave it "
             "out; give a larger copy, or take it out"
         )
     remarks = [Problem("look at", name, f"{name}: {each}.") for each in found_out]
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").digest()
-    return digest, look_at_mask(found, position, size, caller), [], remarks
+    return digest, look_at_mask(found, position, image, caller), [], remarks

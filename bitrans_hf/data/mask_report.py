@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image as PILImage
 
 from ..hub.labels import BACKGROUND, IGNORE_INDEX
-from .common import DataError, exif_orientation, image_size, open_mask
+from .common import DataError, ImageFacts, look_at_image, open_mask_with_palette
 from .folder import FolderContent, look_through, shown_names
 from .tables import Caller, Problem, option
 
@@ -45,21 +44,21 @@ class MaskFinding:
     problems: tuple[Problem, ...] = ()
 
 
-def look_at_mask(found: FolderContent, position: int, size: tuple[int, int], caller: Caller) -> MaskFinding | None:
+def look_at_mask(found: FolderContent, position: int, image: ImageFacts, caller: Caller) -> MaskFinding | None:
     """Open the mask of a row; None where it has none.
 
     Args:
         found: The folder.
         position: Of the row.
-        size: (height, width) of the row's image as it is stored.
+        image: Of the row.
         caller: Whose options the advice names.
     """
     path, name = found.masks[position], found.rows[position].file_name
     if path is None:
         return None
-    orientation = exif_orientation(found.folder / name)
+    size, orientation = image.size, image.orientation
     try:
-        mask = open_mask(
+        mask, palette = open_mask_with_palette(
             path,
             num_classes=len(found.classes),
             values=found.mask_values,
@@ -87,7 +86,7 @@ def look_at_mask(found: FolderContent, position: int, size: tuple[int, int], cal
         message = f"mask {path} shows {', '.join(unnamed)}, which the labels of {name} do not name; mend one of them."
         problems.append(Problem("mask labels", name, message))
     doubtful = orientation > 1 and (orientation not in _TURNED_TO_THE_SIDE or size[0] == size[1])
-    colors = _palette_colors(path, ids) if found.mask_values is None else {}
+    colors = _palette_colors(palette, ids) if found.mask_values is None else {}
     labeled = bool(found.names[position])
     return MaskFinding(name, bool(shown), IGNORE_INDEX in ids, labeled, doubtful, colors, tuple(problems))
 
@@ -202,7 +201,8 @@ def check_masks(
 
     def look(position: int) -> MaskFinding | None:
         try:
-            return look_at_mask(found, position, image_size(found.folder / found.rows[position].file_name), caller)
+            image = look_at_image(found.folder / found.rows[position].file_name, decode=False)
+            return look_at_mask(found, position, image, caller)
         except DataError:
             return None  # of the image, which has its own report
 
@@ -216,13 +216,8 @@ def check_masks(
     return len(seen), [*found.mask_notes, *notes]
 
 
-def _palette_colors(path: Path, ids: Sequence[int]) -> dict[int, _Color]:
+def _palette_colors(colors: Sequence[int], ids: Sequence[int]) -> dict[int, _Color]:
     """Return the palette's colors of label ids, without background and 255; nothing for a mask without a palette."""
-    with PILImage.open(path) as image:
-        if image.mode != "P":
-            return {}
-        image.load()
-        colors = image.getpalette("RGB") or []
     return {
         label: (colors[3 * label], colors[3 * label + 1], colors[3 * label + 2])
         for label in ids
