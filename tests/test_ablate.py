@@ -19,7 +19,7 @@ from bitrans_hf.recipes import FOLDER as RECIPES
 from bitrans_hf.stages import ablate as ablate_module
 from bitrans_hf.stages.ablate import Ablation, Cell, as_text, described, make_tables, summarize
 from bitrans_hf.stages.ablate import main as ablate_main
-from bitrans_hf.stages.recipe import parse_recipe
+from bitrans_hf.stages.parse import parse_recipe
 from bitrans_hf.stages.run import StageError, recipe_parts, write_json
 from bitrans_hf.stages.seeds import main as make_seeds_main
 from bitrans_hf.stages.train import main as train_main

@@ -29,8 +29,9 @@ from bitrans_hf.stages.affinity import AffinityCrops, label_backgrounds, random_
 from bitrans_hf.stages.affinity import main as train_affinity_main
 from bitrans_hf.stages.label_maps import cell_labels
 from bitrans_hf.stages.loop import RateSchedule
+from bitrans_hf.stages.parse import parse_recipe
 from bitrans_hf.stages.pseudo_labels import main as make_pseudo_labels_main
-from bitrans_hf.stages.recipe import AffinityRecipe, parse_recipe
+from bitrans_hf.stages.recipe import AffinityRecipe
 from bitrans_hf.stages.run import Checkpoints, StageError
 from bitrans_hf.stages.run_all import main as run_all_main
 from bitrans_hf.stages.seeds import main as make_seeds_main

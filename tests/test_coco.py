@@ -27,8 +27,9 @@ from bitrans_hf.data import (
 from bitrans_hf.data.coco import CROWDS, OVERLAPS
 from bitrans_hf.data.label_files import read_label_file
 from bitrans_hf.hub.labels import COCO_CLASSES
+from bitrans_hf.stages.build import check_later_splits, load_images
 from bitrans_hf.stages.prepare_coco import main as prepare_coco_main
-from bitrans_hf.stages.recipe import DataRecipe, Recipe, ReportRecipe, SeedsRecipe, check_later_splits, load_images
+from bitrans_hf.stages.recipe import DataRecipe, Recipe, ReportRecipe, SeedsRecipe
 
 RULES = [CocoMaskRule(overlap, crowd) for overlap, crowd in product(OVERLAPS, CROWDS)]
 

@@ -10,7 +10,7 @@ import pytest
 
 from bitrans_hf.cli import build_parser
 from bitrans_hf.stages.evaluate import EvaluationOptions
-from bitrans_hf.stages.recipe import parse_recipe, parse_recipe_with
+from bitrans_hf.stages.parse import parse_recipe, parse_recipe_with
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -21,8 +21,10 @@ from bitrans_hf import BiTransImageProcessor, CamConfig, CamModel
 from bitrans_hf.hub.seeds import sum_over_views
 from bitrans_hf.recipes import FOLDER as RECIPES
 from bitrans_hf.stages.affinity import build_network as build_affinity_network
+from bitrans_hf.stages.build import build_cam
+from bitrans_hf.stages.parse import parse_recipe
 from bitrans_hf.stages.publish import publish
-from bitrans_hf.stages.recipe import TRANSFORMER_KEYS, ModelRecipe, TrainRecipe, build_cam, parse_recipe
+from bitrans_hf.stages.recipe import TRANSFORMER_KEYS, ModelRecipe, TrainRecipe
 from bitrans_hf.stages.report import make_report
 from bitrans_hf.stages.run import StageError
 from bitrans_hf.stages.seeds import main as make_seeds_main

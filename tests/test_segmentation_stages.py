@@ -25,9 +25,10 @@ from bitrans_hf import BiTransImageProcessor, DeepLabConfig, DeepLabForSemanticS
 from bitrans_hf.data import load_coco, make_shapes, open_mask
 from bitrans_hf.metrics import MeanIoU
 from bitrans_hf.stages.multi_scale import TEST_PRESETS, multi_scale_scores
+from bitrans_hf.stages.parse import parse_recipe
 from bitrans_hf.stages.predictions import VOC_SERVER_FOLDER, pack_for_voc_server, predict_image
 from bitrans_hf.stages.predictions import main as predict_main
-from bitrans_hf.stages.recipe import PredictionRecipe, SegmentationRecipe, parse_recipe
+from bitrans_hf.stages.recipe import PredictionRecipe, SegmentationRecipe
 from bitrans_hf.stages.run import StageError
 from bitrans_hf.stages.run_all import main as run_all_main
 from bitrans_hf.stages.segmentation import build_network, make_optimizer

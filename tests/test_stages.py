@@ -22,7 +22,9 @@ from timm.scheduler import CosineLRScheduler
 from bitrans_hf import BiTransModel
 from bitrans_hf.data import UnreadableImageError, make_shapes
 from bitrans_hf.recipes import FOLDER as RECIPES
-from bitrans_hf.stages.recipe import ModelRecipe, TrainRecipe, build_model, parse_recipe
+from bitrans_hf.stages.build import build_model
+from bitrans_hf.stages.parse import parse_recipe
+from bitrans_hf.stages.recipe import ModelRecipe, TrainRecipe
 from bitrans_hf.stages.run import ShardedBatches, StageError, auto_precision, provenance, stop_if_not_finite
 from bitrans_hf.stages.run_all import main as run_all_main
 from bitrans_hf.stages.seeds import check_size

@@ -34,7 +34,9 @@ from ..hub.seeds import SEED_VARIANTS
 from ..progress import Counter, progress, say_progress, say_result
 from ..report.page import VARIANT_TITLES, GalleryRow, Table, recipe_table, write_report
 from ..store import SeedStore
-from .recipe import ALL_IMAGES, CONFIG_HELP, Recipe, RecipeFile, load_images, parse_recipe
+from .build import load_images
+from .parse import CONFIG_HELP, parse_recipe
+from .recipe import ALL_IMAGES, Recipe
 from .report import spread
 from .run import StageError, holds, provenance, recipe_parts, write_json
 from .seeds import DEPENDS_ON as SEEDS_DEPEND_ON

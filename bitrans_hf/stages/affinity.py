@@ -33,6 +33,7 @@ from ..hub.modeling_affinitynet import AffinityNetModel
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.weight_files import load_trained
 from ..weights import load_backbone
+from .build import build_model, load_images
 from .label_maps import (
     Background,
     LabelMap,
@@ -45,17 +46,8 @@ from .label_maps import (
     stored_label_maps,
 )
 from .loop import RateSchedule, TrainingLoop
-from .recipe import (
-    ALL_IMAGES,
-    AffinityRecipe,
-    ModelRecipe,
-    Recipe,
-    RunOptions,
-    build_model,
-    load_images,
-    max_side_of,
-    parse_recipe,
-)
+from .parse import parse_recipe
+from .recipe import ALL_IMAGES, AffinityRecipe, ModelRecipe, Recipe, RunOptions, max_side_of
 from .run import (
     Stage,
     StageError,

@@ -41,7 +41,9 @@ from ..metrics import MeanIoU, SweepResult, ThresholdSweep
 from ..refine.pseudo_labels import seeds_to_label_map
 from ..report.page import GalleryRow, Table, confusion_picture, write_report
 from ..store import SeedStore
-from .recipe import Recipe, RunOptions, load_images, max_side_of, parse_recipe_with
+from .build import load_images
+from .parse import parse_recipe_with
+from .recipe import Recipe, RunOptions, max_side_of
 from .run import StageError, announce, make_accelerator, progress, provenance, say, working, write_json
 
 LabelMap: TypeAlias = NDArray[np.uint8]

@@ -32,9 +32,11 @@ from ..hub.weight_files import load_trained
 from ..pool import Outcome
 from ..refine.crf import CrfJob, CrfNotInstalledError, check_crf_installed, crf_pool
 from ..refine.pseudo_labels import write_label_png
+from .build import load_images
 from .label_maps import num_workers, result_of, score_steps, scored_images, stored_label_maps
 from .multi_scale import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
-from .recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, load_images, max_side_of, parse_recipe
+from .parse import parse_recipe
+from .recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, max_side_of
 from .run import (
     Stage,
     StageError,

@@ -29,6 +29,7 @@ from ..hub.weight_files import load_trained
 from ..refine.pseudo_labels import scores_to_label_map, seeds_to_label_map, write_label_png
 from ..refine.random_walk import propagate_scores
 from ..store import LabelScoreStore
+from .build import load_images
 from .label_maps import (
     Background,
     LabelMap,
@@ -40,7 +41,8 @@ from .label_maps import (
     seeds_of_split,
     stored_label_maps,
 )
-from .recipe import ALL_IMAGES, PseudoLabelsRecipe, Recipe, RunOptions, load_images, max_side_of, parse_recipe
+from .parse import parse_recipe
+from .recipe import ALL_IMAGES, PseudoLabelsRecipe, Recipe, RunOptions, max_side_of
 from .run import (
     Stage,
     StageError,

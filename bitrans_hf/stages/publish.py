@@ -37,7 +37,8 @@ from ..publishing.folders import (
     write_pseudo_label_folder,
 )
 from ..publishing.pseudo_labels import pseudo_label_card, pseudo_label_dataset
-from .recipe import PublishRecipe, Recipe, RunOptions, parse_recipe
+from .parse import parse_recipe
+from .recipe import PublishRecipe, Recipe, RunOptions
 from .run import Stage, StageError, make_accelerator, say, working
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")

@@ -1,35 +1,18 @@
-"""Recipes: every choice of a run in one frozen dataclass, read from a YAML file and the command line.
+"""Recipes: every choice that a result depends on, in one frozen dataclass, and the options of a call, in another.
 
-`--config voc_deit_small --train.epochs 3` overrides one value of a shipped recipe, or of a file. Unknown keys and
-values of the wrong type are errors. The resolved recipe is written beside every result.
+The resolved recipe is written beside every result; options are not, since no result depends on them.
 """
 
 import dataclasses
-import functools
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
-from datasets import Dataset
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
-from transformers import set_seed
-
-from ..data import MaskValues, check_folder, check_masks, class_names, load_coco, load_folder, load_voc, make_shapes
-from ..data.folder import note_on_contrast
-from ..hub.configuration_bitrans import BiTransConfig
-from ..hub.configuration_cam import CamConfig
+from ..data import MaskValues
 from ..hub.errors import InputError
 from ..hub.image_processing_bitrans import MAX_SIDE
-from ..hub.modeling_bitrans import BiTransModel
-from ..hub.modeling_cam import CamModel
 from ..hub.seeds import seed_variants
-from ..recipes import recipe_file, weights_file
 from ..refine.crf import find_preset
-from ..weights import from_timm, from_timm_state_dict, load_backbone
 
-SHAPE_SPLITS = ("train", "val", "test")
 ALL_IMAGES = "all_images"
 """Name of the split `null`, all images of a folder, in results."""
 
@@ -37,40 +20,11 @@ SeedVariant: TypeAlias = Literal["sc_cam", "coarse_cam", "fused", "refined"]
 Refiner: TypeAlias = Literal["crf", "par", "none"]
 Precision: TypeAlias = Literal["auto", "no", "bf16"]
 
-SHARED_KEYS = ("weights", "image_size", "architecture")
-"""Keys of the section model that a CNN has too."""
-CNN_KEYS = ("backbone", "options")
-"""Keys of the section model that it alone has."""
 TRANSFORMER_KEYS = {
     "train": ("consistency_warmup_epochs",),
     "seeds": ("fusion", "num_seed_layers", "num_affinity_layers", "refine_steps", "normalize_affinity"),
 }
-"""Keys of other sections that it does not have."""
-
-
-class LoopSettings(Protocol):
-    """What a recipe's section of a stage that trains has to say to the loop; `TrainRecipe` documents each."""
-
-    @property
-    def epochs(self) -> int: ...  # noqa: D102
-    @property
-    def batch_size(self) -> int: ...  # noqa: D102
-    @property
-    def gradient_accumulation(self) -> int: ...  # noqa: D102
-    @property
-    def max_grad_norm(self) -> float | None: ...  # noqa: D102
-    @property
-    def precision(self) -> Precision: ...  # noqa: D102
-    @property
-    def compile(self) -> bool: ...  # noqa: D102
-    @property
-    def num_workers(self) -> int: ...  # noqa: D102
-    @property
-    def log_every(self) -> int: ...  # noqa: D102
-    @property
-    def checkpoint_every(self) -> int | None: ...  # noqa: D102
-    @property
-    def trackers(self) -> list[str]: ...  # noqa: D102
+"""Keys of other sections that a CNN does not have."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +40,7 @@ class DataRecipe:
         label_file: voc: image-level labels when there is no Annotations folder (`cls_labels.npy`, `.npz`).
         table: folder: the label table, when it does not have one of the usual names.
         separator: folder: what separates class names in the table, when it cannot be found out.
-        allow_empty: folder: an empty cell of labels means that the image shows no class; null refuses empty cells.
+        allow_empty: folder: an empty cell of labels means that the image shows no class; otherwise it is refused.
         num_train: shapes: number of scenes to train on.
         num_val: shapes: number of scenes in each other split.
         image_size: shapes: side of a scene in pixels.
@@ -94,9 +48,11 @@ class DataRecipe:
         sbd_root: voc: SBD's folder, for train_aug where `prepare_voc.py` has not written its list.
         mask_folder: coco: folder with a folder of masks for each split, `val2014` and so on, which `prepare_coco.py`
             wrote once; splits without one, and all with null, have theirs painted when they are needed.
-        mask_overlap: coco: who gets pixels of several objects, "later" (null), "smaller" or "ignore".
-        mask_crowd: coco: what crowd regions become in masks, "background" (null), "ignore" or "object".
-        drop_empty: voc, coco: leave out images that show none of the classes; null keeps them.
+        mask_overlap: coco: who gets pixels of several objects, "later", "smaller" or "ignore"; null: as the masks
+            in `mask_folder` were painted, else "later".
+        mask_crowd: coco: what crowd regions become in masks, "background", "ignore" or "object"; null: as
+            the masks in `mask_folder` were painted, else "background".
+        drop_empty: voc, coco: leave out images that show none of the classes.
         mask_values: folder: what the pixel values of masks mean, where they are not label ids (null): "binary",
             "voc_colors" or a list such as "0=0,128=255,255=1" or "128/0/0=1"; "ids" accepts masks without objects.
     """
@@ -116,9 +72,9 @@ class DataRecipe:
     mask_folder: str | None = None
     mask_overlap: Literal["later", "smaller", "ignore"] | None = None
     mask_crowd: Literal["background", "ignore", "object"] | None = None
-    drop_empty: bool | None = None
+    drop_empty: bool = False
     separator: str | None = None
-    allow_empty: bool | None = None
+    allow_empty: bool = False
     mask_values: str | None = None
 
 
@@ -129,13 +85,12 @@ def null_weights_are_scratch(settings: Any) -> None:
 
 
 @dataclass(frozen=True)
-class ModelRecipe:
-    """Which network; null leaves a size to the weights or to `BiTransConfig`'s default.
+class BiTransRecipe:
+    """The Bi-Trans network; null leaves a value to the weights or to `BiTransConfig`'s default.
 
     Attributes:
         weights: "scratch" or null; "timm:<name>" for ImageNet weights from the Hub; a `.safetensors` or `.pth` file of
-            a timm vision transformer. cam: "scratch" or null; "timm" for the backbone's weights from the Hub; a file
-            of them, as `bitrans_hf.weights.load_backbone` reads it.
+            a timm vision transformer.
         class_token_noise: Noise that tells the repeated class tokens apart at the start, as a multiple of their
             standard deviation; 0 is the reference.
         image_size: Side of the training crops in pixels.
@@ -159,10 +114,7 @@ class ModelRecipe:
         class_contrast_weight: Weight of MCTformer+'s contrastive class-token loss.
         detach_second_view: No gradient of the consistency losses through the second view.
         attention_map_mode: recompute or eager.
-        architecture: "bitrans" (null), or "cam", a plain CNN whose class activation maps are its only seeds. A CNN has
-            the keys weights, image_size and the following two; all others are left null.
-        backbone: cam: name of a convolutional network of timm, or "resnet38"; null for ResNet50.
-        options: cam: further fields of `CamConfig`, such as output_stride, the pixels of a cell.
+        architecture: "bitrans"; "cam" has other keys, see `CamRecipe`.
     """
 
     weights: str = "scratch"
@@ -188,9 +140,7 @@ class ModelRecipe:
     class_contrast_weight: float | None = None
     detach_second_view: bool | None = None
     attention_map_mode: str | None = None
-    architecture: Literal["bitrans", "cam"] | None = None
-    backbone: str | None = None
-    options: dict[str, Any] | None = None
+    architecture: Literal["bitrans"] = "bitrans"
 
     def __post_init__(self) -> None:
         """Read null weights as "scratch"."""
@@ -198,57 +148,89 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True)
-class TrainRecipe:
-    """How to train; the defaults are the reference's (DeiT-Small on VOC, one GPU).
+class CamRecipe:
+    """A plain CNN whose class activation maps are its only seeds: the baseline without a transformer.
+
+    Attributes:
+        weights: "scratch" or null; "timm" for the backbone's weights from the Hub; a file of them, as
+            `bitrans_hf.weights.load_backbone` reads it.
+        image_size: Side of the training crops in pixels; null for `CamConfig`'s.
+        backbone: Name of a convolutional network of timm, or "resnet38"; null for ResNet50.
+        options: Further fields of `CamConfig`, such as output_stride, the pixels of a cell.
+        architecture: "cam"; in a preset it replaces the whole section of the recipe before it.
+    """
+
+    weights: str = "scratch"
+    image_size: int | None = None
+    backbone: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    architecture: Literal["cam"] = "cam"
+
+    def __post_init__(self) -> None:
+        """Read null weights as "scratch"."""
+        null_weights_are_scratch(self)
+
+
+ModelRecipe: TypeAlias = BiTransRecipe | CamRecipe
+MODEL_RECIPES: dict[str, type[ModelRecipe]] = {"bitrans": BiTransRecipe, "cam": CamRecipe}
+"""Section `model` by its architecture."""
+
+
+@dataclass(frozen=True)
+class TrainingRecipe:
+    """What every stage that trains a network says about its training.
 
     Attributes:
         epochs: Passes over the training images.
         batch_size: Images for each process and forward pass.
-        gradient_accumulation: Forward passes for each optimiser step.
+        gradient_accumulation: Forward passes for each optimizer step.
+        max_grad_norm: Clip the gradient to this norm; null does not clip.
+        precision: "auto": bf16 where the device multiplies bf16 natively, else float32; "no" for float32; "bf16".
+        compile: Compile the network with torch.compile.
+    """
+
+    epochs: int = 1
+    batch_size: int = 1
+    gradient_accumulation: int = 1
+    max_grad_norm: float | None = None
+    precision: Precision = "auto"
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class TrainRecipe(TrainingRecipe):
+    """How to train; the defaults are the reference's (DeiT-Small on VOC, one GPU).
+
+    Attributes:
         learning_rate: Peak rate for 512 images in a step; it is scaled linearly with their number.
         min_learning_rate: Last rate, not scaled.
         warmup_learning_rate: First rate, not scaled.
         warmup_epochs: Length of the linear warm-up.
-        consistency_warmup_epochs: Length of a linear rise of both consistency losses' weights from 0; null for none.
+        consistency_warmup_epochs: Length of a linear rise of both consistency losses' weights from 0; 0 for none.
         schedule: "epoch_cosine": the reference's, constant within an epoch, its first two epochs at the warm-up rate.
             "step_cosine": changes at every step, for short runs. "poly": (1 - step / steps)^0.9, without warm-up.
         weight_decay: Not applied to biases, norms, tokens and positions.
-        max_grad_norm: Clip the gradient to this norm; null does not clip.
         augmentation: Preset of `bitrans_hf.data.transforms`: "reference", "crop_flip" or "flip".
         augmentation_options: Options of the preset.
-        precision: "auto": bf16 where the device multiplies bf16 natively, else float32; "no" for float32; "bf16".
-        compile: Compile the model with torch.compile.
         activation_checkpointing: Keep only the layers' inputs and recompute the rest in the backward pass.
-        num_workers: Processes that load images, for each process that trains.
-        log_every: Optimiser steps between log lines.
-        checkpoint_every: Optimiser steps between checkpoints, beside the one after each epoch; null for none.
-        trackers: Trackers of Accelerate, such as tensorboard, wandb, trackio.
-        optimizer: "adamw" (null) or "sgd".
-        momentum: Of sgd; null for none.
+        optimizer: "adamw" or "sgd".
+        momentum: Of sgd.
     """
 
     epochs: int = 60
     batch_size: int = 64
-    gradient_accumulation: int = 1
     learning_rate: float = 5e-4
     min_learning_rate: float = 1e-5
     warmup_learning_rate: float = 1e-6
     warmup_epochs: float = 5
-    consistency_warmup_epochs: float | None = None
+    consistency_warmup_epochs: float = 0
     schedule: Literal["epoch_cosine", "step_cosine", "poly"] = "epoch_cosine"
     weight_decay: float = 0.05
-    max_grad_norm: float | None = None
     augmentation: str = "reference"
     augmentation_options: dict[str, Any] = field(default_factory=dict)
-    precision: Precision = "auto"
-    compile: bool = False
     activation_checkpointing: bool = False
-    num_workers: int = 2
-    log_every: int = 10
-    checkpoint_every: int | None = None
-    trackers: list[str] = field(default_factory=list)
-    optimizer: Literal["adamw", "sgd"] | None = None
-    momentum: float | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    momentum: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -262,11 +244,11 @@ class SeedsRecipe:
         variant: The maps that become label maps: "sc_cam", "coarse_cam", "fused" or "refined".
         threshold: Background score for the label maps.
         batch_size: Images of one size in a forward pass.
-        fusion: Rule behind the variants "fused" and "refined": "fused" (null), the paper's product; "fused_sqrt", its
+        fusion: Rule behind the variants "fused" and "refined": "fused", the paper's product; "fused_sqrt", its
             root; "sc_cam" or "coarse_cam", one of the two alone.
         num_seed_layers: K, how many of the last layers give the SC-CAM; null as the model was trained.
         num_affinity_layers: How many of the last layers give the affinity; null as the model was trained (all).
-        refine_steps: How often the variant "refined" is spread along the affinity; null for the paper's once.
+        refine_steps: How often the variant "refined" is spread along the affinity; once in the paper.
         normalize_affinity: Give every row of the affinity the sum 1 first.
         max_side: Longest side in pixels that images are worked on at, in this and all later stages: larger ones are
             reduced first, and what is found is enlarged, so that label maps have the image's own size. Memory grows
@@ -279,16 +261,16 @@ class SeedsRecipe:
     variant: SeedVariant = "refined"
     threshold: float = 0.4
     batch_size: int = 8
-    fusion: Literal["fused", "fused_sqrt", "sc_cam", "coarse_cam"] | None = None
+    fusion: Literal["fused", "fused_sqrt", "sc_cam", "coarse_cam"] = "fused"
     num_seed_layers: int | None = None
     num_affinity_layers: int | None = None
-    refine_steps: int | None = None
-    normalize_affinity: bool | None = None
+    refine_steps: int = 1
+    normalize_affinity: bool = False
     max_side: int | None = None
 
 
 @dataclass(frozen=True)
-class AffinityRecipe:
+class AffinityRecipe(TrainingRecipe):
     """How the affinity network is trained; the defaults are MCTformer's (PSA with a ResNet38, one GPU).
 
     Null leaves a value to `RELATIONS` of `bitrans_hf.hub.configuration_affinitynet`: what PSA or IRN does.
@@ -312,21 +294,11 @@ class AffinityRecipe:
         options: Further fields of `AffinityNetConfig`, such as output_stride, the pixels of a cell.
         crop_size: Side of the training crops in pixels; smaller images are padded.
         color_jitter: Strength of the jitter of brightness, contrast and saturation (hue: a third of it); 0 for none.
-        epochs: Passes over the images.
-        batch_size: Images for each process and forward pass.
-        gradient_accumulation: Forward passes for each optimiser step.
         optimizer: "literal": SGD as PSA runs it, where the weight decay also lands in the place of momentum: 0.0005.
             "momentum": what was meant, momentum 0.9.
         learning_rate: First rate of the backbone; it falls by (1 - step / steps)^0.9. New layers have 10 times it,
             biases twice.
         weight_decay: Not applied to biases.
-        max_grad_norm: Clip the gradient to this norm; null does not clip.
-        precision: "auto": bf16 where the device multiplies bf16 natively, else float32; "no" for float32; "bf16".
-        compile: Compile the network with torch.compile.
-        num_workers: Processes that load images, for each process that trains.
-        log_every: Optimiser steps between log lines.
-        checkpoint_every: Optimiser steps between checkpoints, beside the one after each epoch; null for none.
-        trackers: Trackers of Accelerate.
     """
 
     split: str | None = "train"
@@ -347,17 +319,9 @@ class AffinityRecipe:
     color_jitter: float = 0.3
     epochs: int = 5
     batch_size: int = 8
-    gradient_accumulation: int = 1
     optimizer: Literal["literal", "momentum"] = "literal"
     learning_rate: float = 0.01
     weight_decay: float = 5e-4
-    max_grad_norm: float | None = None
-    precision: Precision = "auto"
-    compile: bool = False
-    num_workers: int = 2
-    log_every: int = 10
-    checkpoint_every: int | None = None
-    trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Read null weights as "scratch"."""
@@ -386,7 +350,6 @@ class PseudoLabelsRecipe:
         refiner: Refiner of the seeds ("refiner"), or of the walked scores ("random_walk"): "crf", "par" or "none".
         crf_preset: Preset of the CRF, a name of `bitrans_hf.refine.crf.CRF_PRESETS`.
         batch_size: Images of one size in a forward pass of the network.
-        keep_scores: Store the soft scores beside the label maps.
         network: Folder of another affinity network than the run's own; null for `affinity/model` of the run.
     """
 
@@ -403,12 +366,11 @@ class PseudoLabelsRecipe:
     refiner: Refiner = "none"
     crf_preset: str = "psa"
     batch_size: int = 4
-    keep_scores: bool = False
     network: str | None = None
 
 
 @dataclass(frozen=True)
-class SegmentationRecipe:
+class SegmentationRecipe(TrainingRecipe):
     """How the segmentation network is trained; the defaults are MCTformer's (DeepLab-V1 on ResNet38, one GPU).
 
     Attributes:
@@ -430,22 +392,12 @@ class SegmentationRecipe:
             the preset's.
         crop_size: Side of the training crops in pixels; null for the preset's.
         augmentation_options: Options of `bitrans_hf.data.segmentation.PairAugmentation` in place of the preset's.
-        epochs: Passes over the images.
-        batch_size: Images for each process and forward pass.
-        gradient_accumulation: Forward passes for each optimiser step.
         optimizer: "sgd": "mctformer" has next to no momentum (1e-5: the weight decay that lands in its place),
             "deeplab-v1" 0.9. "adamw": for vision transformers.
         learning_rate: First rate of the backbone; it falls by (1 - step / steps)^0.9. The head has 10 times it. Null
             for the preset's.
         weight_decay: Not applied to biases and norms; null for the preset's.
-        max_grad_norm: Clip the gradient to this norm; null does not clip.
-        precision: "auto": bf16 where the device multiplies bf16 natively, else float32; "no" for float32; "bf16".
         channels_last: Keep feature maps with the channels innermost, as tensor cores want them.
-        compile: Compile the network with torch.compile.
-        num_workers: Processes that load images, for each process that trains.
-        log_every: Optimiser steps between log lines.
-        checkpoint_every: Optimiser steps between checkpoints, beside the one after each epoch; null for none.
-        trackers: Trackers of Accelerate.
     """
 
     labels: str = "pseudo_labels"
@@ -462,18 +414,10 @@ class SegmentationRecipe:
     augmentation_options: dict[str, Any] = field(default_factory=dict)
     epochs: int = 30
     batch_size: int = 4
-    gradient_accumulation: int = 1
     optimizer: Literal["sgd", "adamw"] = "sgd"
     learning_rate: float | None = None
     weight_decay: float | None = None
-    max_grad_norm: float | None = None
-    precision: Precision = "auto"
     channels_last: bool = False
-    compile: bool = False
-    num_workers: int = 2
-    log_every: int = 10
-    checkpoint_every: int | None = None
-    trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         """Read null weights as "scratch"."""
@@ -494,8 +438,6 @@ class PredictionRecipe:
         refiner: What the fused scores pass through at last: "crf", "par" or "none".
         crf_preset: Preset of the CRF, a name of `bitrans_hf.refine.crf.CRF_PRESETS`; null for the one that belongs to
             `preset`.
-        crf_classes: "predicted": the refiner sees background and the classes that win some pixel, which is what makes
-            80 classes affordable. "all": every class.
         pack: Pack the predictions of VOC splits without masks, that is test, as the VOC server wants them.
         network: Folder of another segmentation network than the run's own; null for `segmentation/model` of the run.
     """
@@ -508,7 +450,6 @@ class PredictionRecipe:
     stride: int | None = None
     refiner: Refiner = "crf"
     crf_preset: str | None = None
-    crf_classes: Literal["predicted", "all"] = "predicted"
     pack: bool = False
     network: str | None = None
 
@@ -579,7 +520,7 @@ class Recipe:
     output_dir: str = "runs"
     seed: int = 0
     data: DataRecipe = field(default_factory=DataRecipe)
-    model: ModelRecipe = field(default_factory=ModelRecipe)
+    model: ModelRecipe = field(default_factory=BiTransRecipe)
     train: TrainRecipe = field(default_factory=TrainRecipe)
     seeds: SeedsRecipe = field(default_factory=SeedsRecipe)
     affinity: AffinityRecipe | None = None
@@ -598,12 +539,12 @@ class Recipe:
         self._check_nulls()
         sections = {"train": self.train, "affinity": self.affinity, "segmentation": self.segmentation}
         for section, settings in sections.items():
-            for name in ("epochs", "batch_size", "gradient_accumulation", "log_every"):
+            for name in ("epochs", "batch_size", "gradient_accumulation"):
                 if settings is not None and getattr(settings, name) < 1:
                     raise InputError(f"{section}.{name} must be at least 1, got {getattr(settings, name)}.")
         if not self.seeds.scales or self.seeds.scales[0] != 1.0:
             raise InputError(f"seeds.scales must begin with 1.0, got {self.seeds.scales}.")
-        if self.seeds.refine_steps is not None and self.seeds.refine_steps < 1:
+        if self.seeds.refine_steps < 1:
             raise InputError(f"seeds.refine_steps must be at least 1, got {self.seeds.refine_steps}.")
         if self.seeds.max_side is not None and self.seeds.max_side < 1:
             raise InputError(f"seeds.max_side must be at least 1 pixel, got {self.seeds.max_side}.")
@@ -640,18 +581,15 @@ class Recipe:
                     )
 
     def _check_model(self) -> None:
-        is_cnn = self.model.architecture == "cam"
-        for each in dataclasses.fields(self.model):
-            value = getattr(self.model, each.name)
-            if each.name not in SHARED_KEYS and is_cnn != (each.name in CNN_KEYS) and value != each.default:
-                raise InputError(
-                    f"model.{each.name} does not belong to model.architecture {self.model.architecture or 'bitrans'}, "
-                    f"got {value!r}; set it to {'null' if each.default is None else each.default}."
-                )
+        is_cnn = isinstance(self.model, CamRecipe)
         for section, names in TRANSFORMER_KEYS.items():
+            settings = getattr(self, section)
             for name in names:
-                if is_cnn and getattr(getattr(self, section), name) is not None:
-                    raise InputError(f"{section}.{name} does not belong to model.architecture cam; set it to null.")
+                default = getattr(type(settings), name)
+                if is_cnn and getattr(settings, name) != default:
+                    raise InputError(
+                        f"{section}.{name} does not belong to model.architecture cam; set it to {str(default).lower()}."
+                    )
         made = variants_of(self)
         sections = {"seeds": self.seeds, "affinity": self.affinity, "pseudo_labels": self.pseudo_labels}
         for section, settings in sections.items():
@@ -662,10 +600,10 @@ class Recipe:
                     "CNN has no attention, so its class activation maps are its only seeds."
                 )
         momentum = self.train.momentum
-        if momentum is not None and (self.train.optimizer != "sgd" or not 0 <= momentum < 1):
+        if momentum and (self.train.optimizer != "sgd" or not 0 <= momentum < 1):
             raise InputError(
                 f"train.momentum must be in [0, 1) and is for train.optimizer sgd, got {momentum} for "
-                f"{self.train.optimizer or 'adamw'}."
+                f"{self.train.optimizer}."
             )
 
     def _check_affinity(self) -> None:
@@ -777,6 +715,10 @@ class RunOptions:
         strict: Stop at the first image that cannot be read.
         workers: Processes that refine label maps, for each process that was launched; null for one for each CPU core.
         dry_run: publish: list what would be uploaded, and upload nothing.
+        num_workers: Processes that load images, for each process that trains.
+        log_every: Optimizer steps between log lines.
+        checkpoint_every: Optimizer steps between checkpoints, beside the one after each epoch; null for none.
+        trackers: Trackers of Accelerate, such as tensorboard, wandb, trackio.
     """
 
     cpu: bool = False
@@ -784,182 +726,21 @@ class RunOptions:
     strict: bool = False
     workers: int | None = None
     dry_run: bool = False
+    num_workers: int = 2
+    log_every: int = 10
+    checkpoint_every: int | None = None
+    trackers: list[str] = field(default_factory=list)
 
+    def __post_init__(self) -> None:
+        """Check what the types do not say.
 
-class RecipeFile(ActionConfigFile):
-    """`--config`: a YAML file, or the name of a recipe that ships with the package."""
-
-    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
-        """Read the file into the parsed values."""
-        super().__call__(parser, cfg, str(recipe_file(values)), option_string)
-
-
-CONFIG_HELP = "YAML file with the keys below, or the name of a shipped recipe; a later one overrides an earlier one"
-
-
-def parse_recipe(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Recipe, RunOptions]:
-    """Read `--config FILE`, `--key value` overrides and the run options from the command line.
-
-    Args:
-        description: Of the script, for `--help`.
-        arguments: Command-line arguments; None for those of the process.
-
-    Raises:
-        SystemExit: unknown key, wrong type or value; the message says which.
-    """
-    recipe, options, _ = parse_recipe_with(NoOptions, description, arguments)
-    return recipe, options
-
-
-@dataclass(frozen=True)
-class NoOptions:
-    """A script that has no options of its own."""
-
-
-Group = TypeVar("Group")
-Made = TypeVar("Made")
-
-
-def parse_recipe_with(
-    own_options: type[Group], description: str | None, arguments: Sequence[str] | None = None
-) -> tuple[Recipe, RunOptions, Group]:
-    """Read the recipe as `parse_recipe`, and the fields of a dataclass of the script's own options beside it."""
-    parser = ArgumentParser(description=(description or "").split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--config", action=RecipeFile, help=CONFIG_HELP)
-    for group in (own_options, RunOptions, Recipe):
-        parser.add_class_arguments(group)
-    values = parser.instantiate(parser.parse_args(arguments))
-
-    def made(group: type[Made]) -> Made:
-        return group(**{key.name: values[key.name] for key in dataclasses.fields(group)})  # type: ignore[arg-type]
-
-    try:
-        return made(Recipe), made(RunOptions), made(own_options)
-    except InputError as error:
-        parser.error(str(error))
-
-
-def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
-    """Load one split of the recipe's data.
-
-    Args:
-        data: Where the images are.
-        split: Name of the split; null for all images of a folder.
-        masks: False leaves ground truth out of reach: training never sees it.
-    """
-    if data.source == "voc":
-        assert data.root is not None  # checked by Recipe
-        if split is None:
-            raise InputError("VOC has no images without a split; name a list such as train, val or train_aug.")
-        return load_voc(
-            data.root,
-            split,
-            classes=data.classes,
-            label_file=data.label_file,
-            sbd=data.sbd_root,
-            masks=masks,
-            drop_empty=bool(data.drop_empty),
-        )
-    if data.source == "coco":
-        assert data.root is not None
-        if split is None:
-            raise InputError("COCO has no images without a split; name one such as train2014 or val2014.")
-        written = None if data.mask_folder is None else Path(data.mask_folder) / split
-        return load_coco(
-            data.root,
-            split,
-            classes=data.classes,
-            masks=masks and (written if written is not None and written.is_dir() else True),
-            overlap=data.mask_overlap,
-            crowd=data.mask_crowd,
-            drop_empty=bool(data.drop_empty),
-        )
-    if data.source == "folder":
-        assert data.root is not None
-        return load_folder(
-            data.root,
-            data.table,
-            split=split,
-            classes=data.classes,
-            masks=None if masks else False,
-            separator=data.separator,
-            allow_empty=bool(data.allow_empty),
-            caller="recipe",
-            mask_values=data.mask_values,
-        )
-    if split not in SHAPE_SPLITS:
-        raise InputError(f"shapes have the splits {', '.join(SHAPE_SPLITS)}, got {split!r}.")
-    size = data.num_train if split == "train" else data.num_val
-    seed = len(SHAPE_SPLITS) * data.seed + SHAPE_SPLITS.index(split)
-    scenes = _drawn(size, seed, data.image_size)
-    return scenes if masks else scenes.remove_columns("mask")
-
-
-@functools.lru_cache(maxsize=len(SHAPE_SPLITS))
-def _drawn(size: int, seed: int, image_size: int) -> Dataset:
-    """Draw the scenes of a split once for all stages of a process, each of which loads it."""
-    return make_shapes(size, seed, image_size=image_size)
-
-
-def check_later_splits(recipe: Recipe) -> None:
-    """Load the splits that the stages after the training use: what is wrong with one shows before hours of training.
-
-    Raises:
-        DataError: one cannot be loaded.
-    """
-    if recipe.data.source == "shapes":
-        return
-    splits = [*recipe.seeds.splits]
-    if recipe.segmentation is not None and recipe.segmentation.val_split is not None:
-        splits.append(recipe.segmentation.val_split)
-    if recipe.prediction is not None:
-        splits += recipe.prediction.splits
-    for split in dict.fromkeys(splits):
-        load_images(recipe.data, split, masks=True)
-
-
-def describe_folder(data: DataRecipe, split: str | None) -> str | None:
-    """Say what a folder of somebody's own images holds and what is wrong with it; None for other sources.
-
-    This comes before a training: of pictures the beginning is read, and of the masks in all splits, against which
-    later stages score, up to a hundred. Training gets none of them.
-
-    Raises:
-        DataError: a mask cannot be scored against.
-    """
-    if data.source != "folder":
-        return None
-    assert data.root is not None  # checked by Recipe
-    report = check_folder(
-        data.root,
-        data.table,
-        split=split,
-        classes=data.classes,
-        masks=False,
-        separator=data.separator,
-        allow_empty=bool(data.allow_empty),
-        caller="recipe",
-        decode=False,
-    )
-    num_masks, notes = check_masks(
-        data.root,
-        data.table,
-        classes=data.classes,
-        separator=data.separator,
-        mask_values=data.mask_values,
-        caller="recipe",
-    )
-    lines = [report.summary()]
-    if num_masks:
-        lines.append(f"  masks: {num_masks:,} looked at, evenly spread over all splits; they serve scores alone")
-    return "\n".join([*lines, *(f"  note: {note}" for note in notes)])
-
-
-def describe_contrast(images: Dataset) -> str | None:
-    """Say which classes every image shows, so that nothing tells them from what surrounds them; None for no class."""
-    classes = class_names(images)
-    counts = Counter(classes[class_id] for ids in images["labels"] for class_id in set(ids))
-    return note_on_contrast(classes, counts, len(images))
+        Raises:
+            InputError: a value is out of range.
+        """
+        for name, least in (("num_workers", 0), ("log_every", 1), ("checkpoint_every", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} must be at least {least}, got {value}.")
 
 
 def max_side_of(recipe: Recipe) -> int:
@@ -969,49 +750,5 @@ def max_side_of(recipe: Recipe) -> int:
 
 def variants_of(recipe: Recipe) -> dict[str, tuple[str, bool]]:
     """Return the (mode, refine) pairs of a run's seeds by their names; a CNN, which has no attention, has one."""
-    variants = seed_variants(recipe.seeds.fusion or "fused")
-    return {"coarse_cam": variants["coarse_cam"]} if recipe.model.architecture == "cam" else variants
-
-
-def build_model(model: ModelRecipe, id2label: dict[int, str], seed: int) -> BiTransModel:
-    """Build the network of a recipe, with its starting weights.
-
-    Args:
-        model: What to build.
-        id2label: Names of the C object classes.
-        seed: Of everything that is drawn: new weights and the class tokens' noise.
-    """
-    fields = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
-    fields.pop("architecture", None)
-    weights, noise = fields.pop("weights"), fields.pop("class_token_noise")
-    if weights == "scratch":
-        set_seed(seed)
-        return BiTransModel(BiTransConfig(id2label=id2label, **fields))
-    if weights.startswith("timm:"):
-        return from_timm(
-            weights.removeprefix("timm:"), id2label=id2label, class_token_noise=noise, seed=seed, **fields
-        )
-    return from_timm_state_dict(weights_file(weights), id2label=id2label, class_token_noise=noise, seed=seed, **fields)
-
-
-def build_cam(model: ModelRecipe, id2label: dict[int, str], seed: int) -> CamModel:
-    """Build the CNN of a recipe, with its starting weights; arguments as in `build_model`.
-
-    Raises:
-        ValueError, OSError: the weights are not there or do not fit, see `load_backbone`; or stages are to stay as
-            they were drawn.
-    """
-    given = {"backbone": model.backbone, "image_size": model.image_size}
-    fields = {key: value for key, value in given.items() if value is not None} | (model.options or {})
-    config = CamConfig(id2label=id2label, **fields)
-    if model.weights == "scratch" and (config.num_frozen_stages or config.freeze_batch_statistics):
-        raise InputError(
-            "model.weights scratch leaves nothing to freeze, got num_frozen_stages "
-            f"{config.num_frozen_stages} and freeze_batch_statistics {config.freeze_batch_statistics}; take them out "
-            "of model.options, or give weights."
-        )
-    set_seed(seed)
-    network = CamModel(config)
-    if model.weights != "scratch":
-        load_backbone(network, None if model.weights == "timm" else model.weights)
-    return network
+    variants = seed_variants(recipe.seeds.fusion)
+    return {"coarse_cam": variants["coarse_cam"]} if isinstance(recipe.model, CamRecipe) else variants

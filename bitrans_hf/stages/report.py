@@ -26,8 +26,10 @@ from ..report.page import (
     write_report,
 )
 from ..store import SeedStore
+from .build import load_images
 from .label_maps import LabelMap, cell_labels, stored_label_maps
-from .recipe import ALL_IMAGES, Recipe, RunOptions, load_images, max_side_of, parse_recipe, variants_of
+from .parse import parse_recipe
+from .recipe import ALL_IMAGES, Recipe, RunOptions, max_side_of, variants_of
 from .run import StageError, make_accelerator, say, working
 
 PREDICTION_STEPS = {

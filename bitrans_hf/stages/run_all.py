@@ -7,10 +7,11 @@ from collections.abc import Sequence
 
 from .. import commands, progress
 from .affinity import train_affinity
+from .build import check_later_splits
+from .parse import parse_recipe
 from .predictions import predict_masks
 from .pseudo_labels import make_pseudo_labels
 from .publish import publish
-from .recipe import check_later_splits, parse_recipe
 from .report import make_report
 from .seeds import make_seeds
 from .segmentation import train_segmentation

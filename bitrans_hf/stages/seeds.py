@@ -29,8 +29,10 @@ from ..metrics import SweepResult, ThresholdSweep
 from ..progress import size_text
 from ..refine.pseudo_labels import seeds_to_label_map, write_label_png
 from ..store import SeedStore
+from .build import load_images
 from .label_maps import scored_images
-from .recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, load_images, max_side_of, parse_recipe, variants_of
+from .parse import parse_recipe
+from .recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, max_side_of, variants_of
 from .run import (
     Stage,
     StageError,

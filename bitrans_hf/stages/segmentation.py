@@ -31,9 +31,11 @@ from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from ..hub.weight_files import load_trained
 from ..metrics import confusion_counts, iou_from_counts, miou_from_counts
 from ..weights import load_backbone
+from .build import load_images
 from .loop import RateSchedule, TrainingLoop
 from .multi_scale import SINGLE_SCALE, multi_scale_scores
-from .recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, load_images, max_side_of, parse_recipe
+from .parse import parse_recipe
+from .recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, max_side_of
 from .run import Stage, StageError, make_accelerator, model_folder, progress, refuse_cnn, say, say_precision, working
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation")

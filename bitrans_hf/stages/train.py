@@ -25,19 +25,10 @@ from ..hub.labels import class_ids_to_multi_hot
 from ..hub.modeling_bitrans import BiTransOutput
 from ..hub.modeling_cam import CamModel, CamOutput
 from ..metrics import image_average_precision, mean_average_precision
+from .build import build_cam, build_model, describe_contrast, describe_folder, load_images
 from .loop import RateSchedule, TrainingLoop, images_per_step
-from .recipe import (
-    Recipe,
-    RunOptions,
-    TrainRecipe,
-    build_cam,
-    build_model,
-    describe_contrast,
-    describe_folder,
-    load_images,
-    max_side_of,
-    parse_recipe,
-)
+from .parse import parse_recipe
+from .recipe import Recipe, RunOptions, TrainRecipe, max_side_of
 from .run import Stage, StageError, make_accelerator, progress, say, say_precision, working
 
 DEPENDS_ON = ("seed", "data", "model", "train")
