@@ -33,7 +33,6 @@ BENCHMARKS = {
     "pairs": bench_refine.pair_affinities,
     "walk": bench_refine.random_walk,
     "crf": bench_refine.crf_pool,
-    "crf_disk": bench_refine.crf_labels_on_disk,
     "par": bench_refine.par_beside_crf,
     "miou-memory": bench_metrics.memory_of_a_stream,
     "segment-training": bench_segment.training_step,

@@ -6,9 +6,7 @@ import functools
 import math
 import multiprocessing
 import os
-import pickle
 import statistics
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -29,7 +27,6 @@ from bitrans_hf.pool import ImagePool, available_cores
 from bitrans_hf.refine.crf import CrfNotInstalledError, check_crf_installed, dense_crf
 from bitrans_hf.refine.pseudo_labels import with_background
 from bitrans_hf.refine.random_walk import propagate, transition_matrix
-from bitrans_hf.store import LabelScoreStore
 
 from .harness import (
     Options,
@@ -244,31 +241,6 @@ def crf_pool(options: Options) -> list[Row]:
         f"(their start, {start_up:.1f} s once for a set, left out)"
     )
     return [Row(name, times["two"], times["one"], "one process", "ms", 0.55)]
-
-
-def crf_labels_on_disk(options: Options) -> list[Row]:
-    """CRF labels of both background exponents: ours as bytes against pickled dictionaries of float32 arrays."""
-    if not crf_is_there():
-        return []
-    source, pictures = make_pictures(6)
-    with tempfile.TemporaryDirectory() as name:
-        store, reference_folder = LabelScoreStore(Path(name) / "ours"), Path(name) / "reference"
-        reference_folder.mkdir()
-        for number, (image, class_ids, maps) in enumerate(pictures):
-            marginals = {}
-            for which, alpha in (("low", 1), ("high", 12)):
-                marginals[which] = dense_crf(image, with_background(maps, alpha=alpha))
-                labels = [0, *(class_ids + 1).tolist()]
-                # MCTformer's script: one file for each exponent, a dictionary from label to (H, W) float32.
-                dictionary = dict(zip(labels, marginals[which], strict=True))
-                (reference_folder / f"{number}_{which}.npy").write_bytes(pickle.dumps(dictionary))
-            store.write(str(number), class_ids, marginals)
-        ours, reference = (
-            sum(file.stat().st_size for file in folder.iterdir()) / len(pictures) * 1000 / MEBIBYTE
-            for folder in (store.folder, reference_folder)
-        )
-    title = f"CRF labels of 1,000 images (scaled up from {len(pictures)} {source}, alpha 1 and 12), disk"
-    return [Row(title, ours, reference, "dictionaries of float32", "MiB")]
 
 
 def par_beside_crf(options: Options) -> list[Row]:

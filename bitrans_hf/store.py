@@ -1,7 +1,6 @@
-"""Seeds and refined scores on disk: one small `.npz` for each image, no pickle, complete or absent."""
+"""Seeds on disk: one small `.npz` for each image, no pickle, complete or absent."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +116,7 @@ class SeedStore(ImageStore):
         """
         path = self.path(image_id)
         if not path.is_file():
-            raise MissingFileError(
-                f"no seeds of image {image_id!r} in {self.folder}; run training/make_seeds.py first."
-            )
+            raise MissingFileError(f"no seeds of image {image_id!r} in {self.folder}; make its seeds first.")
         with np.load(path, allow_pickle=False) as arrays:
             self._check_id(image_id, arrays)
             class_ids, (height, width) = arrays["class_ids"], arrays["size"].tolist()
@@ -132,64 +129,3 @@ class SeedStore(ImageStore):
                 maps = torch.from_numpy(arrays[f"maps_{variant}"].astype(np.float32))
                 seeds[variant] = normalized_seeds(class_ids, maps, size)
             return seeds
-
-
-@dataclass(frozen=True)
-class LabelScores:
-    """Refined label scores of one image, such as the CRF's marginals for several background exponents.
-
-    Attributes:
-        class_ids: (K,) int64, 0-based ids of the present object classes, ascending.
-        scores: Name -> (1 + K, H, W) float32 in [0, 1] at the image's size, background as row 0.
-    """
-
-    class_ids: np.ndarray
-    scores: dict[str, np.ndarray]
-
-
-class LabelScoreStore(ImageStore):
-    """A folder of refined label scores, as bytes.
-
-    Scores are rounded to multiples of 1/255. Most marginals of a CRF are close to 0 or 1, so that the compressed file
-    is a small fraction of the reference's dictionary of (H, W) float32 arrays.
-    """
-
-    def write(self, image_id: str, class_ids: np.ndarray, scores: Mapping[str, np.ndarray]) -> None:
-        """Write one image's scores by atomic rename.
-
-        Args:
-            image_id: Name of the image.
-            class_ids: (K,) ids of the present classes.
-            scores: Name -> (1 + K, H, W) in [0, 1], background as row 0.
-
-        Raises:
-            ValueError: a wrong number of rows, NaN, or values outside [0, 1]; the message names the image.
-            DiskFullError: there is no room.
-        """
-        arrays: dict[str, Any] = {"class_ids": np.asarray(class_ids, dtype=np.int64)}
-        for name, values in scores.items():
-            if values.ndim != 3 or len(values) != 1 + len(class_ids):
-                raise InputError(
-                    f"{image_id}: scores {name!r} of {len(class_ids)} classes and background must be "
-                    f"({1 + len(class_ids)}, H, W), got {values.shape}."
-                )
-            # NaN fails every comparison.
-            if not ((values >= -1e-3) & (values <= 1 + 1e-3)).all():
-                raise InputError(f"{image_id}: scores {name!r} must be in [0, 1] without NaN; refine them again.")
-            arrays[f"scores_{name}"] = np.rint(255 * np.clip(values, 0, 1).astype(np.float32)).astype(np.uint8)
-        self._write(image_id, arrays)
-
-    def read(self, image_id: str) -> LabelScores:
-        """Read an image's scores.
-
-        Raises:
-            MissingFileError: the image has no scores here.
-        """
-        path = self.path(image_id)
-        if not path.is_file():
-            raise MissingFileError(f"no label scores of image {image_id!r} in {self.folder}; refine its seeds first.")
-        with np.load(path, allow_pickle=False) as arrays:
-            self._check_id(image_id, arrays)
-            names = [name for name in arrays if name.startswith("scores_")]
-            scores = {name.removeprefix("scores_"): arrays[name].astype(np.float32) / 255 for name in names}
-            return LabelScores(arrays["class_ids"], scores)

@@ -15,7 +15,7 @@ from render_cards import rendered
 from tiny_run import METRICS, RECIPE, write_run
 
 import bitrans_hf
-from bitrans_hf.publishing.cards import DATA_NAMES, NOT_MEASURED, Run, render_card
+from bitrans_hf.publishing.cards import DATA_NAMES, NOT_MEASURED, RunRecord, render_card
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -58,18 +58,18 @@ def template_texts() -> list[str]:
     ]
 
 
-def card_of(run: Run, network: str = "bitrans", **options: Any) -> str:
+def card_of(run: RunRecord, network: str = "bitrans", **options: Any) -> str:
     given = {"repo": "me/bitrans-x", "version": "v1.0", "package_version": bitrans_hf.__version__, **options}
     return render_card(run, network, **given)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return Run.from_folder(write_run(tmp_path_factory.mktemp("runs") / "animals"))
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunRecord:
+    return RunRecord.from_folder(write_run(tmp_path_factory.mktemp("runs") / "animals"))
 
 
 @pytest.mark.parametrize("network", ["bitrans", "affinitynet", "deeplab"])
-def test_every_number_of_a_card_is_in_the_files_of_the_run(run: Run, network: str):
+def test_every_number_of_a_card_is_in_the_files_of_the_run(run: RunRecord, network: str):
     card = card_of(run, network, picture="gallery.png")
     assert unfounded_numbers(card, json.loads(run.to_json()), *template_texts()) == []
     assert len(NUMBER.findall(card)) > 15
@@ -91,7 +91,7 @@ def test_there_are_cards_of_what_was_really_trained_here():
     assert {path.parent.name for path in KEPT_CARDS} >= {"shapes", "voc_animals_deit_tiny"}
 
 
-def test_scores_stand_where_readers_and_the_hub_look_for_them(run: Run):
+def test_scores_stand_where_readers_and_the_hub_look_for_them(run: RunRecord):
     card = ModelCard(card_of(run))
     results = {(result.dataset_split, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert results == {
@@ -112,32 +112,32 @@ def test_scores_stand_where_readers_and_the_hub_look_for_them(run: Run):
 
 
 def test_what_was_not_measured_is_said_to_be_missing(tmp_path: Path):
-    alone = Run.from_folder(write_run(tmp_path / "alone", ("train",)))
+    alone = RunRecord.from_folder(write_run(tmp_path / "alone", ("train",)))
     stages = {"train": {**alone.stages["train"], "metrics": {"loss": 1.0}}}
-    card = card_of(Run("alone", alone.classes, stages))
+    card = card_of(RunRecord("alone", alone.classes, stages))
     assert card.count(NOT_MEASURED) >= 12
     assert "model-index" not in card
     assert "%" in card
     assert not re.search(r"\bNone\b|\bnan\b|null", card)
 
 
-def test_a_ceiling_that_was_trained_on_masks_does_not_claim_weak_supervision(run: Run, tmp_path: Path):
+def test_a_ceiling_that_was_trained_on_masks_does_not_claim_weak_supervision(run: RunRecord, tmp_path: Path):
     recipe = {**RECIPE, "segmentation": {**RECIPE["segmentation"], "labels": "ground_truth"}}
-    card = card_of(Run.from_folder(write_run(tmp_path / "ceiling", recipe=recipe)), "deeplab")
+    card = card_of(RunRecord.from_folder(write_run(tmp_path / "ceiling", recipe=recipe)), "deeplab")
     assert "trained on ground-truth masks" in card
     assert "No mask was seen" not in card
     assert "No mask was seen" in card_of(run, "deeplab")
 
 
 def test_a_network_that_was_not_trained_has_no_card(tmp_path: Path):
-    alone = Run.from_folder(write_run(tmp_path / "alone", ("train", "seeds")))
+    alone = RunRecord.from_folder(write_run(tmp_path / "alone", ("train", "seeds")))
     with pytest.raises(ValueError, match=r"run alone has no finished stage 'segmentation', which trains DeepLab"):
         card_of(alone, "deeplab")
-    with pytest.raises(FileNotFoundError, match=r"train is not finished; run training/run_all\.py first"):
-        Run.from_folder(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"train is not finished; run its recipe first"):
+        RunRecord.from_folder(tmp_path)
 
 
-def test_a_card_shows_the_recipe_and_not_where_the_data_lay(run: Run):
+def test_a_card_shows_the_recipe_and_not_where_the_data_lay(run: RunRecord):
     card = card_of(run)
     shown = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL).group(1))  # type: ignore[union-attr]
     assert shown["train"] == RECIPE["train"]
@@ -157,13 +157,13 @@ def test_a_card_shows_the_recipe_and_not_where_the_data_lay(run: Run):
 ])  # fmt: skip
 def test_a_card_says_what_the_network_was_trained_on(tmp_path: Path, source: dict[str, Any], words: str):
     recipe = {**RECIPE, "data": source}
-    run = Run.from_folder(write_run(tmp_path / "other", ("train", "seeds"), recipe))
+    run = RunRecord.from_folder(write_run(tmp_path / "other", ("train", "seeds"), recipe))
     card = card_of(run)
     assert words in card
     assert ("Flickr" in card) == (source["source"] == "coco")
 
 
-def test_markdown_has_neither_gaps_nor_traces_of_the_template(run: Run):
+def test_markdown_has_neither_gaps_nor_traces_of_the_template(run: RunRecord):
     for network in ("bitrans", "affinitynet", "deeplab"):
         for card in (card_of(run, network), card_of(run, network, picture="gallery.png")):
             assert "\n\n\n" not in card
@@ -181,7 +181,7 @@ def test_numbers_of_a_run_are_copied_and_all_cards_rendered_anew(tmp_path: Path,
     folder = tmp_path / "cards" / "animals"
     assert {path.name for path in folder.iterdir()} == {"run.json", "README.md", "affinitynet.md", "deeplab.md"}
     assert (
-        Run.from_json((folder / "run.json").read_text()).metrics("predictions")["miou"]
+        RunRecord.from_json((folder / "run.json").read_text()).metrics("predictions")["miou"]
         == METRICS["predictions"]["miou"]
     )
     assert "README.md" in capsys.readouterr().out

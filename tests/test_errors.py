@@ -18,8 +18,8 @@ from bitrans_hf.commands import run_command
 from bitrans_hf.data import folder_report
 from bitrans_hf.hub.errors import MissingExtraError, MissingFileError, ends_with_a_sentence, sentence_of
 from bitrans_hf.pool import ImagePool
-from bitrans_hf.stages.recipe import RunOptions
-from bitrans_hf.stages.run import StageError
+from bitrans_hf.stages.recipe import Recipe, RunOptions
+from bitrans_hf.stages.run import Run, StageError
 from bitrans_hf.stages.train import validate
 
 
@@ -113,10 +113,11 @@ def test_an_image_that_a_person_can_mend_is_left_out_of_a_set_and_a_bug_stops_it
 def test_validation_images_of_which_none_can_be_read_are_one_sentence(tmp_path: Path):
     (tmp_path / "a.png").write_bytes(b"no image")
     images = [{"image": {"path": str(tmp_path / "a.png"), "bytes": None}, "labels": [0]}]
+    run = Run(Recipe(), RunOptions(), Accelerator(cpu=True))
     with pytest.raises(StageError, match=r"^none of the 1 images of data\.val_split can be read, so the model"):
-        validate(Accelerator(cpu=True), RunOptions(), tiny_model(), BiTransImageProcessor(), images)
+        validate(run, tiny_model(), BiTransImageProcessor(), images)
     Image.fromarray(np.zeros((32, 32, 3), np.uint8)).save(tmp_path / "a.png")
-    assert set(validate(Accelerator(cpu=True), RunOptions(), tiny_model(), BiTransImageProcessor(), images)) == {
+    assert set(validate(run, tiny_model(), BiTransImageProcessor(), images)) == {
         "map_class",
         "map_patch",
         "image_ap_class",

@@ -21,7 +21,8 @@ from bitrans_hf.hub.seeds import SEED_VARIANTS
 from bitrans_hf.metrics import threshold_sweep
 from bitrans_hf.refine.pseudo_labels import write_label_png
 from bitrans_hf.stages.evaluate import main as evaluate_main
-from bitrans_hf.stages.run import StageError, write_json
+from bitrans_hf.stages.records import write_json
+from bitrans_hf.stages.run import StageError
 from bitrans_hf.store import SeedStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -12,8 +12,8 @@ from bitrans_hf.data import make_shapes
 from bitrans_hf.pool import Outcome
 from bitrans_hf.stages import predictions as predict_masks
 from bitrans_hf.stages.label_maps import num_workers, result_of, scored_images
-from bitrans_hf.stages.recipe import PredictionRecipe, RunOptions
-from bitrans_hf.stages.run import StageError
+from bitrans_hf.stages.recipe import PredictionRecipe, Recipe, RunOptions
+from bitrans_hf.stages.run import Run, StageError
 
 pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 
@@ -21,18 +21,20 @@ pytestmark = pytest.mark.usefixtures("fresh_accelerator")
 def test_a_failed_refinement_stops_the_prediction_with_the_image_and_the_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("pydensecrf", reason="the dense CRF is an extra")
     images = make_shapes(3, 0, image_size=32)
     broken = images["image_id"][1]
 
-    def predict(accelerator, model, processor, row, folder, settings):
+    def predict(run, model, processor, row, folder, settings):
         scores = np.full((2, 32, 32), np.nan if row["image_id"] == broken else 0.5, np.float32)
         return predict_masks.Prediction((32, 32), np.array([0, 1], np.uint8), np.zeros((32, 32, 3), np.uint8), scores)
 
     monkeypatch.setattr(predict_masks, "predict_image", predict)
     settings = PredictionRecipe(refiner="crf")
     options = RunOptions(workers=1, quiet=True, cpu=True)
+    run = Run(Recipe(), options, Accelerator(cpu=True))
     with pytest.raises(StageError, match=rf"image {broken}: .*NaN.* the same command goes on"):
-        predict_masks.predict_split(Accelerator(cpu=True), options, None, None, images, tmp_path, settings)
+        predict_masks.predict_split(run, None, None, images, tmp_path, settings)
     assert [path.stem for path in (tmp_path / "crf").iterdir()] == [images["image_id"][0]]
 
 
@@ -48,7 +50,5 @@ def test_the_number_of_scored_images_is_said_where_it_is_smaller() -> None:
 
 
 def test_workers_are_as_many_as_asked_for_and_no_more_than_images() -> None:
-    accelerator = Accelerator(cpu=True)
-    assert num_workers(accelerator, RunOptions(workers=3), 10) == 3
-    assert num_workers(accelerator, RunOptions(workers=3), 2) == 2
-    assert num_workers(accelerator, RunOptions(workers=3), 0) == 1
+    run = Run(Recipe(), RunOptions(workers=3), Accelerator(cpu=True))
+    assert [num_workers(run, total) for total in (10, 2, 0)] == [3, 2, 1]

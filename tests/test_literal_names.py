@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from test_report import make_row
 from tiny_run import write_run
 
-from bitrans_hf.publishing.cards import Run, render_card
+from bitrans_hf.publishing.cards import RunRecord, render_card
 from bitrans_hf.publishing.markdown import literal
 from bitrans_hf.report.page import Table, confusion_picture, drawable, figure_grid
 from bitrans_hf.stages.evaluate import columns_of, text_table
@@ -53,12 +53,12 @@ def test_plain_names_stay_as_they_are() -> None:
 
 @pytest.mark.parametrize("first", NAMES)
 def test_a_card_shows_every_name_and_its_code_is_python(tmp_path: Path, first: str) -> None:
-    run = Run.from_folder(write_run(tmp_path / "a"))
+    run = RunRecord.from_folder(write_run(tmp_path / "a"))
     stages, names = copy.deepcopy(dict(run.stages)), [first, *(name for name in NAMES if name != first)]
     for stage in stages.values():
         stage["recipe"].get("data", {})["classes"] = names
     card = render_card(
-        Run(run.name, names, stages),
+        RunRecord(run.name, names, stages),
         "bitrans",
         repo="org/a",
         version="v1",

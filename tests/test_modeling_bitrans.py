@@ -402,12 +402,14 @@ def test_autocast_stays_close_to_full_precision(mode: str):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.6's own tracing
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.parametrize("mode", ["recompute", "eager"])
 def test_torch_compile_takes_the_whole_training_step_as_one_graph(mode: str):
     check_compiled("aot_eager", attention_map_mode=mode)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 @pytest.mark.slow
 def test_torch_compile_with_inductor_agrees_with_eager():
     check_compiled("inductor")

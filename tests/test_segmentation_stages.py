@@ -28,8 +28,8 @@ from bitrans_hf.stages.multi_scale import TEST_PRESETS, multi_scale_scores
 from bitrans_hf.stages.parse import parse_recipe
 from bitrans_hf.stages.predictions import VOC_SERVER_FOLDER, pack_for_voc_server, predict_image
 from bitrans_hf.stages.predictions import main as predict_main
-from bitrans_hf.stages.recipe import PredictionRecipe, SegmentationRecipe
-from bitrans_hf.stages.run import StageError
+from bitrans_hf.stages.recipe import PredictionRecipe, RunOptions, SegmentationRecipe
+from bitrans_hf.stages.run import Run, StageError
 from bitrans_hf.stages.run_all import main as run_all_main
 from bitrans_hf.stages.segmentation import build_network, make_optimizer
 from bitrans_hf.stages.segmentation import main as train_main
@@ -44,7 +44,7 @@ TINY = [
     "--segmentation.labels", "ground_truth", "--segmentation.val_split", "val",
     "--segmentation.options", '{"backbone_config": {"width_multiplier": 0.03125}}',
     "--segmentation.crop_size", "48", "--segmentation.epochs", "2", "--segmentation.batch_size", "4",
-    "--segmentation.num_workers", "0", "--segmentation.log_every", "2", "--segmentation.learning_rate", "0.002",
+    "--num_workers", "0", "--log_every", "2", "--segmentation.learning_rate", "0.002",
     "--prediction.refiner", "none", "--prediction.scales", "[1.0, 0.5]",
 ]  # fmt: skip
 
@@ -130,7 +130,7 @@ def test_run_all_goes_on_to_the_segmentation_network_and_shows_it(tmp_path: Path
     small = (
         "--model.image_size", "64", "--model.patch_size", "16", "--model.hidden_size", "24",
         "--model.num_hidden_layers", "2", "--model.num_attention_heads", "2", "--model.num_seed_layers", "1",
-        "--train.epochs", "1", "--train.batch_size", "4", "--train.augmentation", "flip", "--train.num_workers", "0",
+        "--train.epochs", "1", "--train.batch_size", "4", "--train.augmentation", "flip", "--num_workers", "0",
         "--train.learning_rate", "0.05", "--report.num_images", "2",
         "--segmentation.labels", "seeds", "--segmentation.num_images", "12", "--segmentation.backbone", "bitrans",
         "--segmentation.weights", "trained", "--segmentation.options", "{output_stride: 8, head_dilation: 1}",
@@ -185,16 +185,15 @@ def test_the_refiner_sees_the_predicted_of_81_classes(tmp_path: Path, shared_dat
     rows = load_coco(shared_data / "tiny_coco", "val2017").select(range(2))
     recipe, _ = parse_recipe("", TINY)
     names = rows.features["labels"].feature.names
-    network = build_network(recipe, recipe.segmentation, names).eval()
-    accelerator = Accelerator(cpu=True)
-    for settings in (PredictionRecipe(scales=[0.25]), PredictionRecipe(scales=[0.25], crf_classes="all")):
-        for row in rows:
-            made = predict_image(accelerator, network, BiTransImageProcessor(), row, tmp_path, settings)
-            label_map = open_mask(tmp_path / "multi_scale" / f"{row['image_id']}.png", num_classes=80)
-            np.testing.assert_array_equal(made.label_map(made.scores), label_map)
-            predicted = range(81) if settings.crf_classes == "all" else np.union1d([0], np.unique(label_map))
-            assert made.label_ids.tolist() == list(predicted)
-            assert made.scores.shape == (len(predicted), *made.image.shape[:2])
+    run = Run(recipe, RunOptions(cpu=True), Accelerator(cpu=True))
+    network = build_network(run, recipe.segmentation, names).eval()
+    for row in rows:
+        made = predict_image(run, network, BiTransImageProcessor(), row, tmp_path, PredictionRecipe(scales=[0.25]))
+        label_map = open_mask(tmp_path / "multi_scale" / f"{row['image_id']}.png", num_classes=80)
+        np.testing.assert_array_equal(made.label_map(made.scores), label_map)
+        predicted = np.union1d([0], np.unique(label_map))
+        assert made.label_ids.tolist() == list(predicted)
+        assert made.scores.shape == (len(predicted), *made.image.shape[:2])
 
 
 def test_bf16_accumulation_and_adamw_are_recipe_keys(tmp_path: Path):
@@ -232,12 +231,15 @@ def test_label_maps_of_earlier_stages_are_found_by_name(tmp_path: Path):
 
 def test_the_backbone_starts_from_the_weights_that_the_recipe_names(tmp_path: Path):
     recipe, _ = parse_recipe("", arguments(tmp_path))
+    run = Run(recipe, RunOptions(cpu=True), Accelerator(cpu=True))
     tiny = {"backbone_config": {"width_multiplier": 0.03125}}
-    source = build_network(recipe, SegmentationRecipe(options=tiny), ["a"])
+    source = build_network(run, SegmentationRecipe(options=tiny), ["a"])
     names = {name.removeprefix("network."): value for name, value in source.backbone.state_dict().items()}
     torch.save(names, tmp_path / "res38_cls.pth")
     started = build_network(
-        replace(recipe, seed=1), SegmentationRecipe(options=tiny, weights=str(tmp_path / "res38_cls.pth")), ["b", "c"]
+        replace(run, recipe=replace(recipe, seed=1)),
+        SegmentationRecipe(options=tiny, weights=str(tmp_path / "res38_cls.pth")),
+        ["b", "c"],
     )
     assert largest_difference(source.backbone.state_dict(), started.backbone.state_dict()) == 0.0
     assert started.config.id2label == {0: "background", 1: "b", 2: "c"}
@@ -245,12 +247,12 @@ def test_the_backbone_starts_from_the_weights_that_the_recipe_names(tmp_path: Pa
     bitrans = tiny_model()
     bitrans.save_pretrained(tmp_path / "tiny" / "train" / "model")
     own = SegmentationRecipe(backbone="bitrans", weights="trained", options={"output_stride": 4})
-    network = build_network(recipe, own, ["cat", "dog", "horse"])
+    network = build_network(run, own, ["cat", "dog", "horse"])
     assert network.stride == 4
     for name, value in network.backbone.encoder.state_dict().items():
         assert torch.equal(value, bitrans.state_dict()[name])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
-        build_network(recipe, SegmentationRecipe(options=tiny, weights="nowhere.pth"), ["a"])
+        build_network(run, SegmentationRecipe(options=tiny, weights="nowhere.pth"), ["a"])
 
 
 # ---- Killed and resumed.
@@ -261,7 +263,7 @@ class Killed(Exception):
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    more = ("--segmentation.checkpoint_every", "1", "--segmentation.preset", "deeplab-v1")
+    more = ("--checkpoint_every", "1", "--segmentation.preset", "deeplab-v1")
     train_main(arguments(tmp_path / "whole", *more))
 
     from bitrans_hf.stages import loop
@@ -380,8 +382,8 @@ def test_missing_label_maps_are_counted_and_the_first_is_named(tmp_path: Path):
 @pytest.mark.parametrize(
     ("labels", "words"),
     [
-        ("pseudo_labels", r"no label maps at .*pseudo_labels/train/labels; run training/make_pseudo_labels.py"),
-        ("seeds", r"no label maps at .*seeds/train/masks; run training/make_seeds.py"),
+        ("pseudo_labels", r"no label maps at .*pseudo_labels/train/labels; run the stage pseudo_labels "),
+        ("seeds", r"no label maps at .*seeds/train/masks; run the stage seeds "),
         ("nowhere", r"no label maps at nowhere; segmentation.labels must be pseudo_labels, seeds, ground_truth or"),
     ],
 )
@@ -408,10 +410,10 @@ def test_a_network_for_other_classes_is_refused(tmp_path: Path):
 
 
 def test_what_is_missing_says_what_to_run(tmp_path: Path):
-    with pytest.raises(StageError, match=r"no segmentation network at .*run training/train_segmentation.py first"):
+    with pytest.raises(StageError, match=r"no segmentation network at .*run the stage segmentation "):
         predict_main(arguments(tmp_path))
     trained = ("--segmentation.backbone", "bitrans", "--segmentation.weights", "trained")
-    with pytest.raises(StageError, match=r"no trained model at .*run training/train.py"):
+    with pytest.raises(StageError, match=r"no trained model at .*run the stage train "):
         train_main(arguments(tmp_path, *trained))
     with pytest.raises(StageError, match="the recipe has no section segmentation"):
         train_main(["--cpu", "true", "--output_dir", str(tmp_path)])
@@ -454,7 +456,7 @@ def test_a_wrong_recipe_is_refused(command: list[str], words: str, capsys: pytes
 def test_the_optimiser_is_the_presets(preset: Any, momentum: float, groups: set[tuple[float, float]]):
     recipe, _ = parse_recipe("", TINY)
     settings = SegmentationRecipe(preset=preset, options={"backbone_config": {"width_multiplier": 0.03125}})
-    model = build_network(recipe, settings, ["a", "b"])
+    model = build_network(Run(recipe, RunOptions(cpu=True), Accelerator(cpu=True)), settings, ["a", "b"])
     optimizer = make_optimizer(model, settings)
     assert {group["momentum"] for group in optimizer.param_groups} == {momentum}
     assert {(group["rate_multiplier"], group["weight_decay"]) for group in optimizer.param_groups} == groups

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from PIL import Image
 from safetensors.torch import load_file
@@ -23,9 +24,11 @@ from bitrans_hf import BiTransModel
 from bitrans_hf.data import UnreadableImageError, make_shapes
 from bitrans_hf.recipes import FOLDER as RECIPES
 from bitrans_hf.stages.build import build_model
+from bitrans_hf.stages.loop import ShardedBatches, stop_if_not_finite
 from bitrans_hf.stages.parse import parse_recipe
-from bitrans_hf.stages.recipe import ModelRecipe, TrainRecipe
-from bitrans_hf.stages.run import ShardedBatches, StageError, auto_precision, provenance, stop_if_not_finite
+from bitrans_hf.stages.recipe import BiTransRecipe, TrainRecipe
+from bitrans_hf.stages.records import provenance
+from bitrans_hf.stages.run import StageError, auto_precision
 from bitrans_hf.stages.run_all import main as run_all_main
 from bitrans_hf.stages.seeds import check_size
 from bitrans_hf.stages.seeds import main as make_seeds_main
@@ -42,8 +45,8 @@ TINY = [
     "--data.num_train", "48", "--data.num_val", "12",
     "--model.image_size", "64", "--model.patch_size", "16", "--model.hidden_size", "24",
     "--model.num_hidden_layers", "2", "--model.num_attention_heads", "2", "--model.num_seed_layers", "1",
-    "--train.epochs", "2", "--train.batch_size", "4", "--train.augmentation", "flip", "--train.num_workers", "0",
-    "--train.schedule", "step_cosine", "--train.learning_rate", "0.05", "--train.log_every", "2",
+    "--train.epochs", "2", "--train.batch_size", "4", "--train.augmentation", "flip", "--num_workers", "0",
+    "--train.schedule", "step_cosine", "--train.learning_rate", "0.05", "--log_every", "2",
     "--report.num_images", "3",
 ]  # fmt: skip
 
@@ -127,7 +130,7 @@ def test_work_on_the_cpu_of_a_machine_with_a_gpu_records_the_cpu(monkeypatch: py
 
 
 def test_run_all_goes_from_images_to_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    command = arguments(tmp_path, "--train.trackers", "[tensorboard]", "--train.precision", "bf16")
+    command = arguments(tmp_path, "--trackers", "[tensorboard]", "--train.precision", "bf16")
     run_all_main(command)
     assert list((tmp_path / "tiny" / "train").rglob("events.out.tfevents*")), "the tracker wrote nothing"
 
@@ -185,9 +188,9 @@ def test_seeds_go_on_after_a_kill_and_other_images_are_left_alone(tmp_path: Path
 def test_a_killed_run_resumes_to_the_same_weights(num_processes: int, tmp_path: Path):
     launcher = [] if num_processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     options = (
-        "--train.checkpoint_every", "2", "--train.gradient_accumulation", "2", "--train.batch_size", "2",
-        "--model.drop_path_rate", "0.3", "--data.num_train", "96", "--train.num_workers", "1",
-        "--train.trackers", "[tensorboard]",
+        "--checkpoint_every", "2", "--train.gradient_accumulation", "2", "--train.batch_size", "2",
+        "--model.drop_path_rate", "0.3", "--data.num_train", "96", "--num_workers", "1",
+        "--trackers", "[tensorboard]",
     )  # fmt: skip
 
     def command(name: str) -> list[str]:
@@ -223,7 +226,7 @@ def test_a_killed_run_resumes_to_the_same_weights(num_processes: int, tmp_path: 
 
 
 def test_ctrl_c_ends_a_training_with_its_workers_and_the_same_command_goes_on(tmp_path: Path):
-    more = ["--train.checkpoint_every", "2", "--train.num_workers", "2", "--quiet", "false"]
+    more = ["--checkpoint_every", "2", "--num_workers", "2", "--quiet", "false"]
     command = [str(TRAINING / "run_all.py"), *arguments(tmp_path / "stopped", *more)]
     checkpoints = tmp_path / "stopped" / "tiny" / "train" / "checkpoints"
     ended = stop(command, lambda _: bool(list(checkpoints.glob("step_*"))), tmp_path / "said")
@@ -321,7 +324,7 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path: Path):
 
 
 def test_seeds_without_a_trained_model_say_what_to_run(tmp_path: Path):
-    with pytest.raises(StageError, match=r"no trained model at .*run training/train.py"):
+    with pytest.raises(StageError, match=r"no trained model at .*run the stage train "):
         make_seeds_main(arguments(tmp_path))
 
 
@@ -331,12 +334,12 @@ def test_a_missing_image_folder_is_named(tmp_path: Path):
 
 
 def test_too_few_images_for_a_step_are_named(tmp_path: Path):
-    with pytest.raises(StageError, match="48 training images do not fill one optimiser step of 64"):
+    with pytest.raises(StageError, match="48 training images do not fill one optimizer step of 64"):
         train_main(arguments(tmp_path, "--train.batch_size", "64"))
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_step_and_the_images(tmp_path: Path):
-    with pytest.raises(StageError, match=r"not finite at optimiser step \d+ .*shapes"):
+    with pytest.raises(StageError, match=r"not finite at optimizer step \d+ .*shapes"):
         train_main(arguments(tmp_path, "--train.learning_rate", "1e30", "--train.warmup_epochs", "0"))
     assert not (tmp_path / "tiny" / "train" / "done.json").exists()
 
@@ -457,14 +460,14 @@ def test_the_step_schedule_is_timms_with_a_warmup_prefix():
 def test_the_consistency_losses_weight_rises_from_nothing_to_one(tmp_path: Path):
     rise = [consistency_warmup(1.5, torch.device("cpu"), step, 4)["consistency_scale"].item() for step in range(8)]
     assert rise == pytest.approx([0, 1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1, 1])
-    for warmup in ("null", "1.0"):
-        more = ["--data.val_split", "null", "--train.log_every", "1", "--train.consistency_warmup_epochs", warmup]
+    for warmup in ("0", "1.0"):
+        more = ["--data.val_split", "null", "--log_every", "1", "--train.consistency_warmup_epochs", warmup]
         train_main(arguments(tmp_path / warmup, *more))
         lines = (tmp_path / warmup / "tiny" / "train" / "log.jsonl").read_text().splitlines()
         for entry in map(json.loads, lines):
             if "loss" not in entry:  # of an epoch
                 continue
-            scale = 1.0 if warmup == "null" else min(1.0, (entry["step"] - 1) / 12)
+            scale = 1.0 if warmup == "0" else min(1.0, (entry["step"] - 1) / 12)
             wanted = entry["class"] + entry["patch"] + scale * (entry["scc"] + entry["pac"])
             assert entry["loss"] == pytest.approx(wanted, rel=1e-5)
 
@@ -478,7 +481,9 @@ def test_a_preset_goes_on_top_of_a_recipe(preset: Path):
 
 def test_an_epoch_shows_every_image_once_whatever_the_number_of_processes():
     def batches(num_processes: int, process: int, epoch: int) -> np.ndarray:
-        sampler = ShardedBatches(50, 12 // num_processes, num_processes, process, 1, seed=3)
+        settings = TrainRecipe(batch_size=12 // num_processes)
+        shares = SimpleNamespace(num_processes=num_processes, process_index=process)
+        sampler = ShardedBatches(50, settings, shares, seed=3)
         sampler.start_at(epoch)
         return np.array(list(sampler))
 
@@ -487,7 +492,7 @@ def test_an_epoch_shows_every_image_once_whatever_the_number_of_processes():
     assert np.unique(alone).size == 48
     np.testing.assert_array_equal(np.hstack([batches(3, process, epoch=0) for process in range(3)]), alone)
     assert (batches(1, 0, epoch=1) != alone).any()
-    sampler = ShardedBatches(50, 12, 1, 0, 1, seed=3)
+    sampler = ShardedBatches(50, TrainRecipe(batch_size=12), Accelerator(cpu=True), seed=3)
     sampler.start_at(0, first_batch=3)
     np.testing.assert_array_equal(list(sampler), alone[3:])
     assert len(sampler) == 1
@@ -495,7 +500,7 @@ def test_an_epoch_shows_every_image_once_whatever_the_number_of_processes():
 
 def test_biases_norms_tokens_and_positions_are_not_decayed():
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_seed_layers": 1}
-    model = build_model(ModelRecipe(image_size=32, patch_size=16, **sizes), {0: "a"}, seed=0)
+    model = build_model(BiTransRecipe(image_size=32, patch_size=16, **sizes), {0: "a"}, seed=0)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed, plain = parameter_groups(model, 0.05)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)

@@ -14,7 +14,7 @@ from tiny_models import pixels, tiny_model
 from bitrans_hf.files import DiskFullError, atomic_write
 from bitrans_hf.hub.seeds import SEED_VARIANTS, normalized_seeds, sum_over_views
 from bitrans_hf.refine.pseudo_labels import write_label_png
-from bitrans_hf.store import LabelScoreStore, SeedStore
+from bitrans_hf.store import SeedStore
 
 IDS = np.array([1, 4])
 
@@ -206,54 +206,6 @@ def test_what_is_not_there_is_named(tmp_path: Path):
         store.read("a", "refined")
 
 
-# ---- Label scores.
-
-
-def marginals(num_rows: int, size: tuple[int, int] = (40, 50), seed: int = 0) -> np.ndarray:
-    scores = np.random.default_rng(seed).random((num_rows, *size), dtype=np.float32) ** 4
-    return scores / scores.sum(axis=0)
-
-
-def test_label_scores_come_back_to_half_a_256th(tmp_path: Path):
-    store = LabelScoreStore(tmp_path)
-    low, high = marginals(3, seed=0), marginals(3, seed=1)
-    store.write("2007_000032", IDS, {"low": low, "high": high})
-    stored = store.read("2007_000032")
-    assert stored.class_ids.tolist() == [1, 4]
-    assert list(stored.scores) == ["low", "high"]
-    for name, scores in (("low", low), ("high", high)):
-        assert stored.scores[name].dtype == np.float32
-        np.testing.assert_allclose(stored.scores[name], scores, atol=0.5 / 255 + 1e-6)
-    assert store.ids() == ["2007_000032"]
-
-
-def test_certain_scores_come_back_exactly_and_background_alone_is_stored(tmp_path: Path):
-    store = LabelScoreStore(tmp_path)
-    store.write("empty", np.zeros(0, dtype=np.int64), {"low": np.ones((1, 4, 5))})
-    np.testing.assert_array_equal(store.read("empty").scores["low"], np.ones((1, 4, 5), dtype=np.float32))
-    assert store.read("empty").class_ids.shape == (0,)
-
-
-@pytest.mark.parametrize(
-    ("scores", "words"),
-    [
-        (marginals(2), r"a: scores 'low' of 2 classes and background must be \(3, H, W\), got \(2, 40, 50\)"),
-        (marginals(3)[0], r"must be \(3, H, W\), got \(40, 50\)"),
-        (np.full((3, 4, 5), np.nan), r"a: scores 'low' must be in \[0, 1\] without NaN"),
-        (np.full((3, 4, 5), 1.5), r"a: scores 'low' must be in \[0, 1\]"),
-    ],
-)
-def test_label_scores_that_are_none_are_refused_by_name(tmp_path: Path, scores: np.ndarray, words: str):
-    with pytest.raises(ValueError, match=words):
-        LabelScoreStore(tmp_path).write("a", IDS, {"low": scores})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_absent_label_scores_are_named(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r"no label scores of image 'b' in .*refine its seeds first"):
-        LabelScoreStore(tmp_path).read("b")
-
-
 # ---- A full disk.
 
 
@@ -284,10 +236,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(cramped_folder: Pat
     rng = np.random.default_rng(0)
     small, large = (rng.integers(0, 256, (side, side), dtype=np.uint8) for side in (20, 600))
     write_label_png(cramped_folder / "small.png", small)
-    LabelScoreStore(cramped_folder).write("small", IDS, {"low": marginals(3, (20, 20))})
+    SeedStore(cramped_folder).write("small", IDS, {"fused": torch.rand(2, 4, 4)}, (20, 20))
     writers: list[Callable[[], None]] = [
         lambda: write_label_png(cramped_folder / "large.png", large),
-        lambda: LabelScoreStore(cramped_folder).write("large", IDS, {"low": marginals(3, (300, 300))}),
         lambda: SeedStore(cramped_folder).write("large", IDS, {"fused": torch.rand(2, 300, 300)}, (600, 600)),
     ]
     for write in writers:

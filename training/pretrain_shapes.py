@@ -37,7 +37,7 @@ from bitrans_hf.data.shapes import REFERENCE_SIZE, SHAPE_CLASSES, draw_scene
 from bitrans_hf.files import atomic_write
 from bitrans_hf.hub.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.progress import progress, say_result
-from bitrans_hf.stages.run import provenance
+from bitrans_hf.stages.records import provenance
 
 ONE_OBJECT = (1, 1)
 PATCH_SIZE = 8

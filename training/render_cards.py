@@ -16,7 +16,7 @@ from pathlib import Path
 
 import bitrans_hf
 from bitrans_hf.files import atomic_write
-from bitrans_hf.publishing.cards import NETWORK_STAGES, Run, render_card
+from bitrans_hf.publishing.cards import NETWORK_STAGES, RunRecord, render_card
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 FILES = {"bitrans": "README.md", "affinitynet": "affinitynet.md", "deeplab": "deeplab.md"}
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def copy_numbers(folder: Path, cards: Path) -> None:
     """Copy what a run measured, and its gallery where the pictures are drawn by us, beside its cards."""
-    run = Run.from_folder(folder)
+    run = RunRecord.from_folder(folder)
     with atomic_write(cards / run.name / "run.json") as temporary:
         temporary.write_text(run.to_json(), encoding="utf-8")
     gallery = folder / "report" / "index_pictures" / "gallery.png"
@@ -49,7 +49,7 @@ def copy_numbers(folder: Path, cards: Path) -> None:
 
 def rendered(source: Path) -> dict[str, str]:
     """Return the cards of one `run.json` by their file names, one for each network that the run has."""
-    run = Run.from_json(source.read_text(encoding="utf-8"))
+    run = RunRecord.from_json(source.read_text(encoding="utf-8"))
     picture = "gallery.png" if source.with_name("gallery.png").is_file() else None
     return {
         FILES[network]: render_card(

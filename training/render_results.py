@@ -22,7 +22,8 @@ from typing import Any
 from bitrans_hf.files import atomic_write
 from bitrans_hf.report.page import VARIANT_TITLES
 from bitrans_hf.stages.ablate import CHOSEN, deviation, plus_minus
-from bitrans_hf.stages.run import StageError, write_json
+from bitrans_hf.stages.records import write_json
+from bitrans_hf.stages.run import StageError
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAPER = {

@@ -46,7 +46,7 @@ LATER_STAGES = {
 
 
 @dataclass(frozen=True)
-class Run:
+class RunRecord:
     """What is known of a run: the source of a card, kept beside it.
 
     Attributes:
@@ -77,13 +77,13 @@ class Run:
         return json.dumps({"name": self.name, "classes": list(self.classes), "stages": self.stages}, indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str) -> "Run":
+    def from_json(cls, text: str) -> "RunRecord":
         """Read what `to_json` wrote."""
         content = json.loads(text)
         return cls(content["name"], content["classes"], content["stages"])
 
     @classmethod
-    def from_folder(cls, folder: str | Path) -> "Run":
+    def from_folder(cls, folder: str | Path) -> "RunRecord":
         """Read the finished stages of `runs/<name>`.
 
         Raises:
@@ -97,7 +97,7 @@ class Run:
                     for part in ("recipe", "metrics")
                 }
         if "train" not in stages:
-            raise MissingFileError(f"{folder / 'train'} is not finished; run training/run_all.py first.")
+            raise MissingFileError(f"{folder / 'train'} is not finished; run its recipe first.")
         config = json.loads((folder / "train" / "model" / "config.json").read_text(encoding="utf-8"))
         names = sorted(config["id2label"].items(), key=lambda item: int(item[0]))
         return cls(folder.resolve().name, [name for _, name in names], stages)
@@ -115,7 +115,7 @@ def without_places(value: Any) -> Any:
 
 
 def render_card(
-    run: Run,
+    run: RunRecord,
     network: Network,
     *,
     repo: str,
@@ -177,7 +177,7 @@ def render_card(
     return "\n".join(kept).rstrip() + "\n"
 
 
-def starting_weights(run: Run, network: Network) -> str:
+def starting_weights(run: RunRecord, network: Network) -> str:
     """Return what a network's training started from: "scratch", "timm:<name>", or a file."""
     recipe = run.recipe
     if network != "bitrans":
@@ -189,7 +189,7 @@ def starting_weights(run: Run, network: Network) -> str:
     return str(recipe["model"].get("weights", "scratch"))
 
 
-def pipeline_settings(run: Run) -> dict[str, Any]:
+def pipeline_settings(run: RunRecord) -> dict[str, Any]:
     """Return the pipeline's options that the refined seeds were scored with; empty where nothing was scored."""
     threshold = run.metrics("seeds").get("threshold", {}).get("refined")
     if threshold is None:
@@ -204,7 +204,7 @@ def compact(section: Any) -> Any:
     return {key: compact(value) for key, value in section.items() if value is not None and value not in ({}, [])}
 
 
-def card_data(run: Run, network: Network, licence: str) -> ModelCardData:
+def card_data(run: RunRecord, network: Network, licence: str) -> ModelCardData:
     """Return the card's YAML head; its results are in percent, as their names say."""
     weights = starting_weights(run, network)
     results = list(eval_results(run, network))
@@ -219,7 +219,7 @@ def card_data(run: Run, network: Network, licence: str) -> ModelCardData:
     )
 
 
-def eval_results(run: Run, network: Network) -> Iterator[EvalResult]:
+def eval_results(run: RunRecord, network: Network) -> Iterator[EvalResult]:
     """Give the scores for the Hub's own table."""
     source, name = run.recipe["data"]["source"], data_name(run.recipe["data"])
 
@@ -247,7 +247,7 @@ def eval_results(run: Run, network: Network) -> Iterator[EvalResult]:
             )
 
 
-def split_of(run: Run, stage: str) -> str:
+def split_of(run: RunRecord, stage: str) -> str:
     """Return the split that a stage's "miou" is of."""
     splits = run.metrics(stage).get("splits")
     if splits:
@@ -286,7 +286,7 @@ def seed_table(seeds: Mapping[str, Any]) -> str:
     return table(["split", "images", *VARIANTS.values(), "threshold of refined"], rows)
 
 
-def stage_table(run: Run) -> str:
+def stage_table(run: RunRecord) -> str:
     """Return a line for each later stage."""
     rows = []
     for stage, what in LATER_STAGES.items():
@@ -356,7 +356,7 @@ def licence_note(licence: str, source: str, weights: str) -> str:
     return " ".join(notes)
 
 
-def provenance(run: Run) -> str:
+def provenance(run: RunRecord) -> str:
     """Say with which commit, versions and hardware each stage was run."""
     rows = []
     for stage, content in run.stages.items():

@@ -22,9 +22,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
 
-from .. import recipes as shipped
 from ..commands import if_stopped
 from ..data import class_names, open_image, open_mask
 from ..data.segmentation import resized_label_map
@@ -32,17 +31,19 @@ from ..hub.errors import InputError
 from ..hub.image_processing_bitrans import MAX_SIDE, bounded_image
 from ..hub.seeds import SEED_VARIANTS
 from ..progress import Counter, progress, say_progress, say_result
+from ..recipes import FOLDER, recipe_file
 from ..report.page import VARIANT_TITLES, GalleryRow, Table, recipe_table, write_report
 from ..store import SeedStore
 from .build import load_images
-from .parse import CONFIG_HELP, parse_recipe
+from .parse import CONFIG_HELP, config_names, parse_recipe
 from .recipe import ALL_IMAGES, Recipe
+from .records import provenance, recipe_parts, write_json
 from .report import spread
-from .run import StageError, holds, provenance, recipe_parts, write_json
+from .run import StageError, holds
 from .seeds import DEPENDS_ON as SEEDS_DEPEND_ON
 from .train import DEPENDS_ON as TRAINING_DEPENDS_ON
 
-PRESETS = shipped.FOLDER / "presets"
+PRESETS = FOLDER / "presets"
 # `str` first: the parser takes the first type that fits, and would read the text "no" as false otherwise.
 Changes: TypeAlias = dict[str, str | bool | int | float | list[Any] | dict[str, Any] | None]
 SET_BY_THE_ABLATION = ("seed", "name", "output_dir")
@@ -208,9 +209,11 @@ def fixed_values(recipe: Recipe) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run an ablation from command-line arguments."""
     parser = ArgumentParser(description=(__doc__ or "").split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--config", action=RecipeFile, help=CONFIG_HELP)
+    parser.add_argument("--config", action=ActionConfigFile, help=CONFIG_HELP)
     parser.add_class_arguments(Ablation, as_group=False)
-    values = parser.instantiate(parser.parse_args(arguments))
+    names, words = config_names(sys.argv[1:] if arguments is None else arguments)
+    files = [word for name in names for word in ("--config", str(recipe_file(name)))]
+    values = parser.instantiate(parser.parse_args([*files, *words]))
     values.pop("config", None)
     try:
         ablation = Ablation(**values)

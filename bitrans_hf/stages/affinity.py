@@ -9,14 +9,13 @@ goes on from its newest checkpoint. Pixel labels score the label maps where they
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import set_seed
 from datasets import Dataset
 from PIL import Image
 from torchvision import transforms
@@ -33,7 +32,7 @@ from ..hub.modeling_affinitynet import AffinityNetModel
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.weight_files import load_trained
 from ..weights import load_backbone
-from .build import build_model, load_images
+from .build import build_model
 from .label_maps import (
     Background,
     LabelMap,
@@ -47,21 +46,8 @@ from .label_maps import (
 )
 from .loop import RateSchedule, TrainingLoop
 from .parse import parse_recipe
-from .recipe import ALL_IMAGES, AffinityRecipe, ModelRecipe, Recipe, RunOptions, max_side_of
-from .run import (
-    Stage,
-    StageError,
-    announce,
-    make_accelerator,
-    model_folder,
-    refuse_cnn,
-    remove_unfinished,
-    say,
-    say_precision,
-    say_unreadable,
-    wait_for_everyone,
-    working,
-)
+from .recipe import ALL_IMAGES, AffinityRecipe, BiTransRecipe, Recipe, RunOptions
+from .run import Run, Stage, StageError
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity")
 
@@ -82,30 +68,31 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     if recipe.affinity is None:
         raise StageError("the recipe has no section affinity; add it, or --affinity.backbone bitrans, to train one.")
     settings = recipe.affinity
-    accelerator = make_accelerator(recipe, options, "affinity", trains=True)
-    stage = Stage(recipe, "affinity", DEPENDS_ON, accelerator)
+    run = Run.start(recipe, options, "affinity", trains=True)
+    stage = Stage(run, "affinity", DEPENDS_ON)
     if stage.done:
-        say(accelerator, f"affinity: already done, {stage.folder}")
         return stage.folder
-    say_precision(accelerator, recipe, "affinity")
+    run.say_precision("affinity")
 
     # ---- Labels
-    with working("affinity: reading the list of images", accelerator, options):
-        images = chosen_images(recipe, settings, masks=False)
+    with run.working("affinity: reading the list of images"):
+        images = chosen_images(run, settings, masks=False)
     labels = stage.folder / "labels" / (settings.split or ALL_IMAGES)
-    remove_unfinished(labels, accelerator)
-    left_out = make_label_maps(recipe, settings, images, labels, accelerator, options)
-    say_unreadable(accelerator, left_out)
+    run.remove_unfinished(labels)
+    left_out = make_label_maps(run, settings, images, labels)
+    run.say_unreadable(left_out)
     usable = [number for number, image_id in enumerate(images["image_id"]) if image_id not in left_out]
     images = images.select(usable)
 
     # ---- Network and optimiser
-    with working("affinity: building the network", accelerator, options):
-        model = build_network(recipe, settings, dict(enumerate(class_names(images))))
+    with run.working("affinity: building the network"):
+        model = build_network(run, settings, dict(enumerate(class_names(images))))
     processor = BiTransImageProcessor(
-        size={"height": settings.crop_size, "width": settings.crop_size}, max_side=max_side_of(recipe)
+        size={"height": settings.crop_size, "width": settings.crop_size}, max_side=run.max_side
     )
-    dataset = AffinityCrops(images, labels, model.stride, processor, settings, seed=recipe.seed, strict=options.strict)
+    dataset = AffinityCrops(
+        images, labels, model.stride, processor, settings, seed=recipe.seed, strict=run.options.strict
+    )
     optimizer = torch.optim.SGD(
         model.parameter_groups(settings.weight_decay),
         lr=settings.learning_rate,
@@ -114,29 +101,28 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
 
     # ---- Loop and result
     rate = RateSchedule("poly", settings.learning_rate, settings.epochs)
-    loop = TrainingLoop(settings, stage, accelerator, options, model, optimizer, dataset, rate, recipe.seed)
+    loop = TrainingLoop(settings, stage, model, optimizer, dataset, rate)
     metrics = loop.run()
-    scores = score_labels(accelerator, options, chosen_images(recipe, settings, masks=True), labels)
+    scores = score_labels(run, chosen_images(run, settings, masks=True), labels)
     metrics["unreadable"] = sorted({*left_out, *metrics["unreadable"]})
     loop.finish({**metrics, "labels": scores}, processor)
     if "steps" in scores:
         steps = scores["steps"]
-        say(
-            accelerator,
+        run.say(
             f"affinity: mIoU of the labels {steps['low']:.1f} low, {steps['high']:.1f} high, "
             f"{steps['confident']:.1f} on the {scores['sure']['confident']:.0f} % of pixels that are sure",
         )
-    say(accelerator, f"affinity: loss {metrics['loss']:.3f} -> {stage.folder}")
-    accelerator.wait_for_everyone()
+    run.say(f"affinity: loss {metrics['loss']:.3f} -> {stage.folder}")
+    run.accelerator.wait_for_everyone()
     return stage.folder
 
 
 # ---- Labels.
 
 
-def chosen_images(recipe: Recipe, settings: AffinityRecipe, *, masks: bool) -> Dataset:
+def chosen_images(run: Run, settings: AffinityRecipe, *, masks: bool) -> Dataset:
     """Load the images of the recipe's split, or as many as it asks for."""
-    images = load_images(recipe.data, settings.split, masks=masks)
+    images = run.images(settings.split, masks=masks)
     wanted = settings.num_images
     if wanted is None or wanted >= len(images):
         return images
@@ -160,25 +146,23 @@ def label_backgrounds(settings: AffinityRecipe) -> dict[str, Background]:
 
 
 def make_label_maps(
-    recipe: Recipe,
+    run: Run,
     settings: AffinityRecipe,
     images: Dataset,
     folder: Path,
-    accelerator: Accelerator,
-    options: RunOptions,
 ) -> set[str]:
     """Write `low/` and `high/` of every image into a folder; return the ids of images that are left out.
 
     Each process makes its share. Left out are images that cannot be read and those that have no seeds, which were left
     out when the seeds were made.
     """
-    store = seeds_of_split(recipe, settings.split)
-    variant = settings.variant or recipe.seeds.variant
+    store = seeds_of_split(run, settings.split)
+    variant = settings.variant or run.recipe.seeds.variant
     backgrounds = label_backgrounds(settings)
     seeded_ids = set(store.ids())
     without_seeds = set(images["image_id"]) - seeded_ids
     jobs = []
-    for index in range(accelerator.process_index, len(images), accelerator.num_processes):
+    for index in run.own(len(images)):
         row = images[index]
         outputs = tuple((label_path(folder / name, row["image_id"]), each) for name, each in backgrounds.items())
         if row["image_id"] in seeded_ids and not all(path.is_file() for path, _ in outputs):
@@ -190,22 +174,18 @@ def make_label_maps(
                     outputs=outputs,
                     refiner=settings.refiner,
                     crf_preset=settings.crf_preset,
-                    max_side=max_side_of(recipe),
+                    max_side=run.max_side,
                     seeds=(store.folder, variant),
-                    strict=options.strict,
+                    strict=run.options.strict,
                 )
             )
-    announce(
-        f"affinity: label maps of {len(jobs):,} of {len(images):,} images to do, refiner {settings.refiner}",
-        accelerator,
-        options,
-    )
-    broken = run_jobs(jobs, accelerator, options, len(jobs), settings.refiner, "labels", max_side_of(recipe))
-    wait_for_everyone(accelerator, options)
-    return without_seeds | set(gather_object(sorted(broken)))
+    run.announce(f"affinity: label maps of {len(jobs):,} of {len(images):,} images to do, refiner {settings.refiner}")
+    broken = run_jobs(run, jobs, len(jobs), settings.refiner, "labels")
+    run.wait()
+    return without_seeds | run.union(broken)
 
 
-def score_labels(accelerator: Accelerator, options: RunOptions, images: Dataset, folder: Path) -> dict[str, Any]:
+def score_labels(run: Run, images: Dataset, folder: Path) -> dict[str, Any]:
     """Score the label maps "low", "high" and what they agree upon, "confident"; see `score_steps`."""
     low_of, high_of = stored_label_maps(folder / "low"), stored_label_maps(folder / "high")
 
@@ -214,7 +194,7 @@ def score_labels(accelerator: Accelerator, options: RunOptions, images: Dataset,
         return None if low is None or high is None else cell_labels(low, high, 1)
 
     steps = {"low": low_of, "high": high_of, "confident": confident_of}
-    return score_steps(accelerator, options, images, steps)
+    return score_steps(run, images, steps)
 
 
 # ---- Crops.
@@ -310,26 +290,27 @@ def random_window(side: int, size: int) -> tuple[int, slice]:
 # ---- Network.
 
 
-def build_network(recipe: Recipe, settings: AffinityRecipe, id2label: dict[int, str]) -> AffinityNetModel:
+def build_network(run: Run, settings: AffinityRecipe, id2label: dict[int, str]) -> AffinityNetModel:
     """Build the network of a recipe with its starting weights.
 
     Args:
-        recipe: Of the run.
-        settings: Its section.
+        run: The run.
+        settings: Its section affinity.
         id2label: Names of the object classes, which the network keeps as a note: it relates cells and knows no class.
 
     Raises:
         StageError: the run's own encoder is wanted and there is none, as where the run trains a CNN.
     """
     fields = {"relation": settings.relation, "radius": settings.radius, "id2label": id2label, **settings.options}
-    set_seed(recipe.seed)
+    set_seed(run.recipe.seed)
     if settings.backbone == "bitrans":
         if settings.weights in ("trained", "scratch"):
-            refuse_cnn(recipe, "affinity")
+            run.refuse_cnn("affinity")
         if settings.weights == "scratch":
-            new = ModelRecipe(**{**asdict(recipe.model), "weights": "scratch"})
-            return AffinityNetModel.from_bitrans(build_model(new, id2label, recipe.seed), **fields)
-        folder = model_folder(recipe) if settings.weights == "trained" else Path(settings.weights)
+            assert isinstance(run.recipe.model, BiTransRecipe)  # no CNN, see above
+            new = replace(run.recipe.model, weights="scratch")
+            return AffinityNetModel.from_bitrans(build_model(new, id2label, run.recipe.seed), **fields)
+        folder = run.trained_model() if settings.weights == "trained" else Path(settings.weights)
         if not folder.is_dir():
             raise StageError(f"no trained model at {folder}; affinity.weights must be the folder of one, or trained.")
         return AffinityNetModel.from_bitrans(load_trained(BiTransModel, folder), **fields)

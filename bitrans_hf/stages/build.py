@@ -17,7 +17,7 @@ from ..hub.modeling_bitrans import BiTransModel
 from ..hub.modeling_cam import CamModel
 from ..recipes import weights_file
 from ..weights import from_timm, from_timm_state_dict, load_backbone
-from .recipe import BiTransRecipe, CamRecipe, DataRecipe, Recipe
+from .recipe import BiTransRecipe, CamRecipe, DataRecipe, ModelRecipe, Recipe
 
 SHAPE_SPLITS = ("train", "val", "test")
 
@@ -187,3 +187,8 @@ def build_cam(model: CamRecipe, id2label: dict[int, str], seed: int) -> CamModel
     if model.weights != "scratch":
         load_backbone(network, None if model.weights == "timm" else model.weights)
     return network
+
+
+def build_network(model: ModelRecipe, id2label: dict[int, str], seed: int) -> BiTransModel | CamModel:
+    """Build the network of either architecture; see `build_model` and `build_cam`."""
+    return build_cam(model, id2label, seed) if isinstance(model, CamRecipe) else build_model(model, id2label, seed)

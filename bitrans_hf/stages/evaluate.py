@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeAlias
 
 import numpy as np
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from PIL import Image
@@ -41,10 +40,10 @@ from ..metrics import MeanIoU, SweepResult, ThresholdSweep
 from ..refine.pseudo_labels import seeds_to_label_map
 from ..report.page import GalleryRow, Table, confusion_picture, write_report
 from ..store import SeedStore
-from .build import load_images
 from .parse import parse_recipe_with
-from .recipe import Recipe, RunOptions, max_side_of
-from .run import StageError, announce, make_accelerator, progress, provenance, say, working, write_json
+from .recipe import Recipe, RunOptions
+from .records import provenance, write_json
+from .run import Run, StageError
 
 LabelMap: TypeAlias = NDArray[np.uint8]
 
@@ -102,28 +101,28 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
         StageError: the predictions are the ground truth itself, some are missing or do not fit, or nothing is known.
     """
     started, made_with = time.perf_counter(), provenance()
-    accelerator = make_accelerator(recipe, options)
+    run = Run.start(recipe, options)
     folder = Path(evaluation.predictions)
     output = Path(evaluation.output or f"{folder}_scores")
     for read in (folder, *([Path(evaluation.targets)] if evaluation.targets else [])):
         refuse_same_folder(output, read, "--output")
     if_stopped(lambda: "before the result was written")
-    with working("masks: reading the lists of predictions and ground truth", accelerator, options):
-        truth = ground_truth(recipe, evaluation)
-        predictions = open_predictions(folder, recipe, evaluation, len(truth.classes))
+    with run.working("masks: reading the lists of predictions and ground truth"):
+        truth = ground_truth(run, evaluation)
+        predictions = open_predictions(folder, run, evaluation, len(truth.classes))
         if isinstance(predictions, MaskPredictions):
             predictions = predictions.matched_to(truth.ids)
             if predictions.rule:
-                say(accelerator, f"note: masks are matched by name, where {predictions.rule}")
+                run.say(f"note: masks are matched by name, where {predictions.rule}")
         known, missing = matching(truth, predictions, folder, evaluation)
         refuse_linked_ground_truth(truth, predictions, known)
-    announce(f"masks: {len(known):,} of {len(truth.ids):,} images to score", accelerator, options)
+    run.announce(f"masks: {len(known):,} of {len(truth.ids):,} images to score")
 
     sweep = None
     if isinstance(predictions, SeedPredictions) and predictions.threshold is None:
-        sweep = best_threshold(accelerator, truth, predictions, known, options)
+        sweep = best_threshold(run, truth, predictions, known)
         predictions = dataclasses.replace(predictions, threshold=sweep.best_threshold)
-    metric, images = score(accelerator, truth, predictions, known, evaluation, options)
+    metric, images = score(run, truth, predictions, known, evaluation)
     notes = masks_without_objects(metric, images, predictions, evaluation, recipe)
     if all(image.identical for image in images) and isinstance(predictions, MaskPredictions):
         raise StageError(
@@ -131,7 +130,7 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
             "of it. Give the folder that the network wrote."
         )
 
-    if accelerator.is_main_process:
+    if run.accelerator.is_main_process:
         mark_output(output)
         record = {
             **summary(metric, images, truth.classes, evaluation),
@@ -144,18 +143,17 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
             "seconds": round(time.perf_counter() - started, 1),
             "made_with": made_with,
         }
-        with working("masks: writing the result", accelerator, options):
+        with run.working("masks: writing the result"):
             write_result(output, record, images, truth, predictions, evaluation)
-        if not options.quiet:
-            say(accelerator, text_table(score_table(record)))
+        if not run.options.quiet:
+            run.say(text_table(score_table(record)))
         for note in notes:
-            say(accelerator, f"note: {note}")
-        say(
-            accelerator,
+            run.say(f"note: {note}")
+        run.say(
             f"masks: mIoU {record['miou']:.2f} % over {record['labels_in_mean']} of {1 + len(truth.classes)} labels, "
             f"{record['images']} images{left_out(missing)} ({'; '.join(record['rules'].values())}) -> {output}",
         )
-    accelerator.wait_for_everyone()
+    run.accelerator.wait_for_everyone()
     return output
 
 
@@ -206,7 +204,7 @@ class Rows(Protocol):
         """Return a row."""
 
 
-def ground_truth(recipe: Recipe, evaluation: EvaluationOptions) -> GroundTruth:
+def ground_truth(run: Run, evaluation: EvaluationOptions) -> GroundTruth:
     """Find the true label maps: those of the recipe's data, or of a folder.
 
     Raises:
@@ -227,7 +225,7 @@ def ground_truth(recipe: Recipe, evaluation: EvaluationOptions) -> GroundTruth:
             raise StageError("--classes goes with --targets; the recipe's data has its own, see --data.classes.")
         if evaluation.mask_values is not None:
             raise StageError("--mask_values goes with --targets; give --data.mask_values for the recipe's data.")
-        images = load_images(recipe.data, evaluation.split, masks=True)
+        images = run.images(evaluation.split, masks=True)
         has_mask = ~images.select_columns("mask").with_format("arrow")[:]["mask"].is_null().to_numpy()
         keep = [
             position
@@ -235,7 +233,7 @@ def ground_truth(recipe: Recipe, evaluation: EvaluationOptions) -> GroundTruth:
             if has_mask[position] and (wanted is None or image_id in wanted)
         ]
         images = images.select(keep)
-        where = f"{recipe.data.source} {recipe.data.root or ''}".strip() + f", split {evaluation.split}"
+        where = f"{run.recipe.data.source} {run.recipe.data.root or ''}".strip() + f", split {evaluation.split}"
         truth = GroundTruth(list(images["image_id"]), images, class_names(images), mask_rule(images), where)
     if not truth.ids:
         raise StageError(
@@ -413,7 +411,7 @@ class SeedPredictions:
 Predictions: TypeAlias = MaskPredictions | SeedPredictions
 
 
-def open_predictions(folder: Path, recipe: Recipe, evaluation: EvaluationOptions, num_classes: int) -> Predictions:
+def open_predictions(folder: Path, run: Run, evaluation: EvaluationOptions, num_classes: int) -> Predictions:
     """Look at what a folder holds: label maps or seeds.
 
     Raises:
@@ -422,8 +420,8 @@ def open_predictions(folder: Path, recipe: Recipe, evaluation: EvaluationOptions
     if mask_files(folder):
         return MaskPredictions(folder, num_classes, given_values(evaluation.prediction_values, num_classes))
     if next(folder.glob("*.npz"), None) is not None:
-        variant = evaluation.variant or recipe.seeds.variant
-        return SeedPredictions(SeedStore(folder), variant, num_classes, evaluation.threshold, max_side_of(recipe))
+        variant = evaluation.variant or run.recipe.seeds.variant
+        return SeedPredictions(SeedStore(folder), variant, num_classes, evaluation.threshold, run.max_side)
     raise StageError(
         f"{folder} holds no predictions, expected <image_id>.png label maps or .npz seeds; a seeds stage has them in "
         "<split>/masks and <split>/seeds."
@@ -508,17 +506,16 @@ class ScoredImage:
 
 
 def best_threshold(
-    accelerator: Accelerator,
+    run: Run,
     truth: GroundTruth,
     predictions: SeedPredictions,
     known: Sequence[int],
-    options: RunOptions,
 ) -> SweepResult:
     """Find the background score with the highest mean IoU, over all processes."""
     sweep = ThresholdSweep(predictions.num_classes)
     problems = []
-    own = known[accelerator.process_index :: accelerator.num_processes]
-    for position in progress(own, accelerator, options, desc="sweep", unit="image"):
+    own = known[run.accelerator.process_index :: run.accelerator.num_processes]
+    for position in run.progress(own, desc="sweep", unit="image"):
         image_id = truth.ids[position]
         try:
             target, size = truth.label_map(position), predictions.store.size(image_id)
@@ -537,12 +534,11 @@ def best_threshold(
 
 
 def score(
-    accelerator: Accelerator,
+    run: Run,
     truth: GroundTruth,
     predictions: Predictions,
     known: Sequence[int],
     evaluation: EvaluationOptions,
-    options: RunOptions,
 ) -> tuple[MeanIoU, list[ScoredImage]]:
     """Count every image once, over all processes; return the counts and the images, worst first.
 
@@ -553,8 +549,8 @@ def score(
     metric = MeanIoU(num_labels, out_of_range="miss", absent=evaluation.absent)
     single = MeanIoU(num_labels, out_of_range="miss")
     images, problems = [], []
-    own = known[accelerator.process_index :: accelerator.num_processes]
-    for position in progress(own, accelerator, options, desc="score", unit="image"):
+    own = known[run.accelerator.process_index :: run.accelerator.num_processes]
+    for position in run.progress(own, desc="score", unit="image"):
         image_id = truth.ids[position]
         try:
             target, prediction = truth.label_map(position), predictions.label_map(image_id)

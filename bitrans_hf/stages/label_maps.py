@@ -7,7 +7,6 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 
@@ -23,8 +22,8 @@ from ..progress import size_text
 from ..refine.crf import dense_crf
 from ..refine.pseudo_labels import REFINERS, confident_label_map, scores_to_label_map, with_background, write_label_png
 from ..store import SeedStore
-from .recipe import ALL_IMAGES, Recipe, RunOptions
-from .run import StageError, announce, progress
+from .recipe import ALL_IMAGES
+from .run import Run, StageError, how_to_run
 
 LabelMap = npt.NDArray[np.uint8]
 Result = TypeVar("Result")
@@ -197,18 +196,18 @@ def cell_shares(label_map: LabelMap, label_ids: npt.NDArray[np.integer], stride:
 # ---- Seeds of a split.
 
 
-def seeds_of_split(recipe: Recipe, split: str | None) -> SeedStore:
-    """Return the seeds that `make_seeds.py` made of a split.
+def seeds_of_split(run: Run, split: str | None) -> SeedStore:
+    """Return the seeds of a split.
 
     Raises:
         StageError: that stage is not finished.
     """
-    stage = Path(recipe.output_dir) / recipe.name / "seeds"
-    if not (stage / "done.json").is_file():
-        raise StageError(f"{stage} is not finished; run training/make_seeds.py with the same recipe first.")
+    stage = run.stage_folder("seeds")
+    if not run.is_done("seeds"):
+        raise StageError(f"{stage} is not finished; {how_to_run('seeds')}.")
     store = SeedStore(stage / (split or ALL_IMAGES) / "seeds")
     if not store.folder.is_dir():
-        raise StageError(f"there are no seeds at {store.folder}; delete {stage} and run training/make_seeds.py again.")
+        raise StageError(f"there are no seeds at {store.folder}; delete {stage}, and {how_to_run('seeds')}.")
     return store
 
 
@@ -219,45 +218,35 @@ BYTES_A_PIXEL, BYTES_A_PROCESS = 600, 1e9
 """What a process that refines takes: 3 x 48 numbers of float32 for each pixel in PAR; libraries and whole images."""
 
 
-def run_jobs(
-    jobs: Iterable[LabelMapJob],
-    accelerator: Accelerator,
-    options: RunOptions,
-    total: int,
-    refiner: str,
-    name: str,
-    max_side: int,
-) -> set[str]:
-    """Write the label maps of this process' jobs; return the ids of the pictures that cannot be read.
+def run_jobs(run: Run, jobs: Iterable[LabelMapJob], total: int, refiner: str, name: str) -> set[str]:
+    """Write the label maps of this process' jobs; return the ids of the images that cannot be read.
 
     A refiner keeps a core busy for about a second an image, so that worker processes share the images; without one
     the work is done in this process. Jobs are taken as the work goes on.
 
     Raises:
-        StageError: an image failed for another reason than its picture; what is finished is kept.
+        StageError: an image failed for another reason than its file; what is finished is kept.
         DiskFullError: there is no room.
     """
-    workers = 1 if refiner == "none" else num_workers(accelerator, options, total)
+    workers = 1 if refiner == "none" else num_workers(run, total)
     if refiner != "none" and total:
-        most = size_text(BYTES_A_PROCESS + BYTES_A_PIXEL * max_side**2)
-        announce(
+        most = size_text(BYTES_A_PROCESS + BYTES_A_PIXEL * run.max_side**2)
+        run.announce(
             f"{name}: {workers} process{'es' if workers > 1 else ''} to refine, each takes up to about {most}, "
-            f"for an image of {max_side} x {max_side} pixels",
-            accelerator,
-            options,
+            f"for an image of {run.max_side} x {run.max_side} pixels"
         )
     unreadable: set[str] = set()
     with ImagePool(workers) as pool:
         outcomes = pool.run(write_label_maps, ((job.image_id, job) for job in jobs))
-        for outcome in progress(outcomes, accelerator, options, total=total, desc=name, unit="image"):
+        for outcome in run.progress(outcomes, total=total, desc=name, unit="image"):
             if not result_of(outcome):
                 unreadable.add(outcome.image_id)
     return unreadable
 
 
-def num_workers(accelerator: Accelerator, options: RunOptions, total: int) -> int:
+def num_workers(run: Run, total: int) -> int:
     """Return how many processes of this one refine `total` images: its share of the cores unless the run says."""
-    cores = available_cores() // accelerator.num_processes if options.workers is None else options.workers
+    cores = available_cores() // run.accelerator.num_processes if run.options.workers is None else run.options.workers
     return max(1, min(cores, total))
 
 
@@ -279,16 +268,14 @@ def result_of(outcome: Outcome[Result]) -> Result:
 
 
 def score_steps(
-    accelerator: Accelerator,
-    options: RunOptions,
+    run: Run,
     images: Dataset,
     label_map_of: dict[str, Callable[[str], LabelMap | None]],
 ) -> dict[str, Any]:
     """Score the label maps after each step wherever masks are known.
 
     Args:
-        accelerator: Each process scores its share of the images.
-        options: Of the run.
+        run: Each process works on its share.
         images: With masks where they are known.
         label_map_of: Step -> function of an image's id to its label map (H, W), None if it has none. Unsure pixels
             (255) are not counted.
@@ -307,8 +294,8 @@ def score_steps(
     }
     pixels = {step: np.zeros(2, dtype=np.int64) for step in label_map_of}
     scored = dict.fromkeys(subsets, 0)
-    own = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for index in progress(own, accelerator, options, desc="score", unit="image"):
+    own = run.own(len(images))
+    for index in run.progress(own, desc="score", unit="image"):
         row = images[index]
         if row["mask"] is None:
             continue

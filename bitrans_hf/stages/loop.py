@@ -1,8 +1,8 @@
 """The loop that every stage that trains shares: rates, steps, log lines, checkpoints, resume, and saving the result.
 
-A stage gives a model that returns its loss, a data set, an optimiser and a learning rate for each step:
+A stage gives a model that returns its loss, a data set, an optimizer and a learning rate for each step:
 
-    loop = TrainingLoop(recipe.affinity, stage, accelerator, options, model, optimizer, dataset, rate, recipe.seed)
+    loop = TrainingLoop(recipe.affinity, stage, model, optimizer, dataset, rate)
     metrics = loop.run(validate)
     loop.finish(metrics, processor)
 """
@@ -10,11 +10,10 @@ A stage gives a model that returns its loss, a data set, an optimiser and a lear
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, cast
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
@@ -23,8 +22,9 @@ from transformers import PreTrainedModel
 from ..commands import children_without_signals, if_stopped
 from ..metrics import parameter_count
 from ..progress import Counter
-from .recipe import LoopSettings, RunOptions
-from .run import Checkpoints, ShardedBatches, Stage, announce, progress, say, say_unreadable, stop_if_not_finite
+from .checkpoints import Checkpoints
+from .recipe import TrainingRecipe
+from .run import Stage, StageError
 
 NOT_FOR_THE_MODEL = ("index", "unreadable")
 """Keys of a batch that the loop reads itself; all others are arguments of the model's forward."""
@@ -49,7 +49,7 @@ class TrainingSet(Protocol):
 
 @dataclass(frozen=True)
 class RateSchedule:
-    """The learning rate of each optimiser step.
+    """The learning rate of each optimizer step.
 
     Attributes:
         kind: "epoch_cosine" is timm's cosine schedule as MCTformer drives it: stepped after each epoch with that
@@ -73,7 +73,7 @@ class RateSchedule:
     power: float = 0.9
 
     def __call__(self, step: int, steps_per_epoch: int) -> float:
-        """Return the rate of optimiser step `step` (from 0)."""
+        """Return the rate of optimizer step `step` (from 0)."""
         if self.kind == "poly":
             return float(self.peak * (1 - step / (self.epochs * steps_per_epoch)) ** self.power)
         now: float
@@ -90,6 +90,63 @@ class RateSchedule:
         return self.last + 0.5 * (self.peak - self.last) * (1 + math.cos(math.pi * now / length))
 
 
+@dataclass
+class Means:
+    """Means of a network's losses over some batches, of this process or of all.
+
+    Attributes:
+        sums: Name of the loss -> sum over the batches.
+        count: Number of batches.
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    count: int = 0
+
+    def add(self, losses: Mapping[str, float]) -> None:
+        """Add the losses of a batch."""
+        self.sums = {name: self.sums.get(name, 0.0) + value for name, value in losses.items()}
+        self.count += 1
+
+    def of_all(self) -> "Means":
+        """Return the sums and the count of all processes together."""
+        parts: list[Means] = gather_object([self])
+        sums = {name: math.fsum(part.sums.get(name, 0.0) for part in parts) for name in self.sums}
+        return Means(sums, sum(part.count for part in parts))
+
+    def values(self) -> dict[str, float]:
+        """Return the means, in six decimals: the order of adding shows beyond."""
+        return {name: round(total / self.count, 6) for name, total in self.sums.items()}
+
+
+@dataclass
+class Position:
+    """Where a training is: what a checkpoint holds beside the weights and the random states.
+
+    Attributes:
+        step: Optimizer steps that are done.
+        epoch: Epochs that are done.
+        batch: Batches of the epoch under way that are done.
+        seconds: That it took so far.
+        unreadable: Ids of images that could not be read.
+        losses: Of the epoch under way, of all processes.
+        result: Losses and scores of the last epoch.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    seconds: float = 0.0
+    unreadable: list[str] = field(default_factory=list)
+    losses: Means = field(default_factory=Means)
+    result: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, stored: Mapping[str, Any] | None) -> "Position":
+        """Return the position that a checkpoint holds; the beginning without one."""
+        known = {key: value for key, value in (stored or {}).items() if key in cls.__dataclass_fields__}
+        return cls(**{**known, "losses": Means(**known.get("losses", {}))})
+
+
 class TrainingLoop:
     """The epochs of a run: steps, log lines, validation and checkpoints.
 
@@ -98,15 +155,12 @@ class TrainingLoop:
 
     Args:
         settings: The recipe's section of the stage.
-        stage: Where the log, the checkpoints and the result go; it is called as the section.
-        accelerator: From `make_accelerator` with the same settings.
-        options: Of the run.
+        stage: Where the log, the checkpoints and the result go; it has the name of its recipe section.
         model: Its forward takes the items of the data set and returns `loss`, and `losses` (name -> term) or None.
         optimizer: A parameter group may hold "rate_multiplier", by which its learning rate differs (1 without).
         dataset: What to train on.
-        rate: Optimiser step and steps of an epoch -> learning rate.
-        seed: Of the order of the images and of what the model draws.
-        more_inputs: Optimiser step and steps of an epoch -> arguments of the model's forward beside the batch.
+        rate: Optimizer step and steps of an epoch -> learning rate.
+        more_inputs: Optimizer step and steps of an epoch -> arguments of the model's forward beside the batch.
 
     Raises:
         StageError: too few images for one step, or a checkpoint of another number of processes.
@@ -114,88 +168,77 @@ class TrainingLoop:
 
     def __init__(
         self,
-        settings: LoopSettings,
+        settings: TrainingRecipe,
         stage: Stage,
-        accelerator: Accelerator,
-        options: RunOptions,
         model: PreTrainedModel,
         optimizer: torch.optim.Optimizer,
         dataset: TrainingSet,
         rate: Callable[[int, int], float],
-        seed: int,
-        more_inputs: Callable[[int, int], Mapping[str, Any]] | None = None,
+        more_inputs: Callable[[int, int], Mapping[str, Any]] = lambda step, steps_per_epoch: {},
     ):
-        self.settings, self.stage, self.accelerator, self.options = settings, stage, accelerator, options
-        self.dataset, self.rate, self.more_inputs = dataset, rate, more_inputs
-        self.batches = ShardedBatches(
-            len(dataset),
-            settings.batch_size,
-            accelerator.num_processes,
-            accelerator.process_index,
-            settings.gradient_accumulation,
-            seed,
-            stage.name,
-        )
-        self.images_per_step = images_per_step(settings, accelerator)
+        self.settings, self.stage, self.dataset = settings, stage, dataset
+        self.rate, self.more_inputs, self.trackers = rate, more_inputs, stage.run.options.trackers
+        self.accelerator, self.started = stage.run.accelerator, time.perf_counter()
+        self.images_per_step = images_per_step(settings, self.accelerator)
+        self.batches = ShardedBatches(len(dataset), settings, self.accelerator, stage.run.recipe.seed, stage.name)
         self.steps_per_epoch = self.batches.batches_per_epoch // settings.gradient_accumulation
         self.loader: torch.utils.data.DataLoader[dict[str, Any]] = torch.utils.data.DataLoader(
             cast("torch.utils.data.Dataset[dict[str, Any]]", dataset),
             batch_sampler=self.batches,
-            num_workers=settings.num_workers,
-            pin_memory=accelerator.device.type == "cuda",
+            num_workers=stage.run.options.num_workers,
+            pin_memory=self.accelerator.device.type == "cuda",
             # Its own generator: a loader draws a number whenever it is iterated, and stochastic depth draws from
             # torch's, which has to be the same whether or not the run was resumed.
             generator=torch.Generator(),
         )
         if settings.compile:
             model.compile(fullgraph=True)
-        self.model, self.optimizer = accelerator.prepare(model, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         # Each process drops other branches; after `prepare`, which must see equal weights everywhere.
-        set_seed(seed, device_specific=True)
+        set_seed(stage.run.recipe.seed, device_specific=True)
+        self._resume()
+        if self.trackers:
+            self.accelerator.init_trackers("bitrans_hf", config=flat(stage.recipe))
 
-        self.checkpoints = Checkpoints(stage.folder / "checkpoints", accelerator)
-        start: dict[str, Any] = {"step": 0, "epoch": 0, "batch": 0, "seconds": 0.0, "unreadable": []}
-        self.state = self.checkpoints.load_newest() or start
-        if self.state["step"]:
-            say(
-                accelerator,
-                f"{stage.name}: going on after step {self.state['step']} (epoch {self.state['epoch']})",
-            )
-        self.saved_step = self.state["step"]
-        stage.forget_log_after(self.saved_step)
-        if settings.trackers:
-            accelerator.init_trackers("bitrans_hf", config=flat(stage.recipe))
+    def _resume(self) -> None:
+        """Restore the newest checkpoint, if there is one."""
+        self.checkpoints = Checkpoints(self.stage.folder / "checkpoints", self.accelerator)
+        self.at = Position.of(self.checkpoints.load_newest())
+        if not self.accelerator.is_main_process:
+            self.at.losses = Means()  # those of all processes go on in the first one
+        if self.at.step:
+            self.stage.run.say(f"{self.stage.name}: going on after step {self.at.step} (epoch {self.at.epoch})")
+        self.saved_step = self.at.step
+        self.stage.forget_log_after(self.saved_step)
 
     def run(self, validate: Callable[[], dict[str, float]] | None = None) -> dict[str, Any]:
-        """Train to the last epoch; return the last losses and scores, "steps", "seconds" and "unreadable" image ids.
+        """Train to the last epoch.
 
         Args:
             validate: Called after each epoch; returns scores of the model as it is, equal in all processes.
+
+        Returns:
+            Mean losses and scores of the last epoch, "steps", "seconds" and "unreadable" image ids.
         """
-        state, epochs = self.state, self.settings.epochs
-        self.started = time.perf_counter() - state["seconds"]
+        run, epochs = self.stage.run, self.settings.epochs
+        self.started = time.perf_counter() - self.at.seconds
         total = epochs * self.steps_per_epoch
         if_stopped(self._kept)
-        announce(self._plan(total), self.accelerator, self.options)
-        result: dict[str, Any] = {}
+        run.announce(self._plan(total))
         bar: Counter
-        with progress(
-            None, self.accelerator, self.options, desc=self.stage.name, unit="step", total=total, initial=state["step"]
-        ) as bar:
-            for epoch in range(state["epoch"], epochs):
-                averages = self._epoch(epoch, state["batch"] if epoch == state["epoch"] else 0, bar)
+        with run.progress(None, desc=self.stage.name, unit="step", total=total, initial=self.at.step) as bar:
+            for epoch in range(self.at.epoch, epochs):
+                self._epoch(bar)
                 scores = validate() if validate else {}
-                entry = {"step": state["step"], "epoch": epoch + 1, **scores}
-                self.stage.log(entry)
-                self.accelerator.log(scores, step=state["step"])
-                result = {**averages, **scores}
-                self._checkpoint(epoch + 1, 0, result)
-                shown = ", ".join(f"{name} {value:.3f}" for name, value in result.items())
-                say(self.accelerator, f"epoch {epoch + 1}/{epochs}: {shown}")
-        if not result:  # resumed after the last epoch
-            result = dict(state["result"])
-        unreadable = sorted(set(gather_object(state["unreadable"])))
-        return {**result, "steps": state["step"], "seconds": self._seconds(), "unreadable": unreadable}
+                self.stage.log({"step": self.at.step, "epoch": epoch + 1, **scores})
+                self.accelerator.log(scores, step=self.at.step)
+                self.at.result = {**self.at.losses.of_all().values(), **scores}
+                self.at.epoch, self.at.batch, self.at.losses = epoch + 1, 0, Means()
+                self._checkpoint()
+                shown = ", ".join(f"{name} {value:.3f}" for name, value in self.at.result.items())
+                run.say(f"epoch {epoch + 1}/{epochs}: {shown}")
+        unreadable = sorted(run.union(self.at.unreadable))
+        return {**self.at.result, "steps": self.at.step, "seconds": self._seconds(), "unreadable": unreadable}
 
     def finish(self, metrics: Mapping[str, Any], *more: Any) -> None:
         """Save the model as `<stage>/model/`, write what was measured, and delete the checkpoints.
@@ -216,81 +259,88 @@ class TrainingLoop:
             record["parameters_million"] = parameter_count(unwrapped)
         self.stage.finish(record, seconds=metrics["seconds"])
         self.checkpoints.clear()
-        if self.settings.trackers:
+        if self.trackers:
             # Not `end_training`: it also ends the process group, which the next stage needs.
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        say_unreadable(self.accelerator, metrics["unreadable"])
+        self.stage.run.say_unreadable(metrics["unreadable"])
 
-    def _epoch(self, epoch: int, first_batch: int, bar: Any) -> dict[str, float]:
-        """Run one epoch from `first_batch`; return the means of its last log window."""
-        accelerator, settings, state = self.accelerator, self.settings, self.state
-        self.dataset.set_epoch(epoch)
-        self.batches.start_at(epoch, first_batch)
+    def _epoch(self, bar: Counter) -> None:
+        """Run what is left of an epoch."""
+        options, at, last = self.stage.run.options, self.at, self.batches.batches_per_epoch
+        self.dataset.set_epoch(at.epoch)
+        self.batches.start_at(at.epoch, at.batch)
         self.model.train()
-        window: list[dict[str, float]] = []
-        averages: dict[str, float] = {}
-        window_started, steps_in_window = time.perf_counter(), 0
+        window, window_started, first_step = Means(), time.perf_counter(), at.step
         with children_without_signals():
             batches = iter(self.loader)
-        for number, batch in enumerate(batches, start=first_batch + 1):
-            rate = self.rate(state["step"], self.steps_per_epoch)
-            for group in self.optimizer.param_groups:
-                group["lr"] = rate * group.get("rate_multiplier", 1.0)
-            state["unreadable"] += [name for name in batch["unreadable"] if name and name not in state["unreadable"]]
-            inputs = {
-                name: value.to(accelerator.device, non_blocking=True)
-                for name, value in batch.items()
-                if name not in NOT_FOR_THE_MODEL
-            }
-            if self.more_inputs is not None:
-                inputs |= self.more_inputs(state["step"], self.steps_per_epoch)
-            with accelerator.accumulate(self.model):
-                output = self.model(**inputs)
-                terms = getattr(output, "losses", None) or {}
-                losses = {"loss": output.loss.item(), **{name: term.item() for name, term in terms.items()}}
-                shown = [self.dataset.image_ids[i] for i in batch["index"]]
-                stop_if_not_finite(losses, state["step"], shown, self.stage.name)
-                window.append(losses)
-                accelerator.backward(output.loss)
-                if accelerator.sync_gradients and settings.max_grad_norm is not None:
-                    accelerator.clip_grad_norm_(self.model.parameters(), settings.max_grad_norm)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            if not accelerator.sync_gradients:
+        for batch in batches:
+            rate = self._set_rate()
+            losses = self._forward_backward(batch)
+            window.add(losses)
+            at.losses.add(losses)
+            at.batch += 1
+            if not self.accelerator.sync_gradients:
                 continue
-            state["step"] += 1
-            steps_in_window += 1
+            at.step += 1
             bar.update()
-            if state["step"] % settings.log_every == 0 or number == self.batches.batches_per_epoch:
-                averages = {
-                    name: float(np.mean([entry[name] for part in gather_object([window]) for entry in part]))
-                    for name in losses
-                }
-                speed = steps_in_window * self.images_per_step / (time.perf_counter() - window_started)
-                entry = {"lr": rate, "images_per_second": round(speed, 2), **averages}
-                done = round(number / self.batches.batches_per_epoch + epoch, 4)
-                self.stage.log({"step": state["step"], "epoch": done, **entry})
-                accelerator.log(entry, step=state["step"])
-                bar.set_postfix(loss=f"{averages['loss']:.3f}", images_per_second=f"{speed:.1f}")
-                window, window_started, steps_in_window = [], time.perf_counter(), 0
-            every = settings.checkpoint_every
-            if every and state["step"] % every == 0 and number < self.batches.batches_per_epoch:
-                self._checkpoint(epoch, number, {})
-        return averages
+            if at.step % options.log_every == 0 or at.batch == last:
+                speed = (at.step - first_step) * self.images_per_step / (time.perf_counter() - window_started)
+                self._log(rate, speed, window.of_all().values(), bar)
+                window, window_started, first_step = Means(), time.perf_counter(), at.step
+            if options.checkpoint_every and at.step % options.checkpoint_every == 0 and at.batch < last:
+                self._checkpoint()
 
-    def _checkpoint(self, epoch: int, batch: int, result: dict[str, float]) -> None:
-        # Every process goes on from the main one's state, which has to hold what the others could not read.
-        unreadable = sorted(set(gather_object(self.state["unreadable"])))
-        self.state |= {"epoch": epoch, "batch": batch, "seconds": self._seconds(), "result": result}
-        self.state["unreadable"] = unreadable
-        self.checkpoints.save(self.state["step"], self.state)
-        self.saved_step = self.state["step"]
+    def _set_rate(self) -> float:
+        """Give the optimizer the learning rate of this step, and return it."""
+        rate = self.rate(self.at.step, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group.get("rate_multiplier", 1.0)
+        return rate
+
+    def _forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
+        """Pass a batch through the network and back; return its losses. The last batch of a step moves the weights."""
+        accelerator, unreadable = self.accelerator, self.at.unreadable
+        unreadable += [name for name in batch["unreadable"] if name and name not in unreadable]
+        inputs = {
+            name: value.to(accelerator.device, non_blocking=True)
+            for name, value in batch.items()
+            if name not in NOT_FOR_THE_MODEL
+        }
+        with accelerator.accumulate(self.model):
+            output = self.model(**inputs, **self.more_inputs(self.at.step, self.steps_per_epoch))
+            terms = {"loss": output.loss, **(getattr(output, "losses", None) or {})}
+            # One copy from the device for all of them.
+            values = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+            losses = dict(zip(terms, values, strict=True))
+            shown = [self.dataset.image_ids[index] for index in batch["index"]]
+            stop_if_not_finite(losses, self.at.step, shown, self.stage.name)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients and self.settings.max_grad_norm is not None:
+                accelerator.clip_grad_norm_(self.model.parameters(), self.settings.max_grad_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return losses
+
+    def _log(self, rate: float, speed: float, losses: Mapping[str, float], bar: Counter) -> None:
+        """Write a log line, tell the trackers, and show the loss in the bar."""
+        entry = {"lr": rate, "images_per_second": round(speed, 2), **losses}
+        epochs = round(self.at.batch / self.batches.batches_per_epoch + self.at.epoch, 4)
+        self.stage.log({"step": self.at.step, "epoch": epochs, **entry})
+        self.accelerator.log(entry, step=self.at.step)
+        bar.set_postfix(loss=f"{losses['loss']:.3f}", images_per_second=f"{speed:.1f}")
+
+    def _checkpoint(self) -> None:
+        # Every process goes on from the main one's position, which has to hold what the others saw.
+        self.at.unreadable, self.at.seconds = sorted(self.stage.run.union(self.at.unreadable)), self._seconds()
+        stored = asdict(self.at) | {"losses": asdict(self.at.losses.of_all())}
+        self.checkpoints.save(self.at.step, stored)
+        self.saved_step = self.at.step
 
     def _plan(self, total: int) -> str:
         """Say what the run will do."""
         settings, accelerator, per_step = self.settings, self.accelerator, self.images_per_step
-        left = f", {total - self.state['step']:,} of them left" if self.state["step"] else ""
+        left = f", {total - self.at.step:,} of them left" if self.at.step else ""
         return (
             f"{self.stage.name}: {len(self.dataset):,} images, {settings.epochs} epochs, {total:,} steps of "
             f"{per_step} images{left}; batch size {settings.batch_size}, {accelerator.num_processes} process(es), "
@@ -299,7 +349,7 @@ class TrainingLoop:
 
     def _kept(self) -> str:
         """Say what a stop leaves."""
-        where = f"in stage {self.stage.name} after step {self.state['step']}"
+        where = f"in stage {self.stage.name} after step {self.at.step}"
         if self.saved_step:
             return f"{where}; the checkpoint of step {self.saved_step} is kept"
         return f"{where}, before its first checkpoint; earlier stages are kept"
@@ -308,8 +358,8 @@ class TrainingLoop:
         return float(round(time.perf_counter() - self.started, 1))
 
 
-def images_per_step(settings: LoopSettings, accelerator: Accelerator) -> int:
-    """Return how many images one optimiser step sees, over all processes."""
+def images_per_step(settings: TrainingRecipe, accelerator: Accelerator) -> int:
+    """Return how many images one optimizer step sees, over all processes."""
     return int(settings.batch_size * settings.gradient_accumulation * accelerator.num_processes)
 
 
@@ -322,3 +372,71 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[prefix + key] = value if isinstance(value, int | float | str) else str(value)
     return result
+
+
+# ---- The order of the images.
+
+
+class ShardedBatches(torch.utils.data.Sampler[list[int]]):
+    """Batches of one process in one epoch: a shuffled order that is a function of (seed, epoch) alone.
+
+    Every process computes the same order and takes its own part of each global batch, so that a run can go on in the
+    middle of an epoch by skipping batches. Images that do not fill a last optimizer step are left out of the epoch,
+    as the reference's drop_last does.
+
+    Args:
+        num_images: Size of the data set.
+        settings: Batch size and accumulation.
+        accelerator: Processes that train together, and which of them this one is.
+        seed: Of the order.
+        section: Of the recipe that says how to train, for messages.
+
+    Raises:
+        StageError: there are too few images for one step.
+    """
+
+    def __init__(
+        self, num_images: int, settings: TrainingRecipe, accelerator: Accelerator, seed: int, section: str = "train"
+    ):
+        per_step = images_per_step(settings, accelerator)
+        if num_images < per_step:
+            raise StageError(
+                f"{num_images} training images do not fill one optimizer step of {per_step} (batch_size "
+                f"{settings.batch_size} x {accelerator.num_processes} process(es) x gradient_accumulation "
+                f"{settings.gradient_accumulation}); lower {section}.batch_size."
+            )
+        self.num_images, self.batch_size, self.seed = num_images, settings.batch_size, seed
+        self.num_processes, self.process_index = accelerator.num_processes, accelerator.process_index
+        self.batches_per_epoch = num_images // per_step * settings.gradient_accumulation
+        self.epoch, self.first_batch = 0, 0
+
+    def start_at(self, epoch: int, first_batch: int = 0) -> None:
+        """Choose the epoch, and how many of its batches were already used."""
+        self.epoch, self.first_batch = epoch, first_batch
+
+    def __len__(self) -> int:
+        return self.batches_per_epoch - self.first_batch
+
+    def __iter__(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        order = torch.randperm(self.num_images, generator=generator).tolist()
+        for batch in range(self.first_batch, self.batches_per_epoch):
+            start = (batch * self.num_processes + self.process_index) * self.batch_size
+            yield order[start : start + self.batch_size]
+
+
+def stop_if_not_finite(
+    losses: Mapping[str, float], step: int, image_ids: Sequence[str], section: str = "train"
+) -> None:
+    """Stop a run whose loss is NaN or infinite; `section` is the recipe's that sets the learning rate.
+
+    Raises:
+        StageError: with the step, the term and the images of the batch.
+    """
+    broken = [f"{name} = {value}" for name, value in losses.items() if not math.isfinite(value)]
+    if broken:
+        raise StageError(
+            f"the loss is not finite at optimizer step {step} ({', '.join(broken)}); the batch held the images "
+            f"{', '.join(image_ids)}. Lower {section}.learning_rate or look at these images; the last checkpoint is "
+            "kept."
+        )

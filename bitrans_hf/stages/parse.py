@@ -1,7 +1,7 @@
 """Recipes and options from YAML files and the command line.
 
-`--config voc_deit_small --train.epochs 3` overrides one value of a shipped recipe, or of a file. Unknown keys and values
-of the wrong type are errors.
+`--config voc_deit_small --train.epochs 3` overrides one value of a shipped recipe or of a file. Unknown keys and
+values of the wrong type are errors.
 """
 
 import dataclasses
@@ -9,6 +9,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeVar
 
 import yaml
@@ -16,11 +17,9 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 
 from ..hub.errors import InputError
 from ..recipes import recipe_file
-from .recipe import MODEL_RECIPES, Recipe, RunOptions
+from .recipe import MODEL_RECIPES, TRANSFORMER_KEYS, Recipe, RunOptions
 
-CONFIG_HELP = (
-    "YAML file with the keys below, or the name of a shipped recipe; a later one changes values of an earlier one"
-)
+CONFIG_HELP = "YAML file with the keys below, or name of a shipped recipe; a later one changes values of earlier ones"
 
 
 def parse_recipe(description: str | None, arguments: Sequence[str] | None = None) -> tuple[Recipe, RunOptions]:
@@ -102,7 +101,14 @@ def merged_files(names: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"{file} is no YAML file: {error}") from error
         if not isinstance(content, Mapping):
             raise InputError(f"{file} holds {type(content).__name__}, expected keys and values as `name: photos`.")
+        before = architecture(merged)
         merged = laid_over(merged, content)
+        if architecture(merged) != before:  # what belongs to the other one goes
+            for section, keys in TRANSFORMER_KEYS.items():
+                given = content.get(section) or {}
+                merged[section] = {
+                    key: value for key, value in merged.get(section, {}).items() if key in given or key not in keys
+                }
     return merged
 
 
@@ -114,16 +120,15 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, A
     result = dict(below)
     for key, value in above.items():
         before = result.get(key)
-        replaces = isinstance(value, Mapping) and value.get("architecture", ...) not in (
-            ...,
-            before.get("architecture", "bitrans") if isinstance(before, Mapping) else None,
-        )
-        both = isinstance(value, Mapping) and isinstance(before, Mapping)
-        result[key] = laid_over(before, value) if both and not replaces else value
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            same = value.get("architecture") in (None, before.get("architecture", "bitrans"))
+            result[key] = laid_over(before, value) if same else value
+        else:
+            result[key] = value
     return result
 
 
-def architecture(content: Mapping[str, Any], words: Sequence[str]) -> str:
+def architecture(content: Mapping[str, Any], words: Sequence[str] = ()) -> str:
     """Return the architecture of the model that files and command line ask for.
 
     Raises:
@@ -131,7 +136,7 @@ def architecture(content: Mapping[str, Any], words: Sequence[str]) -> str:
     """
     model = content.get("model")
     name = model.get("architecture", "bitrans") if isinstance(model, Mapping) else "bitrans"
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         option, equals, value = word.partition("=")
         if option == "--model.architecture":
             name = value if equals else following

@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from datasets import Dataset
 
 from ..data import UnreadableImageError, class_names, open_image
@@ -32,23 +30,11 @@ from ..hub.weight_files import load_trained
 from ..pool import Outcome
 from ..refine.crf import CrfJob, CrfNotInstalledError, check_crf_installed, crf_pool
 from ..refine.pseudo_labels import write_label_png
-from .build import load_images
 from .label_maps import num_workers, result_of, score_steps, scored_images, stored_label_maps
 from .multi_scale import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
 from .parse import parse_recipe
-from .recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions, max_side_of
-from .run import (
-    Stage,
-    StageError,
-    announce,
-    make_accelerator,
-    progress,
-    say,
-    say_precision,
-    say_unreadable,
-    wait_for_everyone,
-    working,
-)
+from .recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions
+from .run import Run, Stage, StageError, how_to_run
 from .segmentation import check_classes
 
 DEPENDS_ON = (
@@ -79,67 +65,64 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
         raise StageError("the recipe has no section prediction; add it, or --prediction.preset mctformer.")
     settings = recipe.prediction
     network = None if settings.network is None else Path(settings.network).parent
-    accelerator = make_accelerator(recipe, options, "segmentation", network=network)
-    stage = Stage(recipe, "predictions", DEPENDS_ON, accelerator)
+    run = Run.start(recipe, options, "segmentation", network=network)
+    stage = Stage(run, "predictions", DEPENDS_ON)
     if stage.done:
-        say(accelerator, f"predictions: already done, {stage.folder}")
         return stage.folder
     if settings.refiner == "crf":
         try:
             check_crf_installed()  # before hours of predictions depend on it
         except CrfNotInstalledError as error:
             raise StageError(f"prediction.refiner is crf: {error}") from error
-    say_precision(accelerator, recipe, "segmentation")
-    with working("predictions: loading the network", accelerator, options):
-        model, processor = load_network(recipe, settings)
-    model.to(accelerator.device).eval()
+    run.say_precision("segmentation")
+    with run.working("predictions: loading the network"):
+        model, processor = load_network(run, settings)
+    model.to(run.accelerator.device).eval()
 
     splits: dict[str, dict[str, Any]] = {}
     unreadable: set[str] = set()
     for split in settings.splits:
         name = split or ALL_IMAGES
-        with working(f"predictions: reading the list of {name}", accelerator, options):
-            images = load_images(recipe.data, split, masks=True)
+        with run.working(f"predictions: reading the list of {name}"):
+            images = run.images(split, masks=True)
         check_classes(model, class_names(images))
         folder = stage.folder / name
-        broken = predict_split(accelerator, options, model, processor, images, folder, settings)
-        splits[name] = score_split(accelerator, options, images, folder, settings)
-        if settings.pack and not splits[name]["scored"] and accelerator.is_main_process:
-            with working("predictions: packing", accelerator, options):
+        broken = predict_split(run, model, processor, images, folder, settings)
+        splits[name] = score_split(run, images, folder, settings)
+        if settings.pack and not splits[name]["scored"] and run.accelerator.is_main_process:
+            with run.working("predictions: packing"):
                 splits[name]["archive"] = str(pack_for_voc_server(images["image_id"], folder, settings))
         unreadable |= broken
 
     head = next(iter(splits.values()))
     final = {"miou": head["steps"][last_step(settings)]} if "steps" in head else {}
     stage.finish({**final, "splits": splits, "unreadable": sorted(unreadable)})
-    say_unreadable(accelerator, unreadable)
+    run.say_unreadable(unreadable)
     for name, scores in splits.items():
         shown = "no masks to score against"
         if "steps" in scores:
             shown = "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
-        say(accelerator, f"predictions: {name}, {scored_images(scores)}, {shown}")
-    say(accelerator, f"predictions: -> {stage.folder}")
-    accelerator.wait_for_everyone()
+        run.say(f"predictions: {name}, {scored_images(scores)}, {shown}")
+    run.say(f"predictions: -> {stage.folder}")
+    run.accelerator.wait_for_everyone()
     return stage.folder
 
 
 # ---- The network.
 
 
-def load_network(
-    recipe: Recipe, settings: PredictionRecipe
-) -> tuple[DeepLabForSemanticSegmentation, BiTransImageProcessor]:
+def load_network(run: Run, settings: PredictionRecipe) -> tuple[DeepLabForSemanticSegmentation, BiTransImageProcessor]:
     """Load the segmentation network and its image processor.
 
     Raises:
         StageError: it is not there.
     """
-    own = Path(recipe.output_dir) / recipe.name / "segmentation" / "model"
+    own = run.stage_folder("segmentation") / "model"
     folder = own if settings.network is None else Path(settings.network)
     if not (folder / "config.json").is_file():
-        raise StageError(f"no segmentation network at {folder}; run training/train_segmentation.py first.")
+        raise StageError(f"no segmentation network at {folder}; {how_to_run('segmentation')}.")
     processor = BiTransImageProcessor.from_pretrained(folder)
-    processor.max_side = max_side_of(recipe)
+    processor.max_side = run.max_side
     return load_trained(DeepLabForSemanticSegmentation, folder), processor
 
 
@@ -196,8 +179,7 @@ def label_map_of(
 
 
 def predict_split(
-    accelerator: Accelerator,
-    options: RunOptions,
+    run: Run,
     model: DeepLabForSemanticSegmentation,
     processor: BiTransImageProcessor,
     images: Dataset,
@@ -212,14 +194,12 @@ def predict_split(
     Raises:
         StageError: the refiner failed on an image; what is finished is kept.
     """
-    own = range(accelerator.process_index, len(images), accelerator.num_processes)
+    own = run.own(len(images))
     ids, final = images["image_id"], folder / last_step(settings)
     todo = [index for index in own if not label_path(final, ids[index]).is_file()]
-    announce(
+    run.announce(
         f"predictions: {len(todo):,} of {len(own):,} images of {folder.name} to do; refiner {settings.refiner}, "
-        f"device {accelerator.device.type}",
-        accelerator,
-        options,
+        f"device {run.accelerator.device.type}"
     )
     waiting: dict[str, Prediction] = {}
     unusable: set[str] = set()
@@ -228,9 +208,9 @@ def predict_split(
         for index in todo:
             row = images[index]
             try:
-                made = predict_image(accelerator, model, processor, row, folder, settings)
+                made = predict_image(run, model, processor, row, folder, settings)
             except UnreadableImageError:
-                if options.strict:
+                if run.options.strict:
                     raise
                 unusable.add(row["image_id"])
                 continue
@@ -239,22 +219,22 @@ def predict_split(
 
     refined: Iterable[Outcome[npt.NDArray[np.float32]]]
     if settings.refiner == "crf":
-        workers = num_workers(accelerator, options, len(todo))
+        workers = num_workers(run, len(todo))
         preset = settings.crf_preset or CRF_PRESETS[settings.preset]
         refined = crf_pool(jobs(), preset=preset, processes=workers, progress=None)
     else:
         refined = (Outcome(image_id, job.scores) for image_id, job in jobs())
-    for outcome in progress(refined, accelerator, options, total=len(todo), desc=folder.name, unit="image"):
+    for outcome in run.progress(refined, total=len(todo), desc=folder.name, unit="image"):
         made = waiting.pop(outcome.image_id)
         label_map = made.label_map(result_of(outcome))
         write_label_png(label_path(final, outcome.image_id), label_map, outcome.image_id)
-    wait_for_everyone(accelerator, options)
-    return set(gather_object(sorted(unusable)))
+    run.wait()
+    return run.union(unusable)
 
 
 @torch.no_grad()
 def predict_image(
-    accelerator: Accelerator,
+    run: Run,
     model: DeepLabForSemanticSegmentation,
     processor: BiTransImageProcessor,
     row: dict[str, Any],
@@ -270,7 +250,7 @@ def predict_image(
     image = processor.bounded(image)
     pixels = np.array(image)
     single, fused = single_and_fused_scores(
-        accelerator, model, processor.normalized(image).to(accelerator.device), settings
+        run, model, processor.normalized(image).to(run.accelerator.device), settings
     )
     winners = fused.argmax(dim=0).unique()
     all_ids = np.arange(len(fused), dtype=np.uint8)
@@ -279,7 +259,8 @@ def predict_image(
             path = label_path(folder / step, row["image_id"])
             write_label_png(path, label_map_of(scores, all_ids, size), row["image_id"])
 
-    labels = torch.arange(1, len(fused)) if settings.crf_classes == "all" else winners[winners > 0].cpu()
+    # Background and the classes that win some pixel: what makes 80 classes affordable.
+    labels = winners[winners > 0].cpu()
     labels = torch.cat([torch.zeros(1, dtype=labels.dtype), labels])  # background first, always
     scores = fused[labels.to(fused.device)]
     if settings.refiner == "par" and len(labels) > 1:
@@ -289,7 +270,7 @@ def predict_image(
 
 
 def single_and_fused_scores(
-    accelerator: Accelerator,
+    run: Run,
     model: DeepLabForSemanticSegmentation,
     pixel_values: torch.Tensor,
     settings: PredictionRecipe,
@@ -300,7 +281,7 @@ def single_and_fused_scores(
 
     def logits(scales: Sequence[float], flip: bool) -> Iterator[torch.Tensor]:
         nonlocal single
-        with accelerator.autocast():
+        with run.accelerator.autocast():
             for view in view_logits(
                 model,
                 pixel_values,
@@ -325,17 +306,13 @@ def single_and_fused_scores(
 # ---- Scores.
 
 
-def score_split(
-    accelerator: Accelerator, options: RunOptions, images: Dataset, folder: Path, settings: PredictionRecipe
-) -> dict[str, Any]:
+def score_split(run: Run, images: Dataset, folder: Path, settings: PredictionRecipe) -> dict[str, Any]:
     """Score the label maps of a split after every step, wherever masks are known.
 
     Returns:
         "images": how many were predicted, and what `score_steps` returns.
     """
-    scores = score_steps(
-        accelerator, options, images, {step: stored_label_maps(folder / step) for step in steps(settings)}
-    )
+    scores = score_steps(run, images, {step: stored_label_maps(folder / step) for step in steps(settings)})
     final = folder / last_step(settings)
     return {"images": sum(label_path(final, image_id).is_file() for image_id in images["image_id"]), **scores}
 

@@ -8,7 +8,6 @@ score wins. Images that are done are not done again, so that a run that was kill
 masks are known, the label maps after each step are scored.
 """
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 
 from ..data import UnreadableImageError, class_names, image_size, open_image
 from ..file_names import label_path
@@ -28,8 +26,6 @@ from ..hub.modeling_affinitynet import AffinityNetModel
 from ..hub.weight_files import load_trained
 from ..refine.pseudo_labels import scores_to_label_map, seeds_to_label_map, write_label_png
 from ..refine.random_walk import propagate_scores
-from ..store import LabelScoreStore
-from .build import load_images
 from .label_maps import (
     Background,
     LabelMap,
@@ -42,19 +38,9 @@ from .label_maps import (
     stored_label_maps,
 )
 from .parse import parse_recipe
-from .recipe import ALL_IMAGES, PseudoLabelsRecipe, Recipe, RunOptions, max_side_of
-from .run import (
-    Stage,
-    StageError,
-    announce,
-    make_accelerator,
-    remove_unfinished,
-    say,
-    say_precision,
-    say_unreadable,
-    wait_for_everyone,
-    working,
-)
+from .recipe import ALL_IMAGES, PseudoLabelsRecipe, Recipe, RunOptions
+from .records import read_json
+from .run import Run, Stage, StageError, how_to_run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,34 +52,33 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
     """Make the pseudo labels of every split of the recipe; return the folder of the stage.
 
     `<split>/labels/*.png` are the pseudo labels; `<split>/walk/*.png` those before the refiner, where one follows the
-    walk; `<split>/scores/*.npz` the soft scores on request. `metrics.json` has "miou" of the first split's pseudo
+    walk; `metrics.json` has "miou" of the first split's pseudo
     labels and, for each split with masks, the mIoU after each step.
     """
     settings = recipe.pseudo_labels
     if settings is None:
         raise StageError("the recipe has no section pseudo_labels; add it, or --pseudo_labels.method refiner.")
     network = None if settings.network is None else Path(settings.network).parent
-    accelerator = make_accelerator(recipe, options, "affinity", network=network)
-    stage = Stage(recipe, "pseudo_labels", depends_on(settings), accelerator)
+    run = Run.start(recipe, options, "affinity", network=network)
+    stage = Stage(run, "pseudo_labels", depends_on(settings))
     if stage.done:
-        say(accelerator, f"pseudo_labels: already done, {stage.folder}")
         return stage.folder
     walk = None
     if settings.method == "random_walk":
-        say_precision(accelerator, recipe, "affinity")
-        with working("pseudo_labels: loading the affinity network", accelerator, options):
-            walk = RandomWalk.of(recipe, settings, accelerator)
-    background = background_of(recipe, settings)
-    remove_unfinished(stage.folder, accelerator)
+        run.say_precision("affinity")
+        with run.working("pseudo_labels: loading the affinity network"):
+            walk = RandomWalk.of(run, settings)
+    background = background_of(run, settings)
+    run.remove_unfinished(stage.folder)
 
     splits: dict[str, dict[str, Any]] = {}
     left_out: set[str] = set()
     for split in settings.splits:
         name = split or ALL_IMAGES
-        with working(f"pseudo_labels: reading the list of {name}", accelerator, options):
-            labels = SplitLabels(accelerator, options, recipe, split, stage.folder / name, background, walk)
+        with run.working(f"pseudo_labels: reading the list of {name}"):
+            labels = SplitLabels(run, split, stage.folder / name, background, walk)
         if split == settings.splits[0] and labels.note_on_classes():
-            say(accelerator, f"pseudo_labels: {labels.note_on_classes()}")
+            run.say(f"pseudo_labels: {labels.note_on_classes()}")
         left_out |= labels.make()
         splits[name] = labels.score()
 
@@ -103,17 +88,17 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
     if "steps" in head:
         metrics = {"miou": head["steps"][last_step], "steps": head["steps"]}
     stage.finish({**metrics, "threshold": background.threshold, "splits": splits, "unreadable": sorted(left_out)})
-    say_unreadable(accelerator, left_out)
+    run.say_unreadable(left_out)
     for name, scores in splits.items():
         shown = "no masks to score against"
         if "steps" in scores:
             shown = "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
-        say(accelerator, f"pseudo_labels: {name}, {scored_images(scores)}, {shown}")
+        run.say(f"pseudo_labels: {name}, {scored_images(scores)}, {shown}")
         if scores["without_classes"]:
             number = scores["without_classes"]
-            say(accelerator, f"pseudo_labels: {name}, {number} image(s) hold no class and are background alone")
-    say(accelerator, f"pseudo_labels: -> {stage.folder}")
-    accelerator.wait_for_everyone()
+            run.say(f"pseudo_labels: {name}, {number} image(s) hold no class and are background alone")
+    run.say(f"pseudo_labels: -> {stage.folder}")
+    run.accelerator.wait_for_everyone()
     return stage.folder
 
 
@@ -123,7 +108,7 @@ def depends_on(settings: PseudoLabelsRecipe) -> tuple[str, ...]:
     return ("seed", "data", "model", "train", "seeds", *(("affinity",) if own_network else ()), "pseudo_labels")
 
 
-def background_of(recipe: Recipe, settings: PseudoLabelsRecipe) -> Background:
+def background_of(run: Run, settings: PseudoLabelsRecipe) -> Background:
     """Return the background score of the recipe.
 
     Raises:
@@ -132,12 +117,12 @@ def background_of(recipe: Recipe, settings: PseudoLabelsRecipe) -> Background:
     if settings.background == "alpha":
         return Background(alpha=settings.alpha)
     if settings.threshold is None:
-        return Background(threshold=recipe.seeds.threshold)
+        return Background(threshold=run.recipe.seeds.threshold)
     if settings.threshold != "best":
         return Background(threshold=settings.threshold)
-    path = Path(recipe.output_dir) / recipe.name / "seeds" / "metrics.json"
-    found = json.loads(path.read_text(encoding="utf-8")).get("threshold", {}) if path.is_file() else {}
-    variant = settings.variant or recipe.seeds.variant
+    path = run.stage_folder("seeds") / "metrics.json"
+    found = read_json(path).get("threshold", {}) if path.is_file() else {}
+    variant = settings.variant or run.recipe.seeds.variant
     if variant not in found:
         raise StageError(
             f'pseudo_labels.threshold "best" needs the seeds\' best threshold in {path}, and there is none: no masks '
@@ -176,22 +161,22 @@ class RandomWalk:
         self.num_doublings = relation.num_doublings if settings.num_doublings is None else settings.num_doublings
 
     @classmethod
-    def of(cls, recipe: Recipe, settings: PseudoLabelsRecipe, accelerator: Accelerator) -> "RandomWalk":
+    def of(cls, run: Run, settings: PseudoLabelsRecipe) -> "RandomWalk":
         """Load the network that the recipe names.
 
         Raises:
             StageError: there is none, or the folder holds another network.
             ValueError: the network cannot have this output stride.
         """
-        folder = Path(recipe.output_dir) / recipe.name / "affinity" / "model"
+        folder = run.stage_folder("affinity") / "model"
         if settings.network is not None:
             folder = Path(settings.network)
         elif not (folder.parent / "done.json").is_file():
-            raise StageError(f"no trained affinity network at {folder}; run training/train_affinity.py first.")
+            raise StageError(f"no trained affinity network at {folder}; {how_to_run('affinity')}.")
         config = folder / "config.json"
         if not config.is_file():
             raise StageError(f"{folder} holds no network: there is no config.json in it.")
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        kind = read_json(config).get("model_type")
         if kind != AffinityNetModel.config_class.model_type:
             raise StageError(
                 f"{folder} holds a network of the type {kind!r}, expected 'affinitynet'; name the folder model/ of "
@@ -199,8 +184,8 @@ class RandomWalk:
             )
         stride = settings.output_stride
         finer: dict[str, Any] = {} if stride is None else {"output_stride": stride, "stride": None}
-        model = load_trained(AffinityNetModel, folder, **finer).to(accelerator.device).eval()
-        return cls(model, BiTransImageProcessor.from_pretrained(folder), settings, accelerator)
+        model = load_trained(AffinityNetModel, folder, **finer).to(run.accelerator.device).eval()
+        return cls(model, BiTransImageProcessor.from_pretrained(folder), settings, run.accelerator)
 
     @torch.no_grad()
     def __call__(
@@ -241,9 +226,7 @@ class SplitLabels:
     """The pseudo labels of one split.
 
     Args:
-        accelerator: Each process makes its share.
-        options: Of the run.
-        recipe: Of the run, with a section pseudo_labels.
+        run: Each process makes its share. Its recipe has a section pseudo_labels.
         split: Of the data.
         folder: Where the label maps go.
         background: Background score beside the seeds.
@@ -255,20 +238,19 @@ class SplitLabels:
 
     def __init__(
         self,
-        accelerator: Accelerator,
-        options: RunOptions,
-        recipe: Recipe,
+        run: Run,
         split: str | None,
         folder: Path,
         background: Background,
         walk: "RandomWalk | None",
     ):
+        recipe = run.recipe
         assert recipe.pseudo_labels is not None
-        self.accelerator, self.options, self.settings = accelerator, options, recipe.pseudo_labels
-        self.images = load_images(recipe.data, split, masks=True)
-        self.store = seeds_of_split(recipe, split)
+        self.run, self.settings = run, recipe.pseudo_labels
+        self.images = run.images(split, masks=True)
+        self.store = seeds_of_split(run, split)
         self.variant = self.settings.variant or recipe.seeds.variant
-        self.max_side = max_side_of(recipe)
+        self.max_side = run.max_side
         self.folder, self.background, self.walk = folder, background, walk
         best = background.threshold if self.settings.threshold == "best" else None
         self.seed_threshold = recipe.seeds.threshold if best is None else best
@@ -298,25 +280,21 @@ class SplitLabels:
         """
         seeded_ids = set(self.store.ids())
         own = []
-        for index in range(self.accelerator.process_index, len(self.images), self.accelerator.num_processes):
+        for index in self.run.own(len(self.images)):
             image_id = self.images[index]["image_id"]
             if image_id in seeded_ids:
                 own.append(index)
             else:
                 self.left_out.add(image_id)
         todo = [index for index in own if not self._is_done(self.images[index])]
-        announce(
+        self.run.announce(
             f"pseudo_labels: {len(todo):,} of {len(own):,} images to do; method {self.settings.method}, refiner "
-            f"{self.settings.refiner}, device {self.accelerator.device.type}",
-            self.accelerator,
-            self.options,
+            f"{self.settings.refiner}, device {self.run.accelerator.device.type}"
         )
         jobs = self._walked_jobs(own) if self.walk is not None else self._jobs_from_seeds(todo)
-        broken = run_jobs(
-            jobs, self.accelerator, self.options, len(todo), self.settings.refiner, "pseudo labels", self.max_side
-        )
-        wait_for_everyone(self.accelerator, self.options)
-        return set(gather_object(sorted(self.left_out | broken)))
+        broken = run_jobs(self.run, jobs, len(todo), self.settings.refiner, "pseudo labels")
+        self.run.wait()
+        return self.run.union(self.left_out | broken)
 
     def score(self) -> dict[str, Any]:
         """Score the label maps after each step.
@@ -347,7 +325,7 @@ class SplitLabels:
             if self._is_done(row):
                 counts["images"] += 1
                 counts["without_classes"] += not row["labels"]
-        return {**counts, **score_steps(self.accelerator, self.options, self.images, steps)}
+        return {**counts, **score_steps(self.run, self.images, steps)}
 
     def _is_done(self, row: dict[str, Any]) -> bool:
         return label_path(self.folder / "labels", row["image_id"]).is_file()
@@ -361,7 +339,7 @@ class SplitLabels:
             refiner=self.settings.refiner,
             crf_preset=self.settings.crf_preset,
             max_side=self.max_side,
-            strict=self.options.strict,
+            strict=self.run.options.strict,
             **source,
         )
 
@@ -382,7 +360,7 @@ class SplitLabels:
             try:
                 of_size[image_size(row["image"])].append(index)
             except UnreadableImageError:
-                if self.options.strict:
+                if self.run.options.strict:
                     raise
                 self.left_out.add(row["image_id"])
         for size, indices in sorted(of_size.items()):
@@ -395,7 +373,7 @@ class SplitLabels:
                     try:
                         pictures.append(bounded_image(open_image(row["image"]), self.max_side))
                     except UnreadableImageError:
-                        if self.options.strict:
+                        if self.run.options.strict:
                             raise
                         self.left_out.add(row["image_id"])
                         continue
@@ -412,7 +390,4 @@ class SplitLabels:
                     if self.settings.refiner != "none":
                         path = label_path(self.folder / "walk", row["image_id"])
                         write_label_png(path, scores_to_label_map(each.class_ids, scores, size), row["image_id"])
-                    if self.settings.keep_scores:
-                        kept = LabelScoreStore(self.folder / "scores")
-                        kept.write(row["image_id"], each.class_ids, {"walk": scores})
                     yield self._job(row, class_ids=each.class_ids, scores=scores)

@@ -26,7 +26,7 @@ from ..hub.modeling_bitrans import BiTransModel
 from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from ..hub.weight_files import load_trained
 from ..progress import size_text
-from ..publishing.cards import Network, Run, render_card, step_table
+from ..publishing.cards import Network, RunRecord, render_card, step_table
 from ..publishing.folders import (
     Kind,
     PublishError,
@@ -38,8 +38,8 @@ from ..publishing.folders import (
 )
 from ..publishing.pseudo_labels import pseudo_label_card, pseudo_label_dataset
 from .parse import parse_recipe
-from .recipe import PublishRecipe, Recipe, RunOptions
-from .run import Stage, StageError, make_accelerator, say, working
+from .recipe import CamRecipe, PublishRecipe, Recipe, RunOptions
+from .run import Run, Stage, StageError, how_to_run
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
 
@@ -98,13 +98,13 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
     `<part>/` is what a repository holds. `metrics.json` has the files with their sizes, and the uploads.
     """
     settings = cast(PublishRecipe, recipe.publish)
-    accelerator = make_accelerator(recipe, options)
-    folder = Path(recipe.output_dir) / recipe.name
-    stage = Stage(recipe, "publish", DEPENDS_ON, accelerator)
-    if not accelerator.is_main_process:
+    run = Run.start(recipe, options)
+    folder = run.folder
+    stage = Stage(run, "publish", DEPENDS_ON)
+    if not run.accelerator.is_main_process:
         return stage.folder
     parts = chosen_parts(folder, settings)
-    if recipe.model.architecture == "cam" and PARTS["model"] in parts:
+    if isinstance(recipe.model, CamRecipe) and PARTS["model"] in parts:
         raise StageError(
             "model.architecture cam is a baseline, whose network is not published; name what is in publish.parts, "
             "without model."
@@ -112,15 +112,15 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
 
     # ---- Folders. Those of an earlier call are kept, if they were made of the same things.
     sources = {part.name: source_of(folder, part, settings) for part in parts}
-    before = stage.metrics() if stage.done else {}
+    before = run.metrics("publish")
     for part in parts:
         if before.get("sources", {}).get(part.name) == sources[part.name] and (stage.folder / part.name).is_dir():
-            say(accelerator, f"publish: {part.name} is already written and checked, {stage.folder / part.name}")
+            run.say(f"publish: {part.name} is already written and checked, {stage.folder / part.name}")
             continue
-        with working(f"publish: writing and opening {part.name}", accelerator, options):
+        with run.working(f"publish: writing and opening {part.name}"):
             write_part(recipe, settings, folder, part, stage.folder / part.name)
         opened = ", opened without the package: outputs equal to the last bit" if part.name in NETWORKS else ""
-        say(accelerator, f"publish: {part.name} -> {stage.folder / part.name}{opened}")
+        run.say(f"publish: {part.name} -> {stage.folder / part.name}{opened}")
     files = {part.name: files_of(stage.folder / part.name) for part in parts}
     uploads = {**before.get("uploads", {})}
     stage.finish({"sources": sources, "files": files, "uploads": uploads})
@@ -130,19 +130,19 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
         target = "no repository is named (--publish.repo owner/name)"
         if settings.repo is not None:
             target = f"{part.kind} {part.repo(settings.repo)}, version {settings.version}"
-        if options.dry_run:
+        if run.options.dry_run:
             total = sum(files[part.name].values())
-            say(accelerator, f"publish: {part.name}, {len(files[part.name])} files, {size_text(total)}; {target}")
+            run.say(f"publish: {part.name}, {len(files[part.name])} files, {size_text(total)}; {target}")
             for name, size in files[part.name].items():
-                say(accelerator, f"    {size_text(size):>9}  {name}")
+                run.say(f"    {size_text(size):>9}  {name}")
         elif settings.repo is not None:
-            with working(f"publish: uploading {part.name}", accelerator, options):
+            with run.working(f"publish: uploading {part.name}"):
                 uploads[part.name] = upload_part(settings, part, stage.folder / part.name)
-            say(accelerator, f"publish: {uploads[part.name]['url']}, version {settings.version}")
+            run.say(f"publish: {uploads[part.name]['url']}, version {settings.version}")
     if uploads != before.get("uploads", {}):
         stage.finish({"sources": sources, "files": files, "uploads": uploads})
-    if settings.repo is None and not options.dry_run:
-        say(accelerator, f"publish: nothing was uploaded, {target}")
+    if settings.repo is None and not run.options.dry_run:
+        run.say(f"publish: nothing was uploaded, {target}")
     return stage.folder
 
 
@@ -155,7 +155,7 @@ def chosen_parts(folder: Path, settings: PublishRecipe) -> list[Part]:
     finished = [part for part in PARTS.values() if part.stage and (folder / part.stage / "done.json").is_file()]
     if settings.parts is None:
         if not finished:
-            raise StageError(f"no finished stage in {folder}; run training/run_all.py with the same recipe first.")
+            raise StageError(f"no finished stage in {folder}; {how_to_run('run_all')}.")
         return finished
     parts = [PARTS[name] for name in settings.parts]
     for part in parts:
@@ -189,10 +189,10 @@ def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part
     if part.name == "metric":
         write_metric_folder(out)
         return
-    run = Run.from_folder(folder)
+    record = RunRecord.from_folder(folder)
     if part.name == "pseudo_labels":
         stage = folder / "pseudo_labels"
-        content = run.stages["pseudo_labels"]
+        content = record.stages["pseudo_labels"]
         scores = content["metrics"].get("splits", {})
         found = [path.name for path in sorted(stage.iterdir()) if (path / "labels").is_dir()]
         names = sorted(found, key=lambda name: list(scores).index(name) if name in scores else len(scores))
@@ -200,7 +200,7 @@ def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part
         # The stage's one score is of its first split.
         measured = {**scores.get(names[0], {}), **content["metrics"]}
         card = pseudo_label_card(
-            concatenate_datasets([*splits.values()]), list(run.classes), content["recipe"], measured
+            concatenate_datasets([*splits.values()]), list(record.classes), content["recipe"], measured
         )
         card += f"\n## Splits\n\n{step_table(content['metrics'])}\n"
         write_pseudo_label_folder(out, splits, card)
@@ -208,7 +208,7 @@ def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part
     network, model_class = NETWORKS[part.name]
     picture = picture_of(recipe, settings, folder) if part.name == "model" else None
     card = render_card(
-        run, network,
+        record, network,
         repo=part.repo(settings.repo) if settings.repo else str(out), version=settings.version,
         package_version=__version__, picture=picture.name if picture else None, licence=settings.licence,
     )  # fmt: skip

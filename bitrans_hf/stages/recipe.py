@@ -588,7 +588,8 @@ class Recipe:
                 default = getattr(type(settings), name)
                 if is_cnn and getattr(settings, name) != default:
                     raise InputError(
-                        f"{section}.{name} does not belong to model.architecture cam; set it to {str(default).lower()}."
+                        f"{section}.{name} does not belong to model.architecture cam; set it to "
+                        f"{'null' if default is None else str(default).lower()}."
                     )
         made = variants_of(self)
         sections = {"seeds": self.seeds, "affinity": self.affinity, "pseudo_labels": self.pseudo_labels}

@@ -3,7 +3,6 @@
 python training/make_report.py --config voc_deit_small
 """
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,11 +25,11 @@ from ..report.page import (
     write_report,
 )
 from ..store import SeedStore
-from .build import load_images
 from .label_maps import LabelMap, cell_labels, stored_label_maps
 from .parse import parse_recipe
-from .recipe import ALL_IMAGES, Recipe, RunOptions, max_side_of, variants_of
-from .run import StageError, make_accelerator, say, working
+from .recipe import ALL_IMAGES, Recipe, RunOptions
+from .records import read_json
+from .run import Run, StageError, how_to_run
 
 PREDICTION_STEPS = {
     "multi_scale": "Segmentation network",
@@ -47,30 +46,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def make_report(recipe: Recipe, options: RunOptions) -> Path:
     """Write the page of a run whose training and seeds are done; return its path."""
-    accelerator = make_accelerator(recipe, options)
-    run = Path(recipe.output_dir) / recipe.name
-    page = run / "report" / "index.html"
-    if not accelerator.is_main_process:
+    run = Run.start(recipe, options)
+    page = run.stage_folder("report") / "index.html"
+    if not run.accelerator.is_main_process:
         return page
     for name in ("train", "seeds"):
-        if not (run / name / "done.json").is_file():
-            raise StageError(f"{run / name} is not finished; run training/run_all.py with the same recipe.")
-    trained, seeds = (
-        json.loads((run / name / "metrics.json").read_text(encoding="utf-8")) for name in ("train", "seeds")
-    )
-    later = {name: finished(run / name) for name in ("pseudo_labels", "predictions")}
+        if not run.is_done(name):
+            raise StageError(f"{run.stage_folder(name)} is not finished; {how_to_run(name)}.")
     if_stopped(lambda: "in stage report; earlier stages are kept")
-    with working("report: drawing the page", accelerator, options):
-        write_page(recipe, run, page, trained, seeds, later)
-    say(accelerator, f"report: {page}")
+    with run.working("report: drawing the page"):
+        write_page(run, page)
+    run.say(f"report: {page}")
     return page
 
 
-def write_page(
-    recipe: Recipe, run: Path, page: Path, trained: dict[str, Any], seeds: dict[str, Any], later: dict[str, Any]
-) -> None:
+def write_page(run: Run, page: Path) -> None:
     """Write the page from what the stages measured."""
-    rows = list(gallery(recipe, run, recipe.report.split or ALL_IMAGES))
+    recipe, trained, seeds = run.recipe, run.metrics("train"), run.metrics("seeds")
+    rows = list(gallery(run))
     shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
     write_report(
         page,
@@ -79,8 +72,8 @@ def write_page(
         curves=list(charts(run)),
         tables=[
             *score_tables(seeds),
-            *step_tables(later["pseudo_labels"], "From seeds to pseudo labels"),
-            *step_tables(later["predictions"], "Segmentation network"),
+            *step_tables(run.metrics("pseudo_labels"), "From seeds to pseudo labels"),
+            *step_tables(run.metrics("predictions"), "Segmentation network"),
             *training_table(trained),
             recipe_table(resolved_recipe(run)),
         ],
@@ -98,36 +91,31 @@ def write_page(
     )
 
 
-def charts(run: Path) -> Iterator[Chart]:
+def charts(run: Run) -> Iterator[Chart]:
     """Give the curves of every stage that trained."""
-    yield from charts_from_log(run / "train" / "log.jsonl")
+    yield from charts_from_log(run.stage_folder("train") / "log.jsonl")
     for stage, network in (("affinity", "Affinity network"), ("segmentation", "Segmentation network")):
-        if (run / stage / "done.json").is_file():
-            for chart in charts_from_log(run / stage / "log.jsonl"):
+        if run.is_done(stage):
+            for chart in charts_from_log(run.stage_folder(stage) / "log.jsonl"):
                 title = chart.title[0].lower() + chart.title[1:]
                 yield replace(chart, title=f"{network}: {title}")
 
 
-def finished(stage: Path) -> dict[str, Any]:
-    """Return what a stage measured, or nothing where it is not finished."""
-    if not (stage / "done.json").is_file():
-        return {}
-    return dict(json.loads((stage / "metrics.json").read_text(encoding="utf-8")))
-
-
-def resolved_recipe(run: Path) -> dict[str, Any]:
+def resolved_recipe(run: Run) -> dict[str, Any]:
     """Return the recipe of a run: the parts that its finished stages depend on."""
     resolved: dict[str, Any] = {}
     for stage in ("seeds", "affinity", "pseudo_labels", "segmentation", "predictions"):
-        if (run / stage / "done.json").is_file():
-            resolved |= json.loads((run / stage / "recipe.json").read_text(encoding="utf-8"))
+        if run.is_done(stage):
+            resolved |= read_json(run.stage_folder(stage) / "recipe.json")
     return resolved
 
 
-def gallery(recipe: Recipe, run: Path, split: str) -> Iterator[GalleryRow]:
+def gallery(run: Run) -> Iterator[GalleryRow]:
     """Give the pictures of a split: images with several classes first, then spread over the split."""
-    images = load_images(recipe.data, recipe.report.split, masks=True)
-    store = SeedStore(run / "seeds" / split / "seeds")
+    recipe = run.recipe
+    split = recipe.report.split or ALL_IMAGES
+    images = run.images(recipe.report.split, masks=True)
+    store = SeedStore(run.stage_folder("seeds") / split / "seeds")
     stored = set(store.ids())
     found = [index for index, image_id in enumerate(images["image_id"]) if image_id in stored]
     labels = images["labels"]
@@ -136,9 +124,8 @@ def gallery(recipe: Recipe, run: Path, split: str) -> Iterator[GalleryRow]:
     half = min(len(several), recipe.report.num_images // 2)
     for index in spread(several, half) + spread(single, recipe.report.num_images - half):
         row = images[index]
-        max_side = max_side_of(recipe)
-        maps = store.read_variants(row["image_id"], variants_of(recipe), max_side=max_side)
-        image = bounded_image(open_image(row["image"]), max_side)
+        maps = store.read_variants(row["image_id"], run.variants, max_side=run.max_side)
+        image = bounded_image(open_image(row["image"]), run.max_side)
         size = (image.height, image.width)
         yield GalleryRow(
             image_id=row["image_id"],
@@ -149,7 +136,7 @@ def gallery(recipe: Recipe, run: Path, split: str) -> Iterator[GalleryRow]:
             class_names=class_names(images),
             steps={
                 heading: resized_label_map(label_map, size)
-                for heading, label_map in later_label_maps(run, split, row["image_id"])
+                for heading, label_map in later_label_maps(run.folder, split, row["image_id"])
             },
         )
 

@@ -8,13 +8,12 @@ has the second alone.
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 
@@ -29,23 +28,10 @@ from ..metrics import SweepResult, ThresholdSweep
 from ..progress import size_text
 from ..refine.pseudo_labels import seeds_to_label_map, write_label_png
 from ..store import SeedStore
-from .build import load_images
 from .label_maps import scored_images
 from .parse import parse_recipe
-from .recipe import ALL_IMAGES, Recipe, RunOptions, SeedsRecipe, max_side_of, variants_of
-from .run import (
-    Stage,
-    StageError,
-    announce,
-    make_accelerator,
-    model_folder,
-    progress,
-    say,
-    say_precision,
-    say_unreadable,
-    wait_for_everyone,
-    working,
-)
+from .recipe import ALL_IMAGES, CamRecipe, Recipe, RunOptions, SeedsRecipe
+from .run import Run, Stage, StageError
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
 
@@ -62,32 +48,30 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     `seeds.threshold`. `metrics.json` has the best threshold of every variant and its score, and for every further
     split also the score at the first split's best threshold, which is the honest one where masks are only for testing.
     """
-    accelerator = make_accelerator(recipe, options)
-    stage = Stage(recipe, "seeds", DEPENDS_ON, accelerator)
+    run = Run.start(recipe, options)
+    stage = Stage(run, "seeds", DEPENDS_ON)
     if stage.done:
-        say(accelerator, f"seeds: already done, {stage.folder}")
         return stage.folder
-    say_precision(accelerator, recipe, "train")
-    trained = model_folder(recipe)
+    run.say_precision("train")
+    trained = run.trained_model()
     model: BiTransModel | CamModel
-    with working("seeds: loading the model", accelerator, options):
-        if recipe.model.architecture == "cam":
+    with run.working("seeds: loading the model"):
+        if isinstance(recipe.model, CamRecipe):
             model = load_trained(CamModel, trained)
         else:
             names = ("num_seed_layers", "num_affinity_layers")
             changed = {name: value for name in names if (value := getattr(recipe.seeds, name)) is not None}
             model = load_trained(BiTransModel, trained, **changed)
-        model = model.to(accelerator.device).eval()
+        model = model.to(run.accelerator.device).eval()
     processor = BiTransImageProcessor.from_pretrained(trained)
-    processor.max_side = max_side_of(recipe)
-    variants = variants_of(recipe)
+    processor.max_side = run.max_side
 
     splits: dict[str, dict[str, Any]] = {}
     unreadable: set[str] = set()
     for split in recipe.seeds.splits:
         name = split or ALL_IMAGES
-        with working(f"seeds: reading the list of {name}", accelerator, options):
-            images = load_images(recipe.data, split, masks=True)
+        with run.working(f"seeds: reading the list of {name}"):
+            images = run.images(split, masks=True)
         known = [name for _, name in sorted((model.config.id2label or {}).items())]
         wanted = class_names(images)
         if known != wanted:
@@ -96,11 +80,9 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
                 "use the recipe that the model was trained with."
             )
         folder = stage.folder / name
-        broken, reduced = extract_split(
-            accelerator, model, processor, images, SeedStore(folder / "seeds"), variants, recipe.seeds, options
-        )
+        broken, reduced = extract_split(run, model, processor, images, SeedStore(folder / "seeds"))
         first = next(iter(splits.values()), {}).get("threshold")
-        scores = score_split(accelerator, images, folder, variants, recipe, first, options)
+        scores = score_split(run, images, folder, first)
         splits[name] = {**scores, "reduced": reduced} if reduced else scores
         unreadable |= broken
 
@@ -108,12 +90,12 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     stage.finish(
         {
             **{key: head[key] for key in ("miou", "threshold") if key in head},
-            "max_side": max_side_of(recipe),
+            "max_side": run.max_side,
             "splits": splits,
             "unreadable": sorted(unreadable),
         }
     )
-    say_unreadable(accelerator, unreadable)
+    run.say_unreadable(unreadable)
     for name, scores in splits.items():
         shown = "no masks to score against"
         if "miou" in scores:
@@ -121,21 +103,18 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
                 f"{variant} {value:.1f} (at {scores['threshold'][variant]:.2f})"
                 for variant, value in scores["miou"].items()
             )
-        say(accelerator, f"seeds: {name}, {scored_images(scores)}, {shown}")
-    say(accelerator, f"seeds: -> {stage.folder}")
-    accelerator.wait_for_everyone()
+        run.say(f"seeds: {name}, {scored_images(scores)}, {shown}")
+    run.say(f"seeds: -> {stage.folder}")
+    run.accelerator.wait_for_everyone()
     return stage.folder
 
 
 def extract_split(
-    accelerator: Accelerator,
+    run: Run,
     model: BiTransModel | CamModel,
     processor: BiTransImageProcessor,
     images: Dataset,
     store: SeedStore,
-    variants: Mapping[str, tuple[str, bool]],
-    recipe: SeedsRecipe,
-    options: RunOptions,
 ) -> tuple[set[str], int]:
     """Write the seeds of this process' share of a split.
 
@@ -147,12 +126,13 @@ def extract_split(
         The ids of unusable images and the number of larger images, of all processes and whatever was done before.
     """
     assert processor.max_side is not None
+    settings = run.recipe.seeds
     unreadable: set[str] = set()
     reduced = 0
     smallest = model.config.stride if isinstance(model, CamModel) else model.config.patch_size
     todo = defaultdict(list)
-    own = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for index in progress(own, accelerator, options, desc="sizes of the images", unit="image"):
+    own = run.own(len(images))
+    for index in run.progress(own, desc="sizes of the images", unit="image"):
         row = images[index]
         if row["image_id"] in store:
             size = store.size(row["image_id"])
@@ -160,78 +140,72 @@ def extract_split(
             continue
         try:
             size = image_size(row["image"])
-            check_size(row["image_id"], size, bounded_size(size, processor.max_side), recipe.scales, smallest)
+            check_size(row["image_id"], size, bounded_size(size, processor.max_side), settings.scales, smallest)
             reduced += bounded_size(size, processor.max_side) != size
             todo[size].append(index)
         except UnreadableImageError:
-            if options.strict:
+            if run.options.strict:
                 raise
             unreadable.add(row["image_id"])
     worked_at = {size: bounded_size(size, processor.max_side) for size in todo}
-    numbers = {size: images_at_once(worked_at[size], recipe.batch_size) for size in todo}
+    numbers = {size: images_at_once(worked_at[size], settings.batch_size) for size in todo}
     batches = [
         (size, indices[start : start + numbers[size]])
         for size, indices in sorted(todo.items())
         for start in range(0, len(indices), numbers[size])
     ]
-    num_views = len(recipe.scales) * (2 if recipe.flip else 1)
-    announce(
+    num_views = len(settings.scales) * (2 if settings.flip else 1)
+    run.announce(
         f"seeds: {sum(map(len, todo.values())):,} of {len(own):,} images to do, {num_views} view(s) of each; batch "
-        f"size {recipe.batch_size}, {accelerator.num_processes} process(es), device {accelerator.device.type}",
-        accelerator,
-        options,
+        f"size {settings.batch_size}, {run.accelerator.num_processes} process(es), device "
+        f"{run.accelerator.device.type}"
     )
     total = sum(gather_object([reduced]))
     if batches:
-        need = max(memory_of_views(model, worked_at[size], recipe, len(indices)) for size, indices in batches)
-        announce(
-            f"seeds: the largest batch takes about {size_text(need)} of memory beside the model's",
-            accelerator,
-            options,
-        )
+        need = max(memory_of_views(model, worked_at[size], settings, len(indices)) for size, indices in batches)
+        run.announce(f"seeds: the largest batch takes about {size_text(need)} of memory beside the model's")
     if total:
-        say(
-            accelerator,
+        run.say(
             f"seeds: {total} of {len(images)} images are larger than {processor.max_side} pixels and are reduced to "
             "that (seeds.max_side); their label maps have the images' own sizes",
         )
 
     def network(pixel_values: torch.Tensor) -> Any:
         # Its maps are float32 and stay so: refining them in bfloat16 would round them.
-        with accelerator.autocast():
+        with run.accelerator.autocast():
             return model(pixel_values)
 
-    for size, indices in progress(batches, accelerator, options, desc="seeds", unit="batch"):
+    for size, indices in run.progress(batches, desc="seeds", unit="batch"):
         rows, views = [], []
         for index in indices:
             row = images[index]
             try:
                 image = processor.bounded(open_image(row["image"]))
-                views.append(processor.scaled_views(image, recipe.scales))
+                views.append(processor.scaled_views(image, settings.scales))
                 rows.append(row)
             except UnreadableImageError:
-                if options.strict:
+                if run.options.strict:
                     raise
                 unreadable.add(row["image_id"])
         if not rows:
             continue
-        batch = [torch.cat(scale).to(accelerator.device) for scale in zip(*views, strict=True)]
+        batch = [torch.cat(scale).to(run.accelerator.device) for scale in zip(*views, strict=True)]
         height, width = worked_at[size]
         totals = sum_over_views(
             network,
             batch,
-            variants,
-            flip=recipe.flip,
-            size=None if len(recipe.scales) == 1 else (-(-height // 4), -(-width // 4)),
-            refine_steps=recipe.refine_steps or 1,
-            normalize_affinity=bool(recipe.normalize_affinity),
+            run.variants,
+            flip=settings.flip,
+            size=None if len(settings.scales) == 1 else (-(-height // 4), -(-width // 4)),
+            refine_steps=settings.refine_steps,
+            normalize_affinity=settings.normalize_affinity,
         )
         for position, row in enumerate(rows):
             class_ids = np.array(row["labels"], dtype=np.int64)
             maps = {variant: total[position, row["labels"]].float().cpu() for variant, total in totals.items()}
             store.write(row["image_id"], class_ids, maps, size)
-    wait_for_everyone(accelerator, options)
-    return set(gather_object(sorted(unreadable))), total
+    run.wait()
+    return run.union(unreadable), total
 
 
 def images_at_once(size: tuple[int, int], batch_size: int) -> int:
@@ -286,13 +260,10 @@ def check_size(
 
 
 def score_split(
-    accelerator: Accelerator,
+    run: Run,
     images: Dataset,
     folder: Path,
-    variants: Collection[str],
-    recipe: Recipe,
     given_thresholds: dict[str, float] | None,
-    options: RunOptions,
 ) -> dict[str, Any]:
     """Write the label maps of a split and score its seeds at every threshold in one pass.
 
@@ -302,19 +273,20 @@ def score_split(
         "miou_at_recipe_threshold"; with `given_thresholds` also "miou_at_given_threshold"; "several_classes" repeats
         the scores for images with two or more classes.
     """
+    recipe, variants = run.recipe, run.variants
     store = SeedStore(folder / "seeds")
     num_classes = len(class_names(images))
     sweeps = {
         subset: {variant: ThresholdSweep(num_classes) for variant in variants} for subset in ("all", "several_classes")
     }
     counts = {"images": 0, "scored": 0, "several_classes": 0}
-    own = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for index in progress(own, accelerator, options, desc="score", unit="image"):
+    own = run.own(len(images))
+    for index in run.progress(own, desc="score", unit="image"):
         row = images[index]
         if row["image_id"] not in store:
             continue
         counts["images"] += 1
-        max_side, size = max_side_of(recipe), store.size(row["image_id"])
+        max_side, size = run.max_side, store.size(row["image_id"])
         seeds = store.read_variants(row["image_id"], variants, max_side=max_side)
         label_map = seeds_to_label_map(seeds[recipe.seeds.variant], recipe.seeds.threshold, size)
         write_label_png(label_path(folder / "masks", row["image_id"]), label_map, row["image_id"])

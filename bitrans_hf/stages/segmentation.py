@@ -31,12 +31,11 @@ from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from ..hub.weight_files import load_trained
 from ..metrics import confusion_counts, iou_from_counts, miou_from_counts
 from ..weights import load_backbone
-from .build import load_images
 from .loop import RateSchedule, TrainingLoop
 from .multi_scale import SINGLE_SCALE, multi_scale_scores
 from .parse import parse_recipe
-from .recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe, max_side_of
-from .run import Stage, StageError, make_accelerator, model_folder, progress, refuse_cnn, say, say_precision, working
+from .recipe import ALL_IMAGES, Recipe, RunOptions, SegmentationRecipe
+from .run import Run, Stage, StageError, how_to_run
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation")
 
@@ -60,47 +59,46 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     if recipe.segmentation is None:
         raise StageError("the recipe has no section segmentation; add it, or --segmentation.backbone bitrans.")
     settings = recipe.segmentation
-    accelerator = make_accelerator(recipe, options, "segmentation", trains=True)
-    stage = Stage(recipe, "segmentation", DEPENDS_ON, accelerator)
+    run = Run.start(recipe, options, "segmentation", trains=True)
+    stage = Stage(run, "segmentation", DEPENDS_ON)
     if stage.done:
-        say(accelerator, f"segmentation: already done, {stage.folder}")
         return stage.folder
-    say_precision(accelerator, recipe, "segmentation")
+    run.say_precision("segmentation")
 
     # ---- Pictures and label maps
-    with working("segmentation: reading the list of images", accelerator, options):
-        pairs = labelled_images(recipe, settings)
+    with run.working("segmentation: reading the list of images"):
+        pairs = labelled_images(run, settings)
     own_crop = {} if settings.crop_size is None else {"crop_size": settings.crop_size}
     augmentation = pair_augmentation(settings.preset, **own_crop, **settings.augmentation_options)
-    check_label_maps(accelerator, options, pairs, augmentation.crop_size / augmentation.scale[1])
-    dataset = TrainingPairs(pairs, augmentation, seed=recipe.seed, strict=options.strict, max_side=max_side_of(recipe))
+    check_label_maps(run, pairs, augmentation.crop_size / augmentation.scale[1])
+    dataset = TrainingPairs(pairs, augmentation, seed=recipe.seed, strict=run.options.strict, max_side=run.max_side)
     validation = None
     if settings.val_split is not None:
-        validation = load_images(recipe.data, settings.val_split, masks=True)
+        validation = run.images(settings.val_split, masks=True)
 
     # ---- Network and optimiser
-    with working("segmentation: building the network", accelerator, options):
-        model = build_network(recipe, settings, class_names(pairs))
+    with run.working("segmentation: building the network"):
+        model = build_network(run, settings, class_names(pairs))
     if settings.batch_norm == "sync":
-        model = synchronized(model, accelerator)
+        model = synchronized(model, run.accelerator)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers hides the overloads
     optimizer = make_optimizer(model, settings)
     # Pictures up to the bound keep their size: the network sees them whole.
-    processor = BiTransImageProcessor(do_resize=False, max_side=max_side_of(recipe))
+    processor = BiTransImageProcessor(do_resize=False, max_side=run.max_side)
 
     # ---- Loop and result
     peak = LEARNING_RATE[settings.preset] if settings.learning_rate is None else settings.learning_rate
     rate = RateSchedule("poly", peak, settings.epochs)
-    loop = TrainingLoop(settings, stage, accelerator, options, model, optimizer, dataset, rate, recipe.seed)
+    loop = TrainingLoop(settings, stage, model, optimizer, dataset, rate)
 
     scores: dict[str, Any] = {}
 
     def score() -> dict[str, float]:
-        epoch = loop.state["step"] // loop.steps_per_epoch
+        epoch = loop.at.step // loop.steps_per_epoch
         if validation is None or (epoch % settings.val_every and epoch < settings.epochs):
             return {}
-        scores.update(validate(accelerator, options, loop.model, processor, validation))
+        scores.update(validate(run, loop.model, processor, validation))
         return {"miou": scores["miou"]}
 
     metrics = loop.run(score)
@@ -109,36 +107,36 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     metrics |= scores
     loop.finish({**metrics, "labels": settings.labels, "images": len(pairs)}, processor)
     scored = f", mIoU {metrics['miou']:.1f} on {settings.val_split}" if validation is not None else ""
-    say(accelerator, f"segmentation: loss {metrics['loss']:.3f}{scored} -> {stage.folder}")
-    accelerator.wait_for_everyone()
+    run.say(f"segmentation: loss {metrics['loss']:.3f}{scored} -> {stage.folder}")
+    run.accelerator.wait_for_everyone()
     return stage.folder
 
 
 # ---- Label maps.
 
 
-def labelled_images(recipe: Recipe, settings: SegmentationRecipe) -> Dataset:
+def labelled_images(run: Run, settings: SegmentationRecipe) -> Dataset:
     """Load the pictures of the recipe's split with the label maps that it names.
 
     Raises:
         StageError: label maps are missing, or are the ground truth without the recipe saying so.
     """
     if settings.labels == "ground_truth":
-        images = chosen_images(settings, load_images(recipe.data, settings.split, masks=True))
+        images = chosen_images(settings, run.images(settings.split, masks=True))
         cells = list(images.cast_column("mask", Image(decode=False))["mask"])
         missing = [name for name, cell in zip(images["image_id"], cells, strict=True) if cell is None]
         refuse_missing(missing, len(images), "ground-truth mask", "choose a split whose masks are known")
         return with_label_maps(images, cells)
 
-    folder = label_folder(recipe, settings)
+    folder = label_folder(run, settings)
     if not folder.is_dir():
         raise StageError(f"there are no label maps at {folder}; {how_to_make(settings.labels)}.")
-    images = chosen_images(settings, load_images(recipe.data, settings.split, masks=False))
+    images = chosen_images(settings, run.images(settings.split, masks=False))
     present = label_files(folder)  # one look, not 80,000
     missing = [name for name in images["image_id"] if name not in present]
     refuse_missing(missing, len(images), f"label map in {folder}", how_to_make(settings.labels))
     pairs = with_label_maps(images, [present[name] for name in images["image_id"]])
-    refuse_ground_truth(folder, pairs, chosen_images(settings, load_images(recipe.data, settings.split, masks=True)))
+    refuse_ground_truth(folder, pairs, chosen_images(settings, run.images(settings.split, masks=True)))
     return pairs
 
 
@@ -149,18 +147,20 @@ def chosen_images(settings: SegmentationRecipe, images: Dataset) -> Dataset:
     return images.select([number * len(images) // settings.num_images for number in range(settings.num_images)])
 
 
-def label_folder(recipe: Recipe, settings: SegmentationRecipe) -> Path:
+def label_folder(run: Run, settings: SegmentationRecipe) -> Path:
     """Return the folder of the label maps that are not ground truth."""
-    run, split = Path(recipe.output_dir) / recipe.name, settings.split or ALL_IMAGES
-    own = {"pseudo_labels": run / "pseudo_labels" / split / "labels", "seeds": run / "seeds" / split / "masks"}
+    split = settings.split or ALL_IMAGES
+    own = {
+        "pseudo_labels": run.stage_folder("pseudo_labels") / split / "labels",
+        "seeds": run.stage_folder("seeds") / split / "masks",
+    }
     return own.get(settings.labels, Path(settings.labels))
 
 
 def how_to_make(labels: str) -> str:
     """Say how the label maps of a recipe come to be: a piece of a message."""
-    scripts = {"pseudo_labels": "make_pseudo_labels.py", "seeds": "make_seeds.py"}
-    if labels in scripts:
-        return f"run training/{scripts[labels]} for this split first"
+    if labels in ("pseudo_labels", "seeds"):
+        return f"{how_to_run(labels)}, for this split"
     return "segmentation.labels must be pseudo_labels, seeds, ground_truth or a folder of <image_id>.png"
 
 
@@ -200,12 +200,11 @@ def refuse_ground_truth(folder: Path, pairs: Dataset, truth: Dataset) -> None:
         )
 
 
-def check_label_maps(accelerator: Accelerator, options: RunOptions, pairs: Dataset, largest_crop: float) -> None:
+def check_label_maps(run: Run, pairs: Dataset, largest_crop: float) -> None:
     """Open every picture and label map once, before hours of training depend on them.
 
     Args:
-        accelerator: Each process looks at its share.
-        options: Of the run.
+        run: Each process works on its share.
         pairs: Pictures with label maps.
         largest_crop: Longest side in pixels, before scaling, that a picture must have for a crop to fit in at all.
 
@@ -214,7 +213,7 @@ def check_label_maps(accelerator: Accelerator, options: RunOptions, pairs: Datas
             every picture.
     """
     num_classes = len(class_names(pairs))
-    own = range(accelerator.process_index, len(pairs), accelerator.num_processes)
+    own = run.own(len(pairs))
 
     def look(index: int) -> tuple[str, int]:
         """Return what is wrong with a pair, and the longest side of the picture."""
@@ -230,7 +229,7 @@ def check_label_maps(accelerator: Accelerator, options: RunOptions, pairs: Datas
     pool = ThreadPoolExecutor()  # PIL releases the interpreter lock
     try:
         looked = pool.map(look, own)
-        found = list(progress(looked, accelerator, options, total=len(own), desc="check labels", unit="image"))
+        found = list(run.progress(looked, total=len(own), desc="check labels", unit="image"))
     finally:
         pool.shutdown(cancel_futures=True)
     wrong = gather_object([message for message, _ in found if message])
@@ -247,9 +246,7 @@ def check_label_maps(accelerator: Accelerator, options: RunOptions, pairs: Datas
 # ---- Network and optimiser.
 
 
-def build_network(
-    recipe: Recipe, settings: SegmentationRecipe, classes: Sequence[str]
-) -> DeepLabForSemanticSegmentation:
+def build_network(run: Run, settings: SegmentationRecipe, classes: Sequence[str]) -> DeepLabForSemanticSegmentation:
     """Build the recipe's network with its starting weights.
 
     Raises:
@@ -260,10 +257,10 @@ def build_network(
     options: dict[str, Any] = {"preset": settings.preset, "id2label": names, **settings.options}
     if settings.batch_norm is not None:
         options["freeze_batch_norm"] = settings.batch_norm == "frozen"
-    set_seed(recipe.seed)
+    set_seed(run.recipe.seed)
     if settings.weights == "trained":
-        refuse_cnn(recipe, "segmentation")
-        bitrans = load_trained(BiTransModel, model_folder(recipe))
+        run.refuse_cnn("segmentation")
+        bitrans = load_trained(BiTransModel, run.trained_model())
         return DeepLabForSemanticSegmentation.from_bitrans(bitrans, **options)
     if Path(settings.weights).is_dir():
         model = load_trained(DeepLabForSemanticSegmentation, settings.weights)
@@ -314,8 +311,7 @@ def make_optimizer(model: DeepLabForSemanticSegmentation, settings: Segmentation
 
 @torch.no_grad()
 def validate(
-    accelerator: Accelerator,
-    options: RunOptions,
+    run: Run,
     model: torch.nn.Module,
     processor: BiTransImageProcessor,
     images: Dataset,
@@ -328,13 +324,13 @@ def validate(
     Raises:
         StageError: no image has a mask.
     """
-    network: torch.nn.Module = accelerator.unwrap_model(model)
+    network: torch.nn.Module = run.accelerator.unwrap_model(model)
     network.eval()
     names = ["background", *class_names(images)]
     counts = np.zeros((len(names), len(names)), dtype=np.int64)
     scored = 0
-    own: Iterable[int] = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for index in progress(own, accelerator, options, desc="validate", unit="image", leave=False):
+    own: Iterable[int] = run.own(len(images))
+    for index in run.progress(own, desc="validate", unit="image", leave=False):
         row = images[index]
         if row["mask"] is None:
             continue
@@ -343,8 +339,8 @@ def validate(
         except UnreadableImageError:
             continue
         target = open_mask(row["mask"], image_size=(image.height, image.width), num_classes=len(names) - 1)
-        with accelerator.autocast():
-            pixel_values = processor.normalized(processor.bounded(image)).to(accelerator.device)
+        with run.accelerator.autocast():
+            pixel_values = processor.normalized(processor.bounded(image)).to(run.accelerator.device)
             scores = multi_scale_scores(network, pixel_values, **SINGLE_SCALE)
         for rows, strip in enlarged_strips(scores, target.shape):
             counts += confusion_counts(strip.argmax(dim=0).cpu().numpy(), target[rows], len(names))

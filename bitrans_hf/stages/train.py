@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -25,11 +24,11 @@ from ..hub.labels import class_ids_to_multi_hot
 from ..hub.modeling_bitrans import BiTransOutput
 from ..hub.modeling_cam import CamModel, CamOutput
 from ..metrics import image_average_precision, mean_average_precision
-from .build import build_cam, build_model, describe_contrast, describe_folder, load_images
+from .build import build_network, describe_contrast, describe_folder
 from .loop import RateSchedule, TrainingLoop, images_per_step
 from .parse import parse_recipe
-from .recipe import Recipe, RunOptions, TrainRecipe, max_side_of
-from .run import Stage, StageError, make_accelerator, progress, say, say_precision, working
+from .recipe import Recipe, RunOptions, TrainRecipe
+from .run import Run, Stage, StageError
 
 DEPENDS_ON = ("seed", "data", "model", "train")
 
@@ -44,60 +43,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def train(recipe: Recipe, options: RunOptions) -> Path:
     """Train the recipe's model; return the folder of the stage, whose `model/` holds model and image processor."""
-    accelerator = make_accelerator(recipe, options, trains=True)
-    stage = Stage(recipe, "train", DEPENDS_ON, accelerator)
+    run = Run.start(recipe, options, trains=True)
+    stage = Stage(run, "train", DEPENDS_ON)
     if stage.done:
-        say(accelerator, f"train: already done, {stage.folder}")
         return stage.folder
-    say_precision(accelerator, recipe, "train")
+    run.say_precision("train")
 
     # ---- Images
-    with working("train: reading the list of images", accelerator, options):
-        if accelerator.is_main_process and (summary := describe_folder(recipe.data, recipe.data.train_split)):
-            say(accelerator, summary)  # before loading, which stops at the first thing that is wrong
-        images = load_images(recipe.data, recipe.data.train_split, masks=False)
-        validation = load_images(recipe.data, recipe.data.val_split, masks=False) if recipe.data.val_split else None
+    with run.working("train: reading the list of images"):
+        if run.accelerator.is_main_process and (summary := describe_folder(recipe.data, recipe.data.train_split)):
+            run.say(summary)  # before loading, which stops at the first thing that is wrong
+        images = run.images(recipe.data.train_split, masks=False)
+        validation = run.images(recipe.data.val_split, masks=False) if recipe.data.val_split else None
     id2label = dict(enumerate(class_names(images)))
     # A folder's own description says it already.
     if recipe.data.source != "folder" and (note := describe_contrast(images)):
-        say(accelerator, f"note: {note}")
+        run.say(f"note: {note}")
 
     # ---- Model and optimiser
-    build = build_cam if recipe.model.architecture == "cam" else build_model
-    with working("train: building the network", accelerator, options):
-        model: PreTrainedModel = build(recipe.model, id2label, recipe.seed)
+    with run.working("train: building the network"):
+        model: PreTrainedModel = build_network(recipe.model, id2label, recipe.seed)
     if recipe.train.activation_checkpointing:
         keep_only_layer_inputs(model)
     image_size = model.config.image_size
-    processor = BiTransImageProcessor(size={"height": image_size, "width": image_size}, max_side=max_side_of(recipe))
+    processor = BiTransImageProcessor(size={"height": image_size, "width": image_size}, max_side=run.max_side)
     optimizer = make_optimizer(model, recipe.train)
     dataset = TrainingImages(
         images,
         training_transform(image_size, recipe.train.augmentation, **recipe.train.augmentation_options),
         seed=recipe.seed,
-        strict=options.strict,
+        strict=run.options.strict,
     )
 
     # ---- Loop and result
-    rate = functools.partial(learning_rate, recipe.train, images_per_step=images_per_step(recipe.train, accelerator))
-    warmup = recipe.train.consistency_warmup_epochs
-    loop = TrainingLoop(
-        recipe.train,
-        stage,
-        accelerator,
-        options,
-        model,
-        optimizer,
-        dataset,
-        rate,
-        recipe.seed,
-        more_inputs=functools.partial(consistency_warmup, warmup, accelerator.device) if warmup else None,
+    rate = functools.partial(
+        learning_rate, recipe.train, images_per_step=images_per_step(recipe.train, run.accelerator)
     )
-    metrics = loop.run(lambda: validate(accelerator, options, loop.model, processor, validation))
+    warmup = recipe.train.consistency_warmup_epochs
+    more = {"more_inputs": functools.partial(consistency_warmup, warmup, run.accelerator.device)} if warmup else {}
+    loop = TrainingLoop(recipe.train, stage, model, optimizer, dataset, rate, **more)
+    metrics = loop.run(lambda: validate(run, loop.model, processor, validation))
     loop.finish(metrics, processor)
     tags = ", ".join(f"{metrics[key]:.1f} {title}" for key, title in TAG_TITLES.items() if key in metrics)
-    say(accelerator, f"train: loss {metrics['loss']:.3f}{', mAP ' + tags if tags else ''} -> {stage.folder}")
-    accelerator.wait_for_everyone()
+    run.say(f"train: loss {metrics['loss']:.3f}{', mAP ' + tags if tags else ''} -> {stage.folder}")
+    run.accelerator.wait_for_everyone()
     return stage.folder
 
 
@@ -115,7 +104,7 @@ def make_optimizer(model: PreTrainedModel, train: TrainRecipe) -> torch.optim.Op
     else:
         groups = parameter_groups(model, train.weight_decay)
     if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=train.momentum or 0.0)
+        return torch.optim.SGD(groups, lr=0.0, momentum=train.momentum)
     return torch.optim.AdamW(groups)
 
 
@@ -152,8 +141,7 @@ def consistency_warmup(
 
 @torch.no_grad()
 def validate(
-    accelerator: Accelerator,
-    options: RunOptions,
+    run: Run,
     model: torch.nn.Module,
     processor: BiTransImageProcessor,
     images: Dataset | None,
@@ -168,13 +156,13 @@ def validate(
     """
     if images is None:
         return {}
-    unwrapped: PreTrainedModel = accelerator.unwrap_model(model)
+    unwrapped: PreTrainedModel = run.accelerator.unwrap_model(model)
     unwrapped.eval()
     num_classes = len(unwrapped.config.id2label or {})
-    own = list(range(accelerator.process_index, len(images), accelerator.num_processes))
+    own = list(run.own(len(images)))
     rows: list[dict[str, np.ndarray]] = []  # of each image (C,): the scores of every branch, and "labels"
     starts = range(0, len(own), batch_size)
-    for start in progress(starts, accelerator, options, desc="validate", unit="batch", leave=False):
+    for start in run.progress(starts, desc="validate", unit="batch", leave=False):
         pictures, labels = [], []
         for index in own[start : start + batch_size]:
             row = images[index]
@@ -185,8 +173,8 @@ def validate(
             labels.append(class_ids_to_multi_hot(row["labels"], num_classes))
         if not pictures:
             continue
-        pixel_values = processor(pictures, return_tensors="pt")["pixel_values"].to(accelerator.device)
-        with accelerator.autocast():
+        pixel_values = processor(pictures, return_tensors="pt")["pixel_values"].to(run.accelerator.device)
+        with run.accelerator.autocast():
             logits = logits_of_branches(unwrapped(pixel_values))
         columns = {branch: part.float().cpu().numpy() for branch, part in logits.items()} | {"labels": labels}
         rows += [{name: column[number] for name, column in columns.items()} for number in range(len(labels))]
