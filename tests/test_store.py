@@ -199,7 +199,7 @@ def test_maps_that_do_not_match_the_classes_are_refused(tmp_path: Path):
 
 def test_what_is_not_there_is_named(tmp_path: Path):
     store = SeedStore(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no seeds of image 'b' in .*make_seeds"):
+    with pytest.raises(FileNotFoundError, match=r"no seeds of image 'b' in .*make its seeds first"):
         store.read("b", "fused")
     store.write("a", IDS, {"fused": grids(), "sc_cam": grids()}, (48, 72))
     with pytest.raises(ValueError, match=r"holds the variants fused, sc_cam, not 'refined'"):
