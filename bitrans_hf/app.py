@@ -27,11 +27,11 @@ from .commands import if_stopped
 from .file_names import label_path
 from .files import lies_in
 from .hub.errors import InputError
-from .hub.image_processing_bitrans import BiTransImageProcessor, min_max_normalized, resized, strongest_row
-from .hub.labels import palette
-from .hub.modeling_bitrans import BiTransOutput
+from .hub.image_processing_bitrans import BiTransImageProcessor
+from .hub.labels import THRESHOLD, palette
+from .hub.maps import ClassMaps, fused_maps, min_max_normalized, resized, strongest_row, sum_over_scales
 from .hub.pipeline_bitrans import PseudoMaskPipeline, open_picture
-from .hub.seeds import SEED_VARIANTS, fused_maps
+from .hub.seeds import SEED_VARIANTS
 from .refine.pseudo_labels import write_label_png
 from .report.page import VARIANT_TITLES, heat_overlay, label_overlay
 
@@ -140,17 +140,17 @@ class PictureMaps:
         if asked_before == question:
             return answer
         size = (self.image.height, self.image.width)
-        totals: dict[str, torch.Tensor] = {}
-        for scale in SCALES[:num_scales]:
+
+        def maps_of(scale: float) -> dict[str, torch.Tensor]:
             kept = self.at_scale(scale)
             sc_cam = kept.class_attention[:, -num_layers:, ids].mean(dim=1)
-            coarse_cam = kept.coarse_cam[:, ids]
-            output = BiTransOutput(
-                sc_cam=sc_cam, coarse_cam=coarse_cam, pseudo_mask=sc_cam * coarse_cam.relu(), affinity=kept.affinity
-            )
-            for name, (mode, refine) in SEED_VARIANTS.items():
-                maps = resized(fused_maps(output, mode, refine=refine, flip=True)[0], size)
-                totals[name] = totals[name] + maps if name in totals else maps
+            maps = ClassMaps(sc_cam, kept.coarse_cam[:, ids], kept.affinity)
+            return {
+                name: fused_maps(maps, mode, refine=refine, flip=True)[0]
+                for name, (mode, refine) in SEED_VARIANTS.items()
+            }
+
+        totals = sum_over_scales(map(maps_of, SCALES[:num_scales]), size)
         answer = {name: min_max_normalized(maps) for name, maps in totals.items()}
         self._seeds = (question, answer)
         return answer
@@ -379,7 +379,13 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
                 with gr.Row():
                     with gr.Column(min_width=200):
                         threshold = gr.Slider(
-                            0, 1, 0.4, step=0.01, label="Threshold", info="higher: smaller masks", elem_id="threshold"
+                            0,
+                            1,
+                            THRESHOLD,
+                            step=0.01,
+                            label="Threshold",
+                            info="higher: smaller masks",
+                            elem_id="threshold",
                         )
                         legend = gr.HTML("", elem_id="legend", min_height=40)
                     download = gr.DownloadButton(

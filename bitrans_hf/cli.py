@@ -9,9 +9,10 @@ from pathlib import Path
 
 from .commands import asks_for_quiet, if_stopped, is_first_process, leave_process_group, run_command, starting
 from .hub.errors import MissingExtraError
+from .hub.labels import THRESHOLD
 from .progress import progress
 
-REFINERS = ("crf", "par")
+REFINERS = ("crf", "none", "par")
 """Those of the pipeline by name, whose module takes seconds to import."""
 
 EXAMPLES = """\
@@ -121,7 +122,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     masks.add_argument("--separator", metavar="TEXT", help="what separates class names in the table (found out)")
     masks.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the masks go")
-    masks.add_argument("--threshold", type=float, default=0.4, help="background score, 0 to 1 (%(default)s)")
+    masks.add_argument("--threshold", type=float, default=THRESHOLD, help="background score, 0 to 1 (%(default)s)")
     masks.add_argument(
         "--label-threshold", type=float, default=0.5, help="without a table: probability of a class (%(default)s)"
     )

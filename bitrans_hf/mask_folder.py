@@ -23,7 +23,9 @@ from .data.image_files import list_images
 from .file_names import label_path
 from .files import OUTPUT_MARK, atomic_write, mark_output, refuse_overwriting, refuse_same_folder
 from .hub.errors import InputError
-from .hub.pipeline_bitrans import LocalisedPicture, PseudoMaskPipeline, Refiner
+from .hub.labels import THRESHOLD
+from .hub.pipeline_bitrans import LocalisedPicture, PseudoMaskPipeline
+from .hub.refiners import Refiner
 from .progress import progress, say_progress, say_result, working
 from .refine.pseudo_labels import write_label_png
 
@@ -154,7 +156,7 @@ class LabelMapPipeline(PseudoMaskPipeline):
     def postprocess(  # type: ignore[override]
         self,
         outputs: dict[str, Any],
-        threshold: float = 0.4,
+        threshold: float = THRESHOLD,
         label_threshold: float = 0.5,
         refiner: str | Refiner | None = None,
     ) -> np.ndarray | RefusedPicture:

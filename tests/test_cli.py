@@ -20,7 +20,7 @@ from tiny_models import picture, tiny_model
 
 from bitrans_hf import BiTransImageProcessor, PseudoMaskPipeline, cli
 from bitrans_hf.cli import main
-from bitrans_hf.hub import pipeline_bitrans
+from bitrans_hf.hub import refiners
 from bitrans_hf.hub.labels import palette
 
 CLASSES = ["cat", "dog", "horse"]
@@ -308,4 +308,4 @@ def test_the_installed_command_is_this_one():
 
 
 def test_the_command_offers_the_refiners_of_the_pipeline():
-    assert list(cli.REFINERS) == sorted(pipeline_bitrans.REFINERS)
+    assert list(cli.REFINERS) == sorted(refiners.REFINERS)

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from bitrans_hf import BiTransImageProcessor, BiTransModel, extract_seeds
-from bitrans_hf.hub.seeds import refine_with_affinity
+from bitrans_hf.hub.maps import refine_with_affinity
 from bitrans_hf.refine.crf import dense_crf
 from bitrans_hf.weights import from_mctformer
 

@@ -14,7 +14,8 @@ from transformers.modeling_outputs import SemanticSegmenterOutput
 from bitrans_hf import BiTransImageProcessor, extract_seeds
 from bitrans_hf.data import open_image
 from bitrans_hf.hub.image_decoding import decoding_notes, to_rgb
-from bitrans_hf.hub.image_processing_bitrans import bounded_size, enlarged_strips, resized, scaled
+from bitrans_hf.hub.image_processing_bitrans import bounded_size, scaled
+from bitrans_hf.hub.maps import enlarged_strips, resized
 from bitrans_hf.refine.pseudo_labels import seeds_to_label_map
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -306,7 +307,7 @@ def test_the_shorter_side_of_a_panorama_stays_large_enough_for_patches(
 
 def test_maps_enlarged_in_strips_are_those_enlarged_at_once(monkeypatch: pytest.MonkeyPatch):
     maps = torch.rand(3, 13, 17, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr("bitrans_hf.hub.image_processing_bitrans.STRIP_VALUES", 3 * 50 * 7)  # seven rows a strip
+    monkeypatch.setattr("bitrans_hf.hub.maps.STRIP_VALUES", 3 * 50 * 7)  # seven rows a strip
     strips = list(enlarged_strips(maps, (40, 50)))
     assert [(rows.start, rows.stop) for rows, _ in strips] == [(0, 7), (7, 14), (14, 21), (21, 28), (28, 35), (35, 40)]
     torch.testing.assert_close(torch.cat([strip for _, strip in strips], dim=1), resized(maps, (40, 50)))

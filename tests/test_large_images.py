@@ -13,7 +13,8 @@ from PIL import Image
 from tiny_models import CLASSES, picture, tiny_model
 
 from bitrans_hf import BiTransImageProcessor
-from bitrans_hf.hub.image_processing_bitrans import bounded_image, resized
+from bitrans_hf.hub.image_processing_bitrans import bounded_image
+from bitrans_hf.hub.maps import resized
 from bitrans_hf.hub.par import pixel_adaptive_refinement
 from bitrans_hf.hub.seeds import extract_seeds
 from bitrans_hf.stages.pseudo_labels import main as make_pseudo_labels_main

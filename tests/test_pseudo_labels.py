@@ -13,10 +13,10 @@ from PIL import Image
 from bitrans_hf import Seeds
 from bitrans_hf.hub.labels import palette
 from bitrans_hf.hub.par import pixel_adaptive_refinement
+from bitrans_hf.hub.refiners import REFINERS
 from bitrans_hf.publishing.pseudo_labels import pseudo_label_card, pseudo_label_dataset
 from bitrans_hf.refine.crf import CrfNotInstalledError, check_crf_installed, dense_crf
 from bitrans_hf.refine.pseudo_labels import (
-    REFINERS,
     confident_label_map,
     label_map_with_ignore_band,
     scores_to_label_map,

@@ -9,15 +9,8 @@ from PIL import Image
 from tiny_models import picture, pixels, tiny_model
 
 from bitrans_hf import BiTransImageProcessor, BiTransModel, Seeds, extract_seeds
-from bitrans_hf.hub.seeds import (
-    CAM_FUSIONS,
-    SEED_VARIANTS,
-    normalized_seeds,
-    present_class_ids,
-    refine_with_affinity,
-    seed_variants,
-    sum_over_views,
-)
+from bitrans_hf.hub.maps import CAM_FUSIONS, refine_with_affinity
+from bitrans_hf.hub.seeds import SEED_VARIANTS, normalized_seeds, present_class_ids, seed_variants, sum_over_views
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 

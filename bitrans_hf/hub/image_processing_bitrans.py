@@ -1,12 +1,11 @@
 """Pictures in, normalised tensors out; scores of a network in, label maps at the picture's size out."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torchvision.transforms.v2 import functional as tvF
 from transformers import BatchFeature
@@ -23,15 +22,14 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .errors import InputError
 from .image_decoding import to_rgb
+from .labels import THRESHOLD
+from .maps import CAM_FUSIONS, min_max_normalized, refine_with_affinity, resized, strongest_row
 
 MAX_SIDE = 640
 """Longest side in pixels that images are worked on at, unless set otherwise; VOC and COCO images pass as they are."""
 
 MAX_ASPECT = 10
 """Side ratio from which on an image is a panorama, whose longer side may exceed the bound: see `bounded_size`."""
-
-STRIP_VALUES = 1 << 22
-"""Numbers in a strip of `enlarged_strips`: 16 MiB of float32."""
 
 
 class BiTransImageProcessorKwargs(ImagesKwargs, total=False):
@@ -215,7 +213,7 @@ class BiTransImageProcessor(TorchvisionBackend):
         outputs: Any,
         labels: torch.Tensor | Sequence[Sequence[int]],
         target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None = None,
-        threshold: float = 0.4,
+        threshold: float = THRESHOLD,
         *,
         mode: str = "fused",
         refine: bool = True,
@@ -261,111 +259,6 @@ class BiTransImageProcessor(TorchvisionBackend):
             label_ids = [0, *(class_id + 1 for class_id in class_ids)]
             label_maps.append(strongest_row(label_ids, chain([background], rows)).long())
         return label_maps
-
-
-CAM_FUSIONS: Mapping[str, Any] = {
-    "fused": lambda output: output.pseudo_mask,
-    "fused_sqrt": lambda output: output.pseudo_mask.sqrt(),  # MCTformer+: less peaked
-    "sc_cam": lambda output: output.sc_cam,
-    "coarse_cam": lambda output: output.coarse_cam.relu(),
-}
-"""Names of `mode`: how the two branches' maps in a `BiTransOutput` become one (B, C, h, w)."""
-
-
-def refine_with_affinity(
-    maps: torch.Tensor, affinity: torch.Tensor, *, steps: int = 1, normalize_rows: bool = False
-) -> torch.Tensor:
-    """Spread class maps along patch affinities: out_i = sum_j A_ij m_j for each class (Eq. 10).
-
-    Args:
-        maps: (B, C, h, w).
-        affinity: (B, N, N) with N = h*w, [query, key].
-        steps: How often to spread; the paper does it once.
-        normalize_rows: Divide each row of the affinity by its sum. False, the paper and MCTformer, leaves less to
-            patches that give much of their attention to the class tokens.
-    """
-    if normalize_rows:
-        affinity = affinity / affinity.sum(dim=2, keepdim=True)
-    flat = maps.flatten(2)
-    for _ in range(steps):
-        flat = flat @ affinity.transpose(1, 2)
-    return flat.reshape(maps.shape)
-
-
-def min_max_normalized(maps: torch.Tensor) -> torch.Tensor:
-    """Scale each map (..., H, W) to [0, 1]: (x - min) / (max - min); a constant map becomes 0.
-
-    The reference adds 1e-8 to the range. Nothing is added here, so that the result does not depend on the scale of
-    the maps (a mean or a sum over layers).
-    """
-    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
-
-
-def resized(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Resize maps (..., h, w) to (..., H, W) bilinearly; maps of that size come back as they are."""
-    if maps.shape[-2:] == size:
-        return maps
-    leading = maps.shape[:-2]
-    flat = maps.reshape(1, -1, *maps.shape[-2:])
-    return F.interpolate(flat, size=size, mode="bilinear").reshape(*leading, *size)
-
-
-def enlarged_strips(maps: torch.Tensor, size: tuple[int, int]) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Resize maps (L, h, w) to (L, H, W) bilinearly, as `resized` does, in strips: bounded memory at any size.
-
-    No value leaves the range of its map. Maps of that size come back as they are, in one strip.
-
-    Args:
-        maps: Any float type.
-        size: (H, W), at least (h, w).
-
-    Yields:
-        Rows of the result, from top to bottom, and the values there, (L, rows, W).
-    """
-    height, width = size
-    if maps.shape[-2:] == size:
-        yield slice(0, height), maps
-        return
-    rows = max(1, STRIP_VALUES // (max(1, len(maps)) * width))
-    for start in range(0, height, rows):
-        stop = min(start + rows, height)
-        yield slice(start, stop), interpolated(interpolated(maps, 1, height, start, stop), 2, width, 0, width)
-
-
-def interpolated(maps: torch.Tensor, dim: int, length: int, start: int, stop: int) -> torch.Tensor:
-    """Return the places `start` to `stop` of one side of `maps`, were it resized linearly to `length`."""
-    source = maps.shape[dim]
-    places = ((torch.arange(start, stop, dtype=torch.float64) + 0.5) * source / length - 0.5).clamp(0, source - 1)
-    low = places.long()
-    high = (low + 1).clamp(max=source - 1)
-    shape = [-1 if axis == dim else 1 for axis in range(maps.dim())]
-    weight = (places - low).to(maps.dtype).reshape(shape).to(maps.device)
-    first, last = (maps.index_select(dim, each.to(maps.device)) for each in (low, high))
-    return torch.lerp(first, last, weight)  # which does not leave the range of its ends
-
-
-def strongest_row(label_ids: Sequence[int], rows: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Give every pixel the label id of its highest score, as `argmax` over stacked rows does: of equals the first.
-
-    Rows are taken one at a time, so that a picture of 48 million pixels and 80 classes needs two of them in memory.
-
-    Args:
-        label_ids: Label id of each row, in [0, 255].
-        rows: As many score maps (H, W), the first of which is the background's.
-
-    Returns:
-        (H, W) uint8.
-    """
-    best: torch.Tensor | None = None
-    label_map = torch.empty(0, dtype=torch.uint8)
-    for label_id, row in zip(label_ids, rows, strict=True):
-        if best is None:
-            best, label_map = row, torch.full(row.shape, label_id, dtype=torch.uint8, device=row.device)
-            continue
-        label_map[row > best] = label_id
-        best = torch.maximum(best, row)
-    return label_map
 
 
 def sizes_of_batch(

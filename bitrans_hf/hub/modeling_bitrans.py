@@ -17,6 +17,7 @@ from .configuration_bitrans import BiTransConfig
 from .encoder import ClassTokenEncoder, Encoded
 from .errors import InputError
 from .losses import affinity_consistency_loss, class_consistency_loss, class_contrast_loss, classification_loss
+from .maps import fuse
 from .views import VIEWS, invert_affinity
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageClassification")
@@ -255,7 +256,7 @@ class BiTransModel(ClassTokenEncoder):
             patch_logits=patch_logits,
             sc_cam=sc_cam,
             coarse_cam=coarse_cam,
-            pseudo_mask=sc_cam * coarse_cam.relu(),
+            pseudo_mask=fuse(sc_cam, coarse_cam),
             affinity=encoded.affinity[:batch],
             last_hidden_state=branches.tokens[:batch],
             hidden_states=tuple(state[:batch] for state in encoded.hidden_states) or None,

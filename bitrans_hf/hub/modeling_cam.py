@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     # What the imports above import: transformers before 5.23 copies only the files that this text names.
     from .configuration_bitrans import BiTransConfig as BiTransConfig
     from .encoder import ClassTokenEncoder as ClassTokenEncoder
+    from .maps import fuse as fuse
     from .modeling_bitrans import BiTransModel as BiTransModel
     from .resnet38 import ResNet38 as ResNet38
     from .views import VIEWS as VIEWS

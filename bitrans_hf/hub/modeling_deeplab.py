@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .encoder import ClassTokenEncoder as ClassTokenEncoder
     from .labels import IGNORE_INDEX as IGNORE_INDEX
     from .losses import classification_loss as classification_loss
+    from .maps import fuse as fuse
     from .resnet38 import ResNet38 as ResNet38
     from .views import VIEWS as VIEWS
 

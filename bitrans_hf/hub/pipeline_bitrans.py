@@ -3,11 +3,10 @@
 import base64
 import binascii
 import difflib
-import importlib
 import io
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -19,12 +18,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
-from .errors import InputError, MissingExtraError, MissingFileError
+from .errors import InputError, MissingFileError
 from .image_decoding import DECODING_ERRORS, TOO_LARGE, opened, to_rgb
-from .image_processing_bitrans import CAM_FUSIONS, BiTransImageProcessor, min_max_normalized, resized, strongest_row
+from .image_processing_bitrans import BiTransImageProcessor
+from .labels import THRESHOLD
+from .maps import CAM_FUSIONS, fused_maps, min_max_normalized, resized, strongest_row, sum_over_scales
 from .modeling_bitrans import BiTransModel
-from .par import pixel_adaptive_refinement
-from .seeds import fused_maps, present_class_ids
+from .refiners import REFINERS, Refiner, refined_scores
+from .seeds import present_class_ids
 from .weight_files import check_model_folder, load_trained
 
 if TYPE_CHECKING:
@@ -32,12 +33,10 @@ if TYPE_CHECKING:
     from .configuration_bitrans import BiTransConfig as BiTransConfig
     from .encoder import ClassTokenEncoder as ClassTokenEncoder
     from .losses import classification_loss as classification_loss
+    from .par import pixel_adaptive_refinement as pixel_adaptive_refinement
     from .views import VIEWS as VIEWS
 
 TASK = "pseudo-mask-generation"
-
-Refiner = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(image (H, W, 3) uint8, scores (1 + K, H, W) in [0, 1], background first) -> scores of the same shape."""
 
 
 # ---- Pictures from anywhere.
@@ -369,7 +368,7 @@ class PseudoMaskPipeline(Pipeline):
     def postprocess(  # type: ignore[override]
         self,
         outputs: dict[str, Any],
-        threshold: float = 0.4,
+        threshold: float = THRESHOLD,
         label_threshold: float = 0.5,
         refiner: str | Refiner | None = None,
     ) -> list[dict[str, Any]]:
@@ -384,7 +383,7 @@ class PseudoMaskPipeline(Pipeline):
             return []
         working_size = picture.pixels.shape[:2]
         present = torch.from_numpy(class_ids)
-        total = torch.stack([resized(maps[present], working_size) for maps in localised.maps]).sum(dim=0)
+        total = sum_over_scales(({"": maps[present]} for maps in localised.maps), working_size)[""]
         background = torch.full((1, *working_size), threshold, dtype=torch.float32)
         scores = torch.cat([background, min_max_normalized(total)])
         if refiner is not None:
@@ -443,51 +442,6 @@ def check_options(options: Mapping[str, Any]) -> None:
     refiner = options.get("refiner")
     if refiner is not None and not callable(refiner) and refiner not in REFINERS:
         raise InputError(f"refiner must be None, {', '.join(map(repr, REFINERS))} or a function, got {refiner!r}.")
-
-
-# ---- Refiners.
-
-
-def crf_refiner(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Sharpen scores with the dense CRF of the package's `crf` module.
-
-    Raises:
-        MissingExtraError: the package or pydensecrf is not installed, the latter said by the module itself.
-    """
-    try:
-        # By name: this file also runs from the Hub, where the package need not be installed.
-        crf = importlib.import_module("bitrans_hf.refine.crf")
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            'refiner "crf" needs the installed package with its extra crf: pip install "bitrans-hf[crf]"; without it '
-            'choose refiner="par" or None.'
-        ) from error
-    marginals: np.ndarray = crf.dense_crf(image, scores)
-    return marginals
-
-
-def par_refiner(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    """Sharpen scores with pixel-adaptive refinement, which needs nothing but torch."""
-    images = torch.from_numpy(image.astype(np.float32) / 255).permute(2, 0, 1)
-    refined: np.ndarray = pixel_adaptive_refinement(images[None], torch.from_numpy(scores)[None])[0].numpy()
-    return refined
-
-
-REFINERS: Mapping[str, Refiner] = {"par": par_refiner, "crf": crf_refiner}
-"""Names of `refiner`."""
-
-
-def refined_scores(refiner: str | Refiner, image: np.ndarray, scores: torch.Tensor) -> torch.Tensor:
-    """Return the scores (1 + K, H, W) as a refiner leaves them.
-
-    Raises:
-        ValueError: it returns another shape.
-    """
-    refine = REFINERS[refiner] if isinstance(refiner, str) else refiner
-    refined = np.asarray(refine(image, scores.numpy()), dtype=np.float32)
-    if refined.shape != scores.shape:
-        raise InputError(f"the refiner returned scores of shape {refined.shape}, expected {tuple(scores.shape)}.")
-    return torch.from_numpy(refined)
 
 
 # ---- Data sets.

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 
 from .errors import InputError
-from .image_processing_bitrans import CAM_FUSIONS as CAM_FUSIONS  # under this name also from here
-from .image_processing_bitrans import BiTransImageProcessor, enlarged_strips, min_max_normalized, resized
-from .image_processing_bitrans import refine_with_affinity as refine_with_affinity
+from .image_processing_bitrans import BiTransImageProcessor
+from .maps import CAM_FUSIONS, enlarged_strips, fused_maps, min_max_normalized, resized, sum_over_scales
 from .modeling_bitrans import BiTransModel, BiTransOutput
 
 SEED_VARIANTS: dict[str, tuple[str, bool]] = {
@@ -46,37 +45,6 @@ class Seeds:
     maps: np.ndarray
 
 
-def fused_maps(
-    output: BiTransOutput,
-    mode: str,
-    *,
-    refine: bool,
-    flip: bool,
-    refine_steps: int = 1,
-    normalize_affinity: bool = False,
-) -> torch.Tensor:
-    """Fuse, refine and un-flip the maps of one forward pass.
-
-    Args:
-        output: Of a batch of B images, or with `flip` of B images followed by their B horizontal mirrors.
-        mode: A name of `CAM_FUSIONS`.
-        refine: Spread the maps along the patch affinity (Eq. 10).
-        flip: Add the mirrors' maps, turned back, to the images' maps.
-        refine_steps: How often to spread them.
-        normalize_affinity: Give every row of the affinity the sum 1 first.
-
-    Returns:
-        (B, C, h, w), any range.
-    """
-    maps: torch.Tensor = CAM_FUSIONS[mode](output)
-    if refine:
-        maps = refine_with_affinity(maps, output.affinity, steps=refine_steps, normalize_rows=normalize_affinity)
-    if flip:
-        original, mirrored = maps.chunk(2)
-        maps = original + mirrored.flip(-1)
-    return maps
-
-
 def sum_over_views(
     model: Callable[[torch.Tensor], BiTransOutput],
     scaled_views: Sequence[torch.Tensor],
@@ -104,23 +72,17 @@ def sum_over_views(
     """
     if size is None and len(scaled_views) > 1:
         raise InputError(f"{len(scaled_views)} scales have {len(scaled_views)} token grids; give the size to sum at.")
-    totals: dict[str, torch.Tensor] = {}
+
+    def maps_of(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        output = model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
+        spread = {"refine_steps": refine_steps, "normalize_affinity": normalize_affinity}
+        return {
+            name: fused_maps(output, mode, refine=refine, flip=flip, **spread)  # type: ignore[arg-type]
+            for name, (mode, refine) in variants.items()
+        }
+
     with torch.no_grad():
-        for pixel_values in scaled_views:
-            output = model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
-            for name, (mode, refine) in variants.items():
-                maps = fused_maps(
-                    output,
-                    mode,
-                    refine=refine,
-                    flip=flip,
-                    refine_steps=refine_steps,
-                    normalize_affinity=normalize_affinity,
-                )
-                if size is not None:
-                    maps = resized(maps, size)
-                totals[name] = totals[name] + maps if name in totals else maps
-    return totals
+        return sum_over_scales(map(maps_of, scaled_views), size)
 
 
 def normalized_seeds(class_ids: np.ndarray, maps: torch.Tensor, size: tuple[int, int]) -> Seeds:

@@ -28,8 +28,9 @@ from ..files import atomic_write
 from ..hub.configuration_bitrans import BiTransConfig
 from ..hub.errors import InputError, MissingExtraError, ends_with_a_sentence
 from ..hub.image_processing_bitrans import BiTransImageProcessor
+from ..hub.labels import THRESHOLD
+from ..hub.maps import refine_with_affinity
 from ..hub.modeling_bitrans import BiTransModel
-from ..hub.seeds import refine_with_affinity
 from ..hub.weight_files import load_trained
 from ..hub_errors import hub_error_sentence
 from ..progress import working
@@ -276,7 +277,7 @@ def export_model(
         "outputs": {
             "logits": "(batch, classes): sigmoid gives the tag scores",
             "seeds": "(batch, classes, height, width) in [0, 1]: use the maps of the classes that are in the image; "
-            "a pixel belongs to the class of the highest map, or to the background below the threshold (0.4)",
+            f"a pixel belongs to the class of the highest map, or to the background below the threshold ({THRESHOLD})",
             "affinity": "(batch, patches, patches): attention from patch to patch, row-major on the grid of "
             f"{config.patch_size}-pixel patches",
         },

@@ -1,6 +1,5 @@
 """Scores to label maps: the background score, refiners by name, ignore bands, palette PNGs and a published set."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,9 @@ from PIL.PngImagePlugin import PngInfo
 from ..file_names import ID_KEY, SHORTENED
 from ..files import atomic_write
 from ..hub.errors import InputError
-from ..hub.image_processing_bitrans import enlarged_strips
 from ..hub.labels import BACKGROUND, IGNORE_INDEX, palette
-from ..hub.par import pixel_adaptive_refinement
+from ..hub.maps import enlarged_strips
 from ..hub.seeds import Seeds
-from .crf import dense_crf
 
 NO_SCORE = 1e-5
 """Below this for every label, a pixel counts as not scored at all (PSA: the zero padding of a crop)."""
@@ -49,24 +46,6 @@ def with_background(maps: np.ndarray, *, threshold: float | None = None, alpha: 
             raise InputError(f"alpha must be a positive number, got {alpha}.")
         background = (1 - np.clip(maps.max(axis=0, initial=0.0), 0, 1)) ** np.float32(alpha)
     return np.concatenate([background[None], maps])
-
-
-Refiner = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""(image (H, W, 3) uint8, scores (L, H, W) in [0, 1] with background as row 0) -> refined scores (L, H, W)."""
-
-
-def _unrefined(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    return scores
-
-
-def _par(image: np.ndarray, scores: np.ndarray) -> np.ndarray:
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).unsqueeze(0)
-    refined = pixel_adaptive_refinement(pixels, torch.from_numpy(np.array(scores, dtype=np.float32)).unsqueeze(0))
-    return refined.squeeze(0).numpy()
-
-
-REFINERS: dict[str, Refiner] = {"none": _unrefined, "crf": dense_crf, "par": _par}
-"""What recipes choose from: no refinement, the dense CRF with PSA's settings, AFA's pixel-adaptive refinement."""
 
 
 # ---- Label maps.

@@ -15,12 +15,12 @@ from ..data.common import ImageCell
 from ..file_names import label_path
 from ..hub.image_processing_bitrans import bounded_image
 from ..hub.labels import BACKGROUND, IGNORE_INDEX
+from ..hub.refiners import find_refiner
 from ..hub.seeds import Seeds
 from ..metrics import confusion_counts, iou_from_counts, miou_from_counts
 from ..pool import ImagePool, Outcome, available_cores
 from ..progress import size_text
-from ..refine.crf import dense_crf
-from ..refine.pseudo_labels import REFINERS, confident_label_map, scores_to_label_map, with_background, write_label_png
+from ..refine.pseudo_labels import confident_label_map, scores_to_label_map, with_background, write_label_png
 from ..store import SeedStore
 from .recipe import ALL_IMAGES
 from .run import Run, StageError, how_to_run
@@ -95,6 +95,7 @@ def write_label_maps(job: LabelMapJob) -> bool:
         return False
     size = (image.height, image.width)
     pixels = np.asarray(bounded_image(image, job.max_side))
+    refine = find_refiner(job.refiner, job.crf_preset)
     for path, background in job.outputs:
         if path.is_file():
             continue
@@ -108,18 +109,9 @@ def write_label_maps(job: LabelMapJob) -> bool:
         if len(class_ids) == 0:
             label_map = np.zeros(size, dtype=np.uint8)
         else:
-            label_map = scores_to_label_map(class_ids, refined(pixels, scores, job.refiner, job.crf_preset), size)
+            label_map = scores_to_label_map(class_ids, refine(pixels, scores), size)
         write_label_png(path, label_map, job.image_id)
     return True
-
-
-def refined(
-    pixels: npt.NDArray[np.uint8], scores: npt.NDArray[np.float32], refiner: str, crf_preset: str
-) -> npt.NDArray[np.float32]:
-    """Refine scores (1 + K, H, W) along the edges of a picture (H, W, 3)."""
-    if refiner == "crf":
-        return dense_crf(pixels, scores, preset=crf_preset)
-    return REFINERS[refiner](pixels, scores)
 
 
 def read_seeds(

@@ -23,9 +23,10 @@ from datasets import Dataset
 from ..data import UnreadableImageError, class_names, open_image
 from ..file_names import label_path
 from ..files import atomic_write
-from ..hub.image_processing_bitrans import BiTransImageProcessor, enlarged_strips
+from ..hub.image_processing_bitrans import BiTransImageProcessor
+from ..hub.maps import enlarged_strips
 from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
-from ..hub.par import pixel_adaptive_refinement
+from ..hub.refiners import par_refiner
 from ..hub.weight_files import load_trained
 from ..pool import Outcome
 from ..refine.crf import CrfJob, CrfNotInstalledError, check_crf_installed, crf_pool
@@ -262,11 +263,10 @@ def predict_image(
     # Background and the classes that win some pixel: what makes 80 classes affordable.
     labels = winners[winners > 0].cpu()
     labels = torch.cat([torch.zeros(1, dtype=labels.dtype), labels])  # background first, always
-    scores = fused[labels.to(fused.device)]
+    best = fused[labels.to(fused.device)].cpu().numpy()
     if settings.refiner == "par" and len(labels) > 1:
-        batch = torch.from_numpy(pixels).to(fused.device).permute(2, 0, 1)[None].float() / 255
-        scores = pixel_adaptive_refinement(batch, scores[None])[0]
-    return Prediction(size, labels.numpy().astype(np.uint8), pixels, scores.cpu().numpy())
+        best = par_refiner(pixels, best, device=fused.device)
+    return Prediction(size, labels.numpy().astype(np.uint8), pixels, best)
 
 
 def single_and_fused_scores(

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 from ..data import MaskValues
 from ..hub.errors import InputError
 from ..hub.image_processing_bitrans import MAX_SIDE
+from ..hub.labels import THRESHOLD
 from ..hub.seeds import seed_variants
 from ..refine.crf import find_preset
 
@@ -259,7 +260,7 @@ class SeedsRecipe:
     scales: list[float] = field(default_factory=lambda: [1.0])
     flip: bool = True
     variant: SeedVariant = "refined"
-    threshold: float = 0.4
+    threshold: float = THRESHOLD
     batch_size: int = 8
     fusion: Literal["fused", "fused_sqrt", "sc_cam", "coarse_cam"] = "fused"
     num_seed_layers: int | None = None

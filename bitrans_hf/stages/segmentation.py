@@ -24,8 +24,9 @@ from ..data import DataError, UnreadableImageError, class_names, open_image, ope
 from ..data.segmentation import LABEL_MAP, TrainingPairs, open_pair, pair_augmentation, with_label_maps
 from ..file_names import label_files
 from ..hub.configuration_deeplab import DeepLabConfig
-from ..hub.image_processing_bitrans import BiTransImageProcessor, enlarged_strips
+from ..hub.image_processing_bitrans import BiTransImageProcessor
 from ..hub.labels import IGNORE_INDEX
+from ..hub.maps import enlarged_strips
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from ..hub.weight_files import load_trained
