@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import math
 import tempfile
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
+from bitrans_hf.data import DataError, class_names, load_folder
 from bitrans_hf.data.common import folded_name, is_background, tidy_name
 from bitrans_hf.data.label_cells import (
     SEPARATORS,
     UnclearCellError,
     is_missing,
     literal_names,
+    plain_text,
     readings_with,
     separators_in,
     split_text,
@@ -202,3 +206,56 @@ def test_no_cell_gives_anything_but_names_ids_or_a_reason(value: Any) -> None:
         assert found is None or all(isinstance(name, str | int) and not isinstance(name, bool) for name in found)
         assert found is not None or isinstance(cell, str)
         assert found is None or not any(isinstance(name, float) and math.isnan(name) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("salt &amp; pepper;dog", "salt & pepper;dog"),
+        ("rock &#38; roll", "rock & roll"),
+        ("A&B;C", "A&B;C"),  # no entity: the separator stays one
+        ("\u201cdog\u201d;\u201ccat\u201d", '"dog";"cat"'),
+        ("\u2018dog\u2019, \u2018cat\u2019", "'dog', 'cat'"),
+        ("cow\u2019s milk;shepherd\u2019s dog", "cow\u2019s milk;shepherd\u2019s dog"),  # apostrophes
+        ("3.0", "3"),
+        (" 12.00 ", "12"),
+        ("v3.0", "v3.0"),
+        ("3.5", "3.5"),
+    ],
+)
+def test_what_other_programs_make_of_a_text_is_undone(written: str, meant: str):
+    assert plain_text(written) == meant
+
+
+@pytest.mark.parametrize(
+    ("table", "labels"),
+    [
+        ("a.png,salt &amp; pepper;dog", ["dog", "salt & pepper"]),
+        ("a.png,\u201cdog\u201d;\u201ccat\u201d", ["cat", "dog"]),
+        ("a.png,3.0", ["3"]),
+    ],
+)
+def test_such_texts_are_read_in_a_table(table: str, labels: list[str], tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    for name in "ab":
+        Image.new("RGB", (20, 20), "red").save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "labels.csv").write_text(f"file_name,labels\n{table}\nb.png,zebra\n", encoding="utf-8")
+    rows = load_folder(tmp_path)
+    names = class_names(rows)
+    assert sorted(names[label] for label in rows[0]["labels"]) == labels
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(b"file_name,labels\na.png,dog\n"), r"is a gzip archive, expected text; unpack it first"),
+        (b"PK\x03\x04 and so on", r"is an Excel or OpenDocument workbook.*; save the sheet as CSV UTF-8"),
+        (b"PAR1 and so on", r"is a Parquet file, expected text; give it the suffix \.parquet"),
+    ],
+)
+def test_a_table_that_is_no_text_is_called_what_it_is(content: bytes, words: str, tmp_path: Path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "images" / "a.png")
+    (tmp_path / "labels.csv").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        load_folder(tmp_path)

@@ -284,3 +284,11 @@ def test_a_mask_in_the_alpha_channel_alone_is_read_from_there(tmp_path: Path) ->
     pixels = np.dstack([np.full((*SQUARE.shape, 3), 255, np.uint8), SQUARE * 255])
     mask = open_mask(save(tmp_path / "m.png", pixels), num_classes=1, values=MaskValues.parse("binary"))
     np.testing.assert_array_equal(mask, SQUARE)
+
+
+def test_a_trimap_is_called_one(tmp_path: Path):
+    Image.fromarray(np.array([[1, 2], [3, 2]], np.uint8)).save(tmp_path / "m.png")
+    with pytest.raises(DataError, match=r"of a trimap \(object, background, border\) they are 1=1,2=0,3=255\."):
+        open_mask(tmp_path / "m.png", num_classes=1)
+    meant = open_mask(tmp_path / "m.png", num_classes=1, values=MaskValues.parse("1=1,2=0,3=255"))
+    np.testing.assert_array_equal(meant, [[1, 0], [255, 0]])

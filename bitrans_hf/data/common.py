@@ -496,6 +496,15 @@ def read_id_list(path: Path) -> list[str]:
     return image_ids
 
 
+_NO_TEXT = (
+    (b"\x1f\x8b", "a gzip archive", "unpack it first (gunzip)"),
+    (b"PK\x03\x04", "an Excel or OpenDocument workbook, or another zip archive", "save the sheet as CSV UTF-8"),
+    (b"\xd0\xcf\x11\xe0", "a workbook of an old Excel", "save the sheet as CSV UTF-8"),
+    (b"PAR1", "a Parquet file", "give it the suffix .parquet"),
+)
+"""How files begin that are given the suffix of a text, what they are, and what to do."""
+
+
 def read_text(path: Path) -> str:
     """Read a text file: UTF-8, with or without a byte order mark, or UTF-16 with one, as spreadsheets write it.
 
@@ -503,6 +512,9 @@ def read_text(path: Path) -> str:
         DataError: the file is neither.
     """
     content = path.read_bytes()
+    for start, kind, remedy in _NO_TEXT:
+        if content.startswith(start):
+            raise DataError(f"{path} is {kind}, expected text; {remedy}.")
     encoding = "utf-16" if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
     try:
         text = io.TextIOWrapper(io.BytesIO(content), encoding=encoding).read()

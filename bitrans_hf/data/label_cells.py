@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import json
 import math
 import re
@@ -38,6 +39,11 @@ _NUMPY_TEXT = re.compile(rf"(?:np\.|numpy\.)?str_\(({_QUOTED})\)")
 _WORDS = {"nan": "None", "NaN": "None", "null": "None", "true": "True", "false": "False"}
 
 
+_ENTITY = re.compile(r"&(?:[A-Za-z]+|#\d+|#x[0-9A-Fa-f]+);")
+_CURLY_QUOTED = re.compile("(?<![^\\s;|,\\[({])[\u2018\u201a\u201b]([^\u2019;|,]*)\u2019(?![^\\s;|,\\])}])")
+_CURLY_DOUBLE = str.maketrans(dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00bb", '"'))
+
+
 class UnclearCellError(InputError):
     """A cell that may be a list or an object, and cannot be read as one."""
 
@@ -47,6 +53,21 @@ def is_missing(cell: Any) -> bool:
     if isinstance(cell, str):
         return not tidy_name(cell) or tidy_name(cell) in _MISSING
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def plain_text(text: str) -> str:
+    """Return a cell's text as its writer meant it, before it is looked at.
+
+    HTML entities become characters, since their ";" separates nothing; the curly quotes that word processors make of
+    straight ones become straight; and a whole number that pandas or a spreadsheet wrote as a float is one again.
+
+    >>> plain_text("salt &amp; pepper;dog"), plain_text("\u201cdog\u201d"), plain_text("3.0")
+    ('salt & pepper;dog', '"dog"', '3')
+    """
+    if "&" in text:
+        text = _ENTITY.sub(lambda match: html.unescape(match[0]), text)
+    text = _CURLY_QUOTED.sub(r"'\1'", text.translate(_CURLY_DOUBLE))
+    return re.sub(r"^\s*(\d+)\.0+\s*$", r"\1", text)
 
 
 def literal_names(cell: Any) -> list[str | int] | None:

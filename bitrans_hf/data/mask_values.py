@@ -245,10 +245,12 @@ def _advice(values: NDArray[Any], num_classes: int | None) -> tuple[str, str]:
             "{}."
         )
         return advice, "0-127=0,128-255=1"
+    is_trimap = set(values.tolist()) <= {1, 2, 3}
     if num_classes == 1:
         advice = (
             f"it holds the values {_shown(values, str)}: if each but 0 is the object, give {{}}; if its edges were "
-            "smoothed, the values are 0-127=0,128-255=1."
+            "smoothed, the values are 0-127=0,128-255=1"
+            + ("; of a trimap (object, background, border) they are 1=1,2=0,3=255." if is_trimap else ".")
         )
         return advice, f"1-{values[-1]}=1"
     advice = f"check the list of classes and its order, or say what the values {_shown(values, str)} mean, as in {{}}."

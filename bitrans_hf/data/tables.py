@@ -19,6 +19,7 @@ from .label_cells import (
     UnclearCellError,
     is_missing,
     literal_names,
+    plain_text,
     readings_with,
     separators_in,
     split_text,
@@ -377,6 +378,7 @@ def _read_cells(
     texts: list[tuple[int, Row, str]] = []
     for position, row in enumerate(rows):
         cell = row.cells.get("labels")
+        cell = plain_text(cell) if isinstance(cell, str) else cell
         names: list[str] = []
         if isinstance(cell, str) and folded_name(cell) in by_fold:
             names = [by_fold[folded_name(cell)]]
