@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bitrans_hf.cli import build_parser
+from bitrans_hf.cli import build_parser, run_train
 from bitrans_hf.stages.evaluate import EvaluationOptions
 from bitrans_hf.stages.parse import parse_recipe, parse_recipe_with
 
@@ -69,7 +69,11 @@ def test_every_command_of_the_pages_is_understood(page: str, words: list[str], m
     elif words[1:3] == ["-m", "bitrans_hf.publishing.export"]:
         assert len(words) == 5  # a model and a folder
     elif words[0].endswith("/bitrans"):
-        build_parser().parse_args(words[1:])
+        options, others = build_parser().parse_known_args(words[1:])
+        if options.run is run_train:
+            parse_recipe(None, ["--config", options.config, "--data.root", options.folder, *others])
+        else:
+            assert not others
     else:
         assert words[:3] in (["python3", "-m", "venv"], [".venv/bin/pip", "install", "-e"]), words
 
