@@ -248,7 +248,10 @@ def test_such_texts_are_read_in_a_table(table: str, labels: list[str], tmp_path:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (gzip.compress(b"file_name,labels\na.png,dog\n", mtime=0), r"is a gzip archive, expected text; unpack it first"),
+        (
+            gzip.compress(b"file_name,labels\na.png,dog\n", mtime=0),
+            r"is a gzip archive, expected text; unpack it first",
+        ),
         (b"PK\x03\x04 and so on", r"is an Excel or OpenDocument workbook.*; save the sheet as CSV UTF-8"),
         (b"PAR1 and so on", r"is a Parquet file, expected text; give it the suffix \.parquet"),
     ],

@@ -319,10 +319,10 @@ def test_a_folder_that_computes_something_else_is_not_written(tmp_path: Path, mo
 
     def save_spoilt(model: BiTransModel, folder: Any, *given: Any, **options: Any) -> None:
         save(model, folder, *given, **options)
-        code = Path(folder) / "maps.py"
+        code = Path(folder) / "modeling_bitrans.py"
         text = code.read_text()
-        assert "sc_cam * coarse_cam.relu()" in text
-        code.write_text(text.replace("sc_cam * coarse_cam.relu()", "sc_cam * coarse_cam.abs()"))
+        assert "pseudo_mask=fuse(sc_cam, coarse_cam)" in text
+        code.write_text(text.replace("fuse(sc_cam, coarse_cam)", "fuse(sc_cam, coarse_cam.abs())"))
 
     monkeypatch.setattr(BiTransModel, "save_pretrained", save_spoilt)
     (tmp_path / "out").mkdir()
