@@ -66,10 +66,7 @@ def _differences(stored: Any, wanted: Any, prefix: str) -> Iterator[str]:
 OPTIONS_NOW = ("num_workers", "log_every", "checkpoint_every", "trackers")
 """Keys of sections that train, once: no result depends on them."""
 
-ONLY_WAY_NOW: dict[str, dict[str, Any]] = {
-    "model": {"scc_classes": "all", "detach_second_view": False},
-    "prediction": {"crf_classes": "predicted"},
-}
+ONLY_WAY_NOW = {"prediction": {"crf_classes": "predicted"}}
 """Keys that are gone, with the value that all recipes have now; other values make another result."""
 
 ADDED_FILES_ONLY = {"pseudo_labels": ("keep_scores",)}
