@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .commands import asks_for_quiet, if_stopped, is_first_process, leave_process_group, run_command, starting
+from .commands import if_stopped, leave_process_group, run_command, starting, starts_quietly
 from .hub.errors import MissingExtraError
 from .hub.labels import THRESHOLD
 from .progress import progress
@@ -218,7 +218,7 @@ def run_train(options: argparse.Namespace) -> None:
     """Run every stage of a recipe on a folder."""
     name = options.name or Path(options.folder).resolve().name
     words = ["--config", options.config, "--data.root", options.folder, "--name", name, *options.others]
-    with starting("bitrans train", quiet=asks_for_quiet(words) or not is_first_process()):
+    with starting("bitrans train", quiet=starts_quietly(words)):
         from .stages.run_all import main as run_all
     run_all(words)
 
@@ -227,7 +227,7 @@ def pass_on(command: str, module: str) -> Callable[[argparse.Namespace], None]:
     """Return a function that runs a module's `main` with the words that follow the command."""
 
     def run(options: argparse.Namespace) -> None:
-        with starting(command, quiet=asks_for_quiet(options.words) or not is_first_process()):
+        with starting(command, quiet=starts_quietly(options.words)):
             loaded = importlib.import_module(f".{module}", __package__)
         loaded.main(options.words)
 

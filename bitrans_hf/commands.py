@@ -78,10 +78,9 @@ def run_script(module: str) -> NoReturn:
 
     The script says that it starts before its imports begin, and Ctrl-C is heeded during them too.
     """
-    quiet = not is_first_process() or asks_for_quiet(sys.argv[1:])
 
     def main() -> None:
-        with starting(module.removesuffix(".__main__").rpartition(".")[2], quiet=quiet):
+        with starting(module.removesuffix(".__main__").rpartition(".")[2], quiet=starts_quietly(sys.argv[1:])):
             loaded = importlib.import_module(module)
         loaded.main()
         leave_process_group()
@@ -142,6 +141,11 @@ def children_without_signals() -> Iterator[None]:
 def is_stopped() -> bool:
     """Return whether the command was told to stop, and is cleaning up."""
     return _state.signal is not None
+
+
+def starts_quietly(words: Sequence[str]) -> bool:
+    """Return whether a command with these words says nothing while it starts."""
+    return not is_first_process() or asks_for_quiet(words)
 
 
 def asks_for_quiet(words: Sequence[str]) -> bool:

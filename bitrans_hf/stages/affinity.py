@@ -32,7 +32,7 @@ from ..hub.modeling_affinitynet import AffinityNetModel
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.weight_files import load_trained
 from ..weights import load_backbone
-from .build import build_model
+from .build import build_model, evenly_chosen
 from .label_maps import (
     Background,
     LabelMap,
@@ -70,13 +70,13 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     settings = recipe.affinity
     run = Run.start(recipe, options, "affinity", trains=True)
     stage = Stage(run, "affinity", DEPENDS_ON)
-    if stage.done:
+    if stage.was_done_before():
         return stage.folder
     run.say_precision("affinity")
 
     # ---- Labels
     with run.working("affinity: reading the list of images"):
-        images = chosen_images(run, settings, masks=False)
+        images = evenly_chosen(run.images(settings.split, masks=False), settings.num_images)
     labels = stage.folder / "labels" / (settings.split or ALL_IMAGES)
     run.remove_unfinished(labels)
     left_out = make_label_maps(run, settings, images, labels)
@@ -103,7 +103,7 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     rate = RateSchedule("poly", settings.learning_rate, settings.epochs)
     loop = TrainingLoop(settings, stage, model, optimizer, dataset, rate)
     metrics = loop.run()
-    scores = score_labels(run, chosen_images(run, settings, masks=True), labels)
+    scores = score_labels(run, evenly_chosen(run.images(settings.split, masks=True), settings.num_images), labels)
     metrics["unreadable"] = sorted({*left_out, *metrics["unreadable"]})
     loop.finish({**metrics, "labels": scores}, processor)
     if "steps" in scores:
@@ -118,15 +118,6 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
 
 
 # ---- Labels.
-
-
-def chosen_images(run: Run, settings: AffinityRecipe, *, masks: bool) -> Dataset:
-    """Load the images of the recipe's split, or as many as it asks for."""
-    images = run.images(settings.split, masks=masks)
-    wanted = settings.num_images
-    if wanted is None or wanted >= len(images):
-        return images
-    return images.select([number * len(images) // wanted for number in range(wanted)])
 
 
 def label_backgrounds(settings: AffinityRecipe) -> dict[str, Background]:

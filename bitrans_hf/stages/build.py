@@ -84,6 +84,13 @@ def _drawn(size: int, seed: int, image_size: int) -> Dataset:
     return make_shapes(size, seed, image_size=image_size)
 
 
+def evenly_chosen(images: Dataset, count: int | None) -> Dataset:
+    """Return `count` images at equal distances; all of them for None, or where there are no more."""
+    if count is None or count >= len(images):
+        return images
+    return images.select([number * len(images) // count for number in range(count)])
+
+
 def check_later_splits(recipe: Recipe) -> None:
     """Load the splits that the stages after the training use: what is wrong with one shows before hours of training.
 

@@ -342,6 +342,13 @@ def scored_images(scores: Mapping[str, Any]) -> str:
     return f"{images} images" + (f" ({scored} of them scored)" if 0 < scored < images else "")
 
 
+def scores_of_steps(scores: Mapping[str, Any]) -> str:
+    """Say the mIoU after each step of a split, from what `score_steps` returns."""
+    if "steps" not in scores:
+        return "no masks to score against"
+    return "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
+
+
 def percent(share: float) -> float:
     """Turn a share into percent with two decimals, for JSON."""
     return round(100 * float(share), 2)

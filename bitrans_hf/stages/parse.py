@@ -107,7 +107,7 @@ def merged_files(names: Sequence[str]) -> dict[str, Any]:
             for section, keys in TRANSFORMER_KEYS.items():
                 given = content.get(section) or {}
                 merged[section] = {
-                    key: value for key, value in merged.get(section, {}).items() if key in given or key not in keys
+                    key: value for key, value in (merged.get(section) or {}).items() if key in given or key not in keys
                 }
     return merged
 

@@ -31,7 +31,7 @@ from ..hub.weight_files import load_trained
 from ..pool import Outcome
 from ..refine.crf import CrfJob, CrfNotInstalledError, check_crf_installed, crf_pool
 from ..refine.pseudo_labels import write_label_png
-from .label_maps import num_workers, result_of, score_steps, scored_images, stored_label_maps
+from .label_maps import num_workers, result_of, score_steps, scored_images, scores_of_steps, stored_label_maps
 from .multi_scale import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
 from .parse import parse_recipe
 from .recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions
@@ -68,7 +68,7 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
     network = None if settings.network is None else Path(settings.network).parent
     run = Run.start(recipe, options, "segmentation", network=network)
     stage = Stage(run, "predictions", DEPENDS_ON)
-    if stage.done:
+    if stage.was_done_before():
         return stage.folder
     if settings.refiner == "crf":
         try:
@@ -100,10 +100,7 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
     stage.finish({**final, "splits": splits, "unreadable": sorted(unreadable)})
     run.say_unreadable(unreadable)
     for name, scores in splits.items():
-        shown = "no masks to score against"
-        if "steps" in scores:
-            shown = "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
-        run.say(f"predictions: {name}, {scored_images(scores)}, {shown}")
+        run.say(f"predictions: {name}, {scored_images(scores)}, {scores_of_steps(scores)}")
     run.say(f"predictions: -> {stage.folder}")
     run.accelerator.wait_for_everyone()
     return stage.folder

@@ -34,6 +34,7 @@ from .label_maps import (
     run_jobs,
     score_steps,
     scored_images,
+    scores_of_steps,
     seeds_of_split,
     stored_label_maps,
 )
@@ -52,8 +53,8 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
     """Make the pseudo labels of every split of the recipe; return the folder of the stage.
 
     `<split>/labels/*.png` are the pseudo labels; `<split>/walk/*.png` those before the refiner, where one follows the
-    walk; `metrics.json` has "miou" of the first split's pseudo
-    labels and, for each split with masks, the mIoU after each step.
+    walk. `metrics.json` has "miou" of the first split's pseudo labels and, for each split with masks, the mIoU after
+    each step.
     """
     settings = recipe.pseudo_labels
     if settings is None:
@@ -61,7 +62,7 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
     network = None if settings.network is None else Path(settings.network).parent
     run = Run.start(recipe, options, "affinity", network=network)
     stage = Stage(run, "pseudo_labels", depends_on(settings))
-    if stage.done:
+    if stage.was_done_before():
         return stage.folder
     walk = None
     if settings.method == "random_walk":
@@ -90,10 +91,7 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
     stage.finish({**metrics, "threshold": background.threshold, "splits": splits, "unreadable": sorted(left_out)})
     run.say_unreadable(left_out)
     for name, scores in splits.items():
-        shown = "no masks to score against"
-        if "steps" in scores:
-            shown = "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
-        run.say(f"pseudo_labels: {name}, {scored_images(scores)}, {shown}")
+        run.say(f"pseudo_labels: {name}, {scored_images(scores)}, {scores_of_steps(scores)}")
         if scores["without_classes"]:
             number = scores["without_classes"]
             run.say(f"pseudo_labels: {name}, {number} image(s) hold no class and are background alone")

@@ -300,13 +300,12 @@ class Stage:
         elif self.is_main:
             write_json(path, self.recipe)
 
-    @property
-    def done(self) -> bool:
-        """Whether the stage is finished, which is said if so."""
-        if self.run.is_done(self.name):
+    def was_done_before(self) -> bool:
+        """Return whether the stage is finished, and say so if it is."""
+        is_done = self.run.is_done(self.name)
+        if is_done:
             self.run.say(f"{self.name}: already done, {self.folder}")
-            return True
-        return False
+        return is_done
 
     def log(self, entry: Mapping[str, Any]) -> None:
         """Append one JSON line to `log.jsonl`."""

@@ -50,7 +50,7 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     """
     run = Run.start(recipe, options)
     stage = Stage(run, "seeds", DEPENDS_ON)
-    if stage.done:
+    if stage.was_done_before():
         return stage.folder
     run.say_precision("train")
     trained = run.trained_model()

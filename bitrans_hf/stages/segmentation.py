@@ -32,6 +32,7 @@ from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from ..hub.weight_files import load_trained
 from ..metrics import confusion_counts, iou_from_counts, miou_from_counts
 from ..weights import load_backbone
+from .build import evenly_chosen
 from .loop import RateSchedule, TrainingLoop
 from .multi_scale import SINGLE_SCALE, multi_scale_scores
 from .parse import parse_recipe
@@ -62,7 +63,7 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     settings = recipe.segmentation
     run = Run.start(recipe, options, "segmentation", trains=True)
     stage = Stage(run, "segmentation", DEPENDS_ON)
-    if stage.done:
+    if stage.was_done_before():
         return stage.folder
     run.say_precision("segmentation")
 
@@ -123,7 +124,7 @@ def labelled_images(run: Run, settings: SegmentationRecipe) -> Dataset:
         StageError: label maps are missing, or are the ground truth without the recipe saying so.
     """
     if settings.labels == "ground_truth":
-        images = chosen_images(settings, run.images(settings.split, masks=True))
+        images = evenly_chosen(run.images(settings.split, masks=True), settings.num_images)
         cells = list(images.cast_column("mask", Image(decode=False))["mask"])
         missing = [name for name, cell in zip(images["image_id"], cells, strict=True) if cell is None]
         refuse_missing(missing, len(images), "ground-truth mask", "choose a split whose masks are known")
@@ -132,20 +133,13 @@ def labelled_images(run: Run, settings: SegmentationRecipe) -> Dataset:
     folder = label_folder(run, settings)
     if not folder.is_dir():
         raise StageError(f"there are no label maps at {folder}; {how_to_make(settings.labels)}.")
-    images = chosen_images(settings, run.images(settings.split, masks=False))
+    images = evenly_chosen(run.images(settings.split, masks=False), settings.num_images)
     present = label_files(folder)  # one look, not 80,000
     missing = [name for name in images["image_id"] if name not in present]
     refuse_missing(missing, len(images), f"label map in {folder}", how_to_make(settings.labels))
     pairs = with_label_maps(images, [present[name] for name in images["image_id"]])
-    refuse_ground_truth(folder, pairs, chosen_images(settings, run.images(settings.split, masks=True)))
+    refuse_ground_truth(folder, pairs, evenly_chosen(run.images(settings.split, masks=True), settings.num_images))
     return pairs
-
-
-def chosen_images(settings: SegmentationRecipe, images: Dataset) -> Dataset:
-    """Return the images that the recipe trains on: all, or some at equal distances."""
-    if settings.num_images is None or settings.num_images >= len(images):
-        return images
-    return images.select([number * len(images) // settings.num_images for number in range(settings.num_images)])
 
 
 def label_folder(run: Run, settings: SegmentationRecipe) -> Path:

@@ -45,7 +45,7 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     """Train the recipe's model; return the folder of the stage, whose `model/` holds model and image processor."""
     run = Run.start(recipe, options, trains=True)
     stage = Stage(run, "train", DEPENDS_ON)
-    if stage.done:
+    if stage.was_done_before():
         return stage.folder
     run.say_precision("train")
 
