@@ -15,6 +15,7 @@ import pytest
 import yaml
 from stage_processes import forget_processes
 
+from bitrans_hf.metrics.scores import RowScores, RunScores, SeedScores
 from bitrans_hf.recipes import FOLDER as RECIPES
 from bitrans_hf.stages import ablate as ablate_module
 from bitrans_hf.stages.ablate import Ablation, Cell, as_text, described, make_tables, summarize
@@ -359,19 +360,19 @@ def test_every_preset_of_the_repository_fits_every_recipe(recipe: str, preset: P
 
 
 def test_a_single_seed_has_no_deviation():
-    assert described([50.0], [48.0]) == {
-        "mean": 50.0, "std": None, "values": [50.0], "difference_mean": 2.0, "difference_std": None,
-    }  # fmt: skip
+    expected = RowScores(mean=50.0, std=None, values=[50.0], difference_mean=2.0, difference_std=None)
+    assert described([50.0], [48.0]) == expected
 
 
 def test_differences_are_paired_by_seed():
     # Both rows vary by 10 points between seeds, and differ by exactly 1 in each.
     row = described([41.0, 51.0, 61.0], [40.0, 50.0, 60.0])
-    assert (row["std"], row["difference_mean"], row["difference_std"]) == (10.0, 1.0, 0.0)
+    assert (row.std, row.difference_mean, row.difference_std) == (10.0, 1.0, 0.0)
 
 
-def one_run(**miou: float) -> dict[str, Any]:
-    return {"splits": {"train": {"miou": miou}, "val": {"miou": miou, "miou_at_given_threshold": miou}}}
+def one_run(**miou: float) -> RunScores:
+    splits = {"train": SeedScores(miou=miou), "val": SeedScores(miou=miou, miou_at_given_threshold=miou)}
+    return RunScores(splits=splits, made_with={}, trained_in="", seconds={}, device={})
 
 
 def test_tables_share_rows_and_say_which(tmp_path: Path):
@@ -419,8 +420,8 @@ def test_a_baseline_without_a_variant_leaves_its_differences_open():
     ablation = Ablation(name="t", recipe="r", variants={"cnn": {}, "both": {}}, baseline="cnn", seeds=[0])
     chosen = {"cnn": "coarse_cam", "both": "refined"}
     scores = summarize(ablation, runs, chosen, "train")["both"]["best threshold"]
-    assert (scores["refined"]["mean"], scores["refined"]["difference_mean"]) == (45.0, None)
-    assert (scores["coarse_cam"]["difference_mean"], scores["chosen"]["difference_mean"]) == (1.0, 5.0)
+    assert (scores["refined"].mean, scores["refined"].difference_mean) == (45.0, None)
+    assert (scores["coarse_cam"].difference_mean, scores["chosen"].difference_mean) == (1.0, 5.0)
 
 
 @pytest.mark.parametrize(

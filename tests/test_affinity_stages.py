@@ -23,6 +23,7 @@ from bitrans_hf.data.rows import build_dataset
 from bitrans_hf.files import DiskFullError
 from bitrans_hf.hub.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.hub.modeling_affinitynet import AffinityNetModel
+from bitrans_hf.metrics.scores import StepScores
 from bitrans_hf.report.page import step_table
 from bitrans_hf.stages.affinity import AffinityCrops, label_backgrounds, random_window
 from bitrans_hf.stages.affinity import main as train_affinity_main
@@ -591,14 +592,14 @@ def test_the_poly_schedule_is_torchs():
 
 def test_the_step_table_marks_the_best_whole_step():
     table = step_table(
-        {
-            "steps": {"seed": 60.0, "confident": 90.0, "walk": 70.0},
-            "sure": {"confident": 42.0},
-            "several_classes": {"images": 2, "steps": {"seed": 50.0, "confident": 80.0, "walk": 55.0}},
-        }
+        StepScores(
+            steps={"seed": 60.0, "confident": 90.0, "walk": 70.0},
+            sure={"confident": 42.0},
+            several_classes=StepScores(images=2, steps={"seed": 50.0, "confident": 80.0, "walk": 55.0}),
+        )
     )
     assert table is not None
     assert table.columns[-1] == "several classes (%)"
     assert table.best_row == 2
     assert table.rows[1][0] == "What both agree upon (42 % of the pixels)"
-    assert step_table({"images": 3}) is None
+    assert step_table(StepScores(images=3)) is None

@@ -140,7 +140,7 @@ def test_broken_and_tiny_pictures_are_named_at_the_end_and_stop_nothing(
     captured = capsys.readouterr()
     assert "6 pictures, 4 written, 0 there before, 2 left out" in captured.out
     assert re.search(r"left out: picture \S*p2\.png cannot be read", captured.err)
-    assert re.search(r"left out: picture \S*p4\.png is smaller than a patch: 1 x 1", captured.err)
+    assert re.search(r"left out: image \S*p4\.png is smaller than a patch: 1 x 1", captured.err)
     assert sorted(path.name for path in out.glob("*.png")) == ["p0.png", "p1.png", "p3.png"]
 
 

@@ -9,9 +9,10 @@ import pytest
 from accelerate import Accelerator
 
 from bitrans_hf.data import make_shapes
+from bitrans_hf.metrics.scores import StepScores
 from bitrans_hf.pool import Outcome
 from bitrans_hf.stages import predictions as predict_masks
-from bitrans_hf.stages.label_maps import num_workers, result_of, scored_images
+from bitrans_hf.stages.label_maps import num_workers, result_of
 from bitrans_hf.stages.recipe import PredictionRecipe, Recipe, RunOptions
 from bitrans_hf.stages.run import Run, StageError
 
@@ -45,8 +46,8 @@ def test_a_result_is_handed_on_also_where_it_is_false() -> None:
 
 
 def test_the_number_of_scored_images_is_said_where_it_is_smaller() -> None:
-    assert scored_images({"images": 5, "scored": 3}) == "5 images (3 of them scored)"
-    assert scored_images({"images": 5, "scored": 5}) == scored_images({"images": 5}) == "5 images"
+    assert StepScores(images=5, scored=3).shown_images() == "5 images (3 of them scored)"
+    assert StepScores(images=5, scored=5).shown_images() == StepScores(images=5).shown_images() == "5 images"
 
 
 def test_workers_are_as_many_as_asked_for_and_no_more_than_images() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from PIL import Image
 from tiny_models import CLASSES, picture, tiny_model
 
 from bitrans_hf import BiTransImageProcessor
-from bitrans_hf.hub.image_processing_bitrans import bounded_image
+from bitrans_hf.hub.image_processing_bitrans import bounded_image, patch_problem
 from bitrans_hf.hub.maps import resized
 from bitrans_hf.hub.par import pixel_adaptive_refinement
 from bitrans_hf.hub.seeds import extract_seeds
 from bitrans_hf.stages.pseudo_labels import main as make_pseudo_labels_main
 from bitrans_hf.stages.recipe import SeedsRecipe
 from bitrans_hf.stages.report import main as make_report_main
-from bitrans_hf.stages.seeds import check_size, images_at_once, memory_of_views
+from bitrans_hf.stages.seeds import images_at_once, memory_of_views
 from bitrans_hf.stages.seeds import main as make_seeds_main
 from bitrans_hf.store import SeedStore
 
@@ -127,9 +128,8 @@ def test_fewer_images_go_together_where_each_is_larger_than_usual(size: tuple[in
 def test_what_helps_an_image_without_a_whole_patch_is_said(
     size: tuple[int, int], working: tuple[int, int], scales: list[float], words: str
 ):
-    with pytest.raises(ValueError, match=words):
-        check_size("wide", size, working, scales, 16)
-    check_size("wide", (64, 3000), (64, 3000), scales, 16)
+    assert re.search(words, patch_problem(size, working, scales, 16, "seeds."))
+    assert patch_problem((64, 3000), (64, 3000), scales, 16) == ""
 
 
 def test_the_estimate_of_memory_is_the_formula_of_its_documentation():

@@ -440,7 +440,7 @@ def test_the_crf_without_the_package_says_what_to_install(monkeypatch: pytest.Mo
         (
             {"inputs": Image.new("RGB", (8000, 8)), "max_side": 90},
             ValueError,
-            "8 x 8000 pixels .*worked on at 3 x 2846.*give a larger max_side",
+            "8 x 8000 pixels .*worked on at 3 x 2846.*raise max_side",
         ),
         ({"inputs": Image.new("RGB", (20, 20)), "scales": (1.0, 0.3)}, ValueError, "at scale 0.3"),
         ({"inputs": "nowhere.jpg"}, ValueError, "picture nowhere.jpg is not there"),

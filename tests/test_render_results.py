@@ -18,7 +18,8 @@ DOCS = TRAINING.parent / "docs"
 def scores(*values: float) -> dict[str, Any]:
     """One variant's scores of two seeds."""
     mean = sum(values) / 2
-    return {"mean": mean, "std": abs(values[0] - values[1]) / 2**0.5, "values": list(values)}
+    return {"mean": mean, "std": abs(values[0] - values[1]) / 2**0.5, "values": list(values),
+            "difference_mean": None, "difference_std": None}  # fmt: skip
 
 
 def grid() -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from bitrans_hf.hub.seeds import Seeds
+from bitrans_hf.metrics.scores import SeedScores
 from bitrans_hf.report import page as report
 from bitrans_hf.report.page import Chart, Curve, GalleryRow, Table
 
@@ -161,12 +162,12 @@ def test_a_log_without_numbers_gives_no_charts(tmp_path):
 
 
 def test_score_table_marks_the_best_seed():
-    metrics = {"miou": {"refined": 66.24, "fused": 66.1, "sc_cam": 65.6, "crf": 60}, "threshold": {"refined": 0.4}}
-    table = report.score_table(metrics)
+    miou = {"refined": 66.24, "fused": 66.1, "sc_cam": 65.6, "crf": 60.0}
+    table = report.score_table(SeedScores(miou=miou, threshold={"refined": 0.4}))
+    assert table is not None
     assert [row[0] for row in table.rows] == ["SC-CAM", "Product", "Refined seed", "crf"]
     assert table.rows[table.best_row] == ["Refined seed", "66.2", "0.40"]
-    assert report.score_table({"miou": 71.93}).rows == [["Masks", "71.9"]]
-    assert report.score_table({"num_images": 3}) is None
+    assert report.score_table(SeedScores(images=3)) is None
 
 
 def test_recipe_table_joins_nested_keys():

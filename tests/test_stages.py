@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,6 @@ from bitrans_hf.stages.recipe import BiTransRecipe, TrainRecipe
 from bitrans_hf.stages.records import provenance
 from bitrans_hf.stages.run import StageError, auto_precision
 from bitrans_hf.stages.run_all import main as run_all_main
-from bitrans_hf.stages.seeds import check_size
 from bitrans_hf.stages.seeds import main as make_seeds_main
 from bitrans_hf.stages.train import consistency_warmup, learning_rate, parameter_groups
 from bitrans_hf.stages.train import main as train_main
@@ -415,8 +415,9 @@ def test_an_image_smaller_than_a_patch_is_named_and_the_rest_is_done(
     make_seeds_main(command)
     assert capsys.readouterr().out.count("smaller than a patch: 03") == 1
     assert metrics(tmp_path, "seeds")["splits"]["all_images"]["images"] == 15
+    shutil.rmtree(tmp_path / "tiny" / "seeds")
     with pytest.raises(UnreadableImageError, match=r"03 is smaller than a patch: 9 x 40 pixels .* at least 16 x 16"):
-        check_size("03", (9, 40), (9, 40), [1.0], 16)
+        make_seeds_main([*command, "--strict", "true"])
 
 
 def test_strict_stops_at_an_unreadable_image(tmp_path: Path, folder_with_a_broken_image: Path):

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bitrans_hf.files import atomic_write
+from bitrans_hf.metrics.scores import RowScores
 from bitrans_hf.report.page import VARIANT_TITLES
-from bitrans_hf.stages.ablate import CHOSEN, deviation, plus_minus
+from bitrans_hf.stages.ablate import CHOSEN, deviation, mean_text, plus_minus
 from bitrans_hf.stages.records import write_json
 from bitrans_hf.stages.run import StageError
 
@@ -55,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(page)
 
 
-def kept(metrics: Mapping[str, Any]) -> dict[str, Any]:
+def kept(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what of a grid's `metrics.json` the tables are made from, and where each run comes from."""
     runs = {
         run: {
@@ -110,20 +111,16 @@ def markdown(grid: Mapping[str, Any], title: str) -> str:
     head += [f"{split}: {titles[variant].lower()}" for split in splits for variant in variants]
     head += [f"threshold of {first}", *([f"{last} at its own"] if last != first else []), f"{last}, difference"]
     lines = [head, ["---"] * len(head)]
-    compared = scores_of(grid, last, next(iter(rows.values())))[CHOSEN]["values"]
+    compared = scores_of(grid, last, next(iter(rows.values())))[CHOSEN].values
     for number, (name, row) in enumerate(rows.items()):
         cells = [name, *([paper.get(name, "")] if paper else [])]
-        cells += [
-            plus_minus(scores_of(grid, split, row).get(variant), "mean", "std")
-            for split in splits
-            for variant in variants
-        ]
+        cells += [mean_text(scores_of(grid, split, row).get(variant)) for split in splits for variant in variants]
         cells.append(thresholds(grid, first, row))
         if last != first:
-            cells.append(plus_minus(grid["summary"][last][row]["best threshold"][CHOSEN], "mean", "std"))
-        differences = [a - b for a, b in zip(scores_of(grid, last, row)[CHOSEN]["values"], compared, strict=True)]
-        paired = {"mean": statistics.fmean(differences), "std": deviation(differences)}
-        lines.append([*cells, plus_minus(paired, "mean", "std", "+") if number else ""])
+            cells.append(mean_text(RowScores.from_json(grid["summary"][last][row]["best threshold"][CHOSEN])))
+        differences = [a - b for a, b in zip(scores_of(grid, last, row)[CHOSEN].values, compared, strict=True)]
+        paired = plus_minus(statistics.fmean(differences), deviation(differences), "+")
+        lines.append([*cells, paired if number else ""])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -134,7 +131,8 @@ def thresholds(grid: Mapping[str, Any], split: str, row: str) -> str:
     return f"{low:.2f}" if low == high else f"{low:.2f} - {high:.2f}"
 
 
-def scores_of(grid: Mapping[str, Any], split: str, row: str) -> Mapping[str, Any]:
+def scores_of(grid: Mapping[str, Any], split: str, row: str) -> dict[str, RowScores]:
     """Return variant -> scores of a row at the first split's threshold (the first split: its own best)."""
-    kinds: Mapping[str, Mapping[str, Any]] = grid["summary"][split][row]
-    return kinds.get("first split's threshold", kinds["best threshold"])
+    kinds = grid["summary"][split][row]
+    found = kinds.get("first split's threshold", kinds["best threshold"])
+    return {variant: RowScores.from_json(scores) for variant, scores in found.items()}

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypedDict, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,16 @@ from .mask_values import OPTION, MaskValueError, MaskValues, checked_ids, label_
 
 ImageCell: TypeAlias = Mapping[str, Any] | PILImage.Image | str | Path
 """A picture as a row may hold it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
+
+
+class ImageRow(TypedDict):
+    """A row of the data sets of this package: see `row_features`. `mask` is None where none is known."""
+
+    image_id: str
+    image: ImageCell
+    labels: list[int]
+    mask: ImageCell | None
+
 
 _PALETTE = palette()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypedDict, TypeVar
 
 import torch
 from datasets import Dataset
@@ -16,7 +16,18 @@ logger = logging.getLogger(__name__)
 Opened = TypeVar("Opened")
 
 
-class TrainingSet(torch.utils.data.Dataset[dict[str, Any]], Generic[Opened]):
+class Origin(TypedDict):
+    """Where an item comes from: the position of its image, and the `image_id` asked for if that cannot be read."""
+
+    index: int
+    unreadable: str
+
+
+Item: TypeAlias = dict[str, torch.Tensor | int | str]
+"""What a network is trained on, by the names of its arguments, with `index` and `unreadable` of `TrainingSet`."""
+
+
+class TrainingSet(torch.utils.data.Dataset[Item], Generic[Opened]):
     """Base of data sets whose items are augmented anew in every epoch.
 
     Item `index` of an epoch must be a function of (seed, epoch, index) alone: then the number of workers, of processes
@@ -60,7 +71,7 @@ class TrainingSet(torch.utils.data.Dataset[dict[str, Any]], Generic[Opened]):
         """Open what a row names; raise `UnreadableImageError` where that cannot be read."""
         raise NotImplementedError
 
-    def _readable(self, asked: int) -> tuple[Opened, dict[str, Any]]:
+    def _readable(self, asked: int) -> tuple[Opened, Origin]:
         """Return the first row from `asked` on that can be read, opened, and the item's `index` and `unreadable`."""
         for step in range(len(self)):
             index = (asked + step) % len(self)

@@ -318,6 +318,34 @@ def bounded_size(size: Sequence[int], max_side: int) -> tuple[int, int]:
     return height, width
 
 
+def patch_problem(
+    size: tuple[int, int], working: tuple[int, int], scales: Sequence[float], patch_size: int, option_prefix: str = ""
+) -> str:
+    """Say that an image does not hold a patch at its smallest scale, and what helps; "" where it does.
+
+    Args:
+        size: (height, width) of the image.
+        working: (height, width) that it is reduced to.
+        scales: Factors of that size that the network sees.
+        patch_size: In pixels.
+        option_prefix: Of the options that are named, such as "seeds.".
+    """
+    smallest = min(scales)
+    if round(min(working) * smallest) >= patch_size:
+        return ""
+    if min(size) < patch_size:
+        remedy = "enlarge it or leave it out"
+    elif round(min(size) * smallest) < patch_size:
+        remedy = f"leave out the small factors of {option_prefix}scales, or enlarge the image"
+    else:
+        remedy = f"raise {option_prefix}max_side, or cut the image into pieces"
+    reduced = f", worked on at {working[0]} x {working[1]}" if working != size else ""
+    return (
+        f"smaller than a patch: {size[0]} x {size[1]} pixels (height x width){reduced}, at scale {smallest}; "
+        f"expected at least {patch_size} x {patch_size}: {remedy}."
+    )
+
+
 def bounded_image(image: Image.Image, max_side: int) -> Image.Image:
     """Return an RGB image reduced to `bounded_size` with PIL's bicubic filter; a small one as it is."""
     height, width = bounded_size((image.height, image.width), max_side)

@@ -20,7 +20,7 @@ from transformers import Pipeline, PreTrainedConfig
 
 from .errors import InputError, MissingFileError
 from .image_decoding import DECODING_ERRORS, TOO_LARGE, opened, to_rgb
-from .image_processing_bitrans import BiTransImageProcessor
+from .image_processing_bitrans import BiTransImageProcessor, patch_problem
 from .labels import THRESHOLD
 from .maps import CAM_FUSIONS, fused_maps, min_max_normalized, resized, strongest_row, sum_over_scales
 from .modeling_bitrans import BiTransModel
@@ -318,19 +318,9 @@ class PseudoMaskPipeline(Pipeline):
         size = (image.height, image.width)
         processor = cast("BiTransImageProcessor", self.image_processor)
         image = processor.bounded(image, max_side=max_side)
-        patch_size = self.model.config.patch_size
-        if round(min(image.size) * min(scales)) < patch_size:
-            if min(size) < patch_size:
-                remedy = "enlarge it first"
-            elif round(min(size) * min(scales)) < patch_size:
-                remedy = "leave out the small scales, or enlarge it first"
-            else:
-                remedy = "give a larger max_side, or cut it into pieces"
-            raise InputError(
-                f"picture {name_of(source)} is smaller than a patch: {size[0]} x {size[1]} pixels (height x width)"
-                + (f", worked on at {image.height} x {image.width}" if size != (image.height, image.width) else "")
-                + f", at scale {min(scales)}; expected at least {patch_size} x {patch_size}: {remedy}."
-            )
+        problem = patch_problem(size, (image.height, image.width), scales, self.model.config.patch_size)
+        if problem:
+            raise InputError(f"image {name_of(source)} is {problem}")
         views = processor.scaled_views(image, scales)
         # In a list, or the loader would look for tensors to pad.
         return {"pictures": [PreparedPicture(size, np.asarray(image), views, class_ids)]}

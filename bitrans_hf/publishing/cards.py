@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..hub.errors import InputError, MissingFileError
+from ..metrics.scores import SeedScores, SeedsRecord, StepScores
 from .markdown import literal
 
 STAGES = ("train", "seeds", "affinity", "pseudo_labels", "segmentation", "predictions")
@@ -60,17 +61,21 @@ class RunRecord:
     stages: Mapping[str, Mapping[str, Any]]
 
     @property
-    def recipe(self) -> dict[str, Any]:
+    def recipe(self) -> Mapping[str, Any]:
         """Every part of the recipe that some stage depended on."""
-        merged: dict[str, Any] = {}
+        merged: Mapping[str, Any] = {}
         for stage in self.stages.values():
-            merged |= stage["recipe"]
+            merged = {**merged, **stage["recipe"]}
         return merged
 
     def metrics(self, stage: str) -> Mapping[str, Any]:
         """Return what a stage measured; nothing if it is not there."""
         found: Mapping[str, Any] = self.stages.get(stage, {}).get("metrics", {})
         return found
+
+    def seeds(self) -> SeedsRecord:
+        """Return the scores of the seeds; empty ones if there are none."""
+        return SeedsRecord.from_json(self.metrics("seeds"))
 
     def to_json(self) -> str:
         """Return the text that `from_json` reads."""
@@ -162,7 +167,7 @@ def render_card(
         package_version=package_version,
         picture=picture,
         settings=json.dumps(pipeline_settings(run)),
-        seed_table=seed_table(run.metrics("seeds")),
+        seed_table=seed_table(run.seeds().splits),
         stage_table=stage_table(run),
         tag_table=tag_table(run.metrics("train")),
         provenance=provenance(run),
@@ -189,9 +194,9 @@ def starting_weights(run: RunRecord, network: Network) -> str:
     return str(recipe["model"].get("weights", "scratch"))
 
 
-def pipeline_settings(run: RunRecord) -> dict[str, Any]:
+def pipeline_settings(run: RunRecord) -> Mapping[str, Any]:
     """Return the pipeline's options that the refined seeds were scored with; empty where nothing was scored."""
-    threshold = run.metrics("seeds").get("threshold", {}).get("refined")
+    threshold = run.seeds().threshold.get("refined")
     if threshold is None:
         return {}
     return {"threshold": threshold, "scales": run.recipe["seeds"].get("scales", [1.0])}
@@ -230,10 +235,10 @@ def eval_results(run: RunRecord, network: Network) -> Iterator[EvalResult]:
         )  # fmt: skip
 
     if network == "bitrans":
-        for split, scores in run.metrics("seeds").get("splits", {}).items():
-            if "miou" in scores:
+        for split, scores in run.seeds().splits.items():
+            if scores.miou:
                 title = "mIoU of the refined seeds at their best threshold (%)"
-                yield result(split, "mean_iou", scores["miou"]["refined"], title)
+                yield result(split, "mean_iou", scores.miou["refined"], title)
         trained, val_split = run.metrics("train"), run.recipe["data"].get("val_split")
         if "map_patch" in trained:
             title = "mAP of the image tags, patch branch (%)"
@@ -270,17 +275,16 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def seed_table(seeds: Mapping[str, Any]) -> str:
+def seed_table(splits: Mapping[str, SeedScores]) -> str:
     """Return a line for each split: the images, each variant's score, and the refined seeds' threshold."""
     rows = []
-    for split, scores in seeds.get("splits", {}).items():
-        for label, part in ((split, scores), (f"{split}, two or more classes", scores.get("several_classes"))):
-            if part is None:
-                continue
-            images = part.get("scored", part.get("images"))
-            label = literal(label)
-            best = [number(part.get("miou", {}).get(variant)) for variant in VARIANTS]
-            rows.append([label, str(images), *best, number(part.get("threshold", {}).get("refined"), 2)])
+    for split, scores in splits.items():
+        parts = [(split, scores.scored or scores.images, scores)]
+        if several := scores.several_classes:
+            parts.append((f"{split}, two or more classes", several.images, several))
+        for label, images, part in parts:
+            best = [number(part.miou.get(variant)) for variant in VARIANTS]
+            rows.append([literal(label), str(images), *best, number(part.threshold.get("refined"), 2)])
     if not rows:
         rows = [[NOT_MEASURED] * (len(VARIANTS) + 3)]
     return table(["split", "images", *VARIANTS.values(), "threshold of refined"], rows)
@@ -295,15 +299,14 @@ def stage_table(run: RunRecord) -> str:
     return table(["stage", "split", "mIoU (%)"], rows)
 
 
-def step_table(stage: Mapping[str, Any]) -> str:
+def step_table(splits: Mapping[str, StepScores]) -> str:
     """Return a line for each split of a stage that refines label maps in steps: its images, the score of each step."""
-    splits = stage.get("splits", {})
-    steps = list(dict.fromkeys(step for scores in splits.values() for step in scores.get("steps", {})))
+    steps = list(dict.fromkeys(step for scores in splits.values() for step in scores.steps))
     rows = [
         [
             literal(name),
-            str(scores.get("images", NOT_MEASURED)),
-            *(number(scores.get("steps", {}).get(step)) for step in steps),
+            NOT_MEASURED if scores.images is None else str(scores.images),
+            *(number(scores.steps.get(step)) for step in steps),
         ]
         for name, scores in splits.items()
     ]

@@ -24,6 +24,7 @@ from ..files import atomic_write
 from ..hub.errors import InputError
 from ..hub.labels import BACKGROUND, IGNORE_INDEX, palette
 from ..hub.seeds import Seeds
+from ..metrics.scores import SeedScores, StepScores
 
 VARIANT_TITLES = {"sc_cam": "SC-CAM", "coarse_cam": "Coarse-CAM", "fused": "Product", "refined": "Refined seed"}
 """Heading of each seed variant, in the order of the columns."""
@@ -254,55 +255,41 @@ def charts_from_log(path: str | Path) -> list[Chart]:
     return [chart for chart in charts if chart.curves]
 
 
-def score_table(metrics: Mapping[str, Any], title: str = "Scores") -> Table | None:
-    """Make the score table of a stage's `metrics.json`.
-
-    Args:
-        metrics: Its content: "miou" is one number or one for each seed variant, in percent, with the best threshold
-            of each under "threshold".
-        title: Heading.
-
-    Returns:
-        The table with the best row marked, or None if nothing was scored.
-    """
-    miou = metrics.get("miou")
-    if not miou:
+def score_table(scores: SeedScores, title: str = "Scores") -> Table | None:
+    """Make the table of the seed variants of one split, the best one marked; None if nothing was scored."""
+    if not scores.miou:
         return None
-    if not isinstance(miou, Mapping):
-        return Table(title, ["", "mIoU (%)"], [["Masks", f"{miou:.1f}"]])
-    thresholds = metrics.get("threshold", {})
-    names = _ordered_variants(miou)
+    names = _ordered_variants(scores.miou)
     rows = [
-        [_variant_title(name), f"{miou[name]:.1f}", f"{thresholds[name]:.2f}" if name in thresholds else "-"]
+        [
+            _variant_title(name),
+            f"{scores.miou[name]:.1f}",
+            f"{scores.threshold[name]:.2f}" if name in scores.threshold else "-",
+        ]
         for name in names
     ]
-    best = max(range(len(names)), key=lambda index: float(miou[names[index]]))
+    best = max(range(len(names)), key=lambda index: scores.miou[names[index]])
     return Table(title, ["Seed", "mIoU (%)", "best threshold"], rows, best)
 
 
-def step_table(metrics: Mapping[str, Any], title: str = "Steps") -> Table | None:
+def step_table(scores: StepScores, title: str = "Steps") -> Table | None:
     """Make the table of the steps of a stage: from seeds to pseudo labels, or of the segmentation network's test.
-
-    Args:
-        metrics: Of one split: "steps" (step -> mIoU in percent), with "several_classes" of the images that hold two
-            classes or more, and "sure" (step -> percent of the pixels that have a label at all) for some.
-        title: Heading.
 
     Returns:
         The table with the best step marked, or None if nothing was scored. Steps that leave pixels out are not
         compared.
     """
-    steps: Mapping[str, float] = metrics.get("steps", {})
-    if not steps:
+    if not scores.steps:
         return None
-    several = metrics.get("several_classes", {}).get("steps", {})
-    sure = metrics.get("sure", {})
+    several = scores.several_classes.steps if scores.several_classes else {}
     rows = []
-    for name, miou in steps.items():
-        heading = STEP_TITLES.get(name, name) + (f" ({sure[name]:.0f} % of the pixels)" if name in sure else "")
-        rows.append([heading, f"{miou:.1f}", *([f"{several[name]:.1f}"] if several else [])])
-    whole = [index for index, name in enumerate(steps) if name not in sure]
-    best = max(whole, key=lambda index: list(steps.values())[index], default=None)
+    for name, miou in scores.steps.items():
+        share = f" ({scores.sure[name]:.0f} % of the pixels)" if name in scores.sure else ""
+        rows.append(
+            [STEP_TITLES.get(name, name) + share, f"{miou:.1f}", *([f"{several[name]:.1f}"] if several else [])]
+        )
+    whole = [index for index, name in enumerate(scores.steps) if name not in scores.sure]
+    best = max(whole, key=lambda index: list(scores.steps.values())[index], default=None)
     columns = ["Step", "mIoU (%)", *(["several classes (%)"] if several else [])]
     return Table(title, columns, rows, best)
 

@@ -30,14 +30,15 @@ from ..data.segmentation import resized_label_map
 from ..hub.errors import InputError
 from ..hub.image_processing_bitrans import MAX_SIDE, bounded_image
 from ..hub.seeds import SEED_VARIANTS
+from ..metrics.scores import RowScores, RunScores, SeedsRecord
 from ..progress import Counter, progress, say_progress, say_result
 from ..recipes import FOLDER, recipe_file
 from ..report.page import VARIANT_TITLES, GalleryRow, Table, recipe_table, write_report
 from ..store import SeedStore
 from .build import load_images
 from .parse import CONFIG_HELP, config_names, parse_recipe
-from .recipe import ALL_IMAGES, Recipe
-from .records import provenance, recipe_parts, write_json
+from .recipe import ALL_IMAGES, Options, PlainRecipe, Recipe
+from .records import provenance, read_json, recipe_parts, write_json
 from .report import spread
 from .run import StageError, holds
 from .seeds import DEPENDS_ON as SEEDS_DEPEND_ON
@@ -45,7 +46,7 @@ from .train import DEPENDS_ON as TRAINING_DEPENDS_ON
 
 PRESETS = FOLDER / "presets"
 # `str` first: the parser takes the first type that fits, and would read the text "no" as false otherwise.
-Changes: TypeAlias = dict[str, str | bool | int | float | list[Any] | dict[str, Any] | None]
+Changes: TypeAlias = dict[str, str | bool | int | float | list[Any] | Options | None]
 SET_BY_THE_ABLATION = ("seed", "name", "output_dir")
 """Keys that no variant may change: they say which run it is."""
 FIXED_FOR_ALL = (
@@ -200,7 +201,7 @@ class Ablation:
         }
 
 
-def fixed_values(recipe: Recipe) -> dict[str, Any]:
+def fixed_values(recipe: Recipe) -> PlainRecipe:
     """Return the values of the keys that must be the same in every row."""
     sections = {section: asdict(getattr(recipe, section)) for section in ("data", "seeds")}
     return {key: sections[key.split(".")[0]][key.split(".")[1]] for key in FIXED_FOR_ALL}
@@ -244,6 +245,7 @@ def ablate(ablation: Ablation) -> Path:
     summary = {split: summarize(ablation, runs, chosen, split) for split in splits if has_scores(runs, split)}
     if not summary:
         raise StageError(f"no split of {', '.join(splits)} has masks; without ground truth there is no table to make.")
+    seconds, devices = total_seconds(runs), sorted({each for run in runs.values() for each in run.device.values()})
     result = {
         "recipe": ablation.recipe,
         "changes": ablation.changes,
@@ -253,17 +255,17 @@ def ablate(ablation: Ablation) -> Path:
         "tables": ablation.shown_tables(),
         "chosen": chosen,
         "summary": summary,
-        "seconds": total_seconds(runs),
-        "devices": sorted({device for run in runs.values() for device in run["device"].values()}),
+        "seconds": seconds,
+        "devices": devices,
         "runs": runs,
         "made_with": made_with,
     }
     write_json(ablation.folder / "metrics.json", result)
     tables = list(make_tables(ablation, summary, chosen))
-    page = write_page(ablation, recipes, tables, spent(result))
+    page = write_page(ablation, recipes, tables, spent(seconds, devices))
     for table in tables:
         say_result(as_text(table) + "\n")
-    say_result(f"{spent(result)}\nablation: {page}")
+    say_result(f"{spent(seconds, devices)}\nablation: {page}")
     return page
 
 
@@ -415,50 +417,53 @@ def ending(processes: Collection[subprocess.Popen[str]]) -> Iterator[None]:
         raise
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Return what a run measured: its scores, the wall time and device of its stages, and whose training it used."""
+def read_run(folder: Path) -> RunScores:
+    """Return what a run measured."""
     stages = {
-        stage: json.loads(path.read_text(encoding="utf-8"))
+        stage: read_json(path)
         for stage in ("train", "seeds")
         if (path := folder / stage / "metrics.json").is_file()  # a training may have been deleted after its seeds
     }
-    return {
-        "splits": stages["seeds"]["splits"],
-        "made_with": stages["seeds"]["made_with"],
-        "trained_in": os.path.relpath((folder / "train").resolve().parent, folder.parents[1].resolve()),
-        "seconds": {stage: metrics.get("seconds") for stage, metrics in stages.items()},
-        "device": {stage: metrics["made_with"].get("device", "unknown") for stage, metrics in stages.items()},
-    }
+    return RunScores(
+        splits=SeedsRecord.from_json(stages["seeds"]).splits,
+        made_with=stages["seeds"]["made_with"],
+        trained_in=os.path.relpath((folder / "train").resolve().parent, folder.parents[1].resolve()),
+        seconds={stage: metrics.get("seconds") for stage, metrics in stages.items()},
+        device={stage: metrics["made_with"].get("device", "unknown") for stage, metrics in stages.items()},
+    )
 
 
-def total_seconds(runs: Mapping[str, Any]) -> dict[str, float]:
+def total_seconds(runs: Mapping[str, RunScores]) -> dict[str, float]:
     """Add up the wall seconds of the stages of all runs; a training that rows share counts once."""
-    trainings = {run["trained_in"]: run["seconds"].get("train") or 0.0 for run in runs.values()}
-    seeds = sum(run["seconds"]["seeds"] or 0.0 for run in runs.values())
+    trainings = {run.trained_in: run.seconds.get("train") or 0.0 for run in runs.values()}
+    seeds = sum(run.seconds["seeds"] or 0.0 for run in runs.values())
     return {"train": round(sum(trainings.values()), 1), "seeds": round(seeds, 1)}
 
 
-def spent(result: Mapping[str, Any]) -> str:
+def spent(seconds: Mapping[str, float], devices: Sequence[str]) -> str:
     """Say how long the runs took, and where."""
     shown = {
-        stage: f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
-        for stage, seconds in result["seconds"].items()
+        stage: f"{each / 3600:.1f} h" if each >= 3600 else f"{each / 60:.1f} min" for stage, each in seconds.items()
     }
     return (
         f"Wall time of all runs, one after another: training {shown['train']}, seeds {shown['seeds']}, on "
-        f"{', '.join(result['devices'])}."
+        f"{', '.join(devices)}."
     )
 
 
 # ---- Scores.
 
 
-def has_scores(runs: Mapping[str, Any], split: str) -> bool:
+Summary: TypeAlias = dict[str, dict[str, dict[str, RowScores]]]
+"""Row -> kind of score -> seed variant, or "chosen" -> scores; see `summarize`."""
+
+
+def has_scores(runs: Mapping[str, RunScores], split: str) -> bool:
     """Whether the split was scored against masks, in every run."""
-    return all("miou" in scores["splits"][split] for scores in runs.values())
+    return all(run.splits[split].miou for run in runs.values())
 
 
-def summarize(ablation: Ablation, runs: Mapping[str, Any], chosen: Mapping[str, str], split: str) -> dict[str, Any]:
+def summarize(ablation: Ablation, runs: Mapping[str, RunScores], chosen: Mapping[str, str], split: str) -> Summary:
     """Give mean, standard deviation and paired difference to the baseline of every row.
 
     Args:
@@ -469,24 +474,26 @@ def summarize(ablation: Ablation, runs: Mapping[str, Any], chosen: Mapping[str, 
 
     Returns:
         Row -> kind of score ("best threshold", and for every split but the first "first split's threshold") -> seed
-        variant, and "chosen" -> {"mean", "std", "values", "difference_mean", "difference_std"}, mIoU in percent. A
-        standard deviation (of the sample, n - 1) needs two seeds; it is null for one. Variants that a row does not
-        have are left out; differences to a baseline that has them not are null.
+        variant, and "chosen" -> the scores. Variants that a row does not have are left out; differences to a baseline
+        that has them not are None.
     """
-    kinds = {"best threshold": "miou", "first split's threshold": "miou_at_given_threshold"}
-    first = runs[f"{ablation.baseline}/seed{ablation.seeds[0]}"]["splits"][split]
-    found: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for kind, key in kinds.items():
-        if key not in first:
+    scores = {run: found.splits[split] for run, found in runs.items()}
+    kinds = {
+        "best threshold": {run: each.miou for run, each in scores.items()},
+        "first split's threshold": {run: each.miou_at_given_threshold for run, each in scores.items()},
+    }
+    found: dict[str, dict[str, dict[str, list[float]]]] = {row: {} for row in ablation.variants}
+    for kind, mious in kinds.items():
+        if not mious[f"{ablation.baseline}/seed{ablation.seeds[0]}"]:
             continue
         for row in ablation.variants:
-            scores = [runs[f"{row}/seed{seed}"]["splits"][split][key] for seed in ablation.seeds]
+            of_seeds = [mious[f"{row}/seed{seed}"] for seed in ablation.seeds]
             values = {
-                variant: [float(score[variant]) for score in scores]
+                variant: [each[variant] for each in of_seeds]
                 for variant in SEED_VARIANTS
-                if all(score.get(variant) is not None for score in scores)
+                if all(variant in each for each in of_seeds)
             }
-            found.setdefault(row, {})[kind] = values | {CHOSEN: values[chosen[row]]}
+            found[row][kind] = values | {CHOSEN: values[chosen[row]]}
     return {
         row: {
             kind: {
@@ -499,16 +506,16 @@ def summarize(ablation: Ablation, runs: Mapping[str, Any], chosen: Mapping[str, 
     }
 
 
-def described(values: Sequence[float], baseline: Sequence[float] | None) -> dict[str, Any]:
+def described(values: Sequence[float], baseline: Sequence[float] | None) -> RowScores:
     """Describe the scores of one row, in the order of the seeds, beside the baseline's of the same seeds."""
     differences = [value - other for value, other in zip(values, baseline or [], strict=baseline is not None)]
-    return {
-        "mean": round(statistics.fmean(values), 3),
-        "std": deviation(values),
-        "values": list(values),
-        "difference_mean": round(statistics.fmean(differences), 3) if differences else None,
-        "difference_std": deviation(differences),
-    }
+    return RowScores(
+        mean=round(statistics.fmean(values), 3),
+        std=deviation(values),
+        values=list(values),
+        difference_mean=round(statistics.fmean(differences), 3) if differences else None,
+        difference_std=deviation(differences),
+    )
 
 
 def deviation(values: Sequence[float]) -> float | None:
@@ -546,7 +553,7 @@ def write_page(ablation: Ablation, recipes: Mapping[Cell, Recipe], tables: Seque
     return page
 
 
-def make_tables(ablation: Ablation, summary: Mapping[str, Any], chosen: Mapping[str, str]) -> Iterator[Table]:
+def make_tables(ablation: Ablation, summary: Mapping[str, Summary], chosen: Mapping[str, str]) -> Iterator[Table]:
     """Give the tables of the ablation for each split, a line for each row and each way of choosing the threshold."""
     compared = ("fused", "refined", CHOSEN)
     titles = {**VARIANT_TITLES, CHOSEN: "Chosen variant"}
@@ -559,11 +566,9 @@ def make_tables(ablation: Ablation, summary: Mapping[str, Any], chosen: Mapping[
             for kind in kinds:
                 for name, row in shown.items():
                     scores = rows[row][kind]
-                    cells = [plus_minus(scores.get(variant), "mean", "std") for variant in (*SEED_VARIANTS, CHOSEN)]
+                    cells = [mean_text(scores.get(variant)) for variant in (*SEED_VARIANTS, CHOSEN)]
                     differences = [
-                        "-"
-                        if row == ablation.baseline
-                        else plus_minus(scores.get(variant), "difference_mean", "difference_std", "+")
+                        "-" if row == ablation.baseline else difference_text(scores.get(variant))
                         for variant in compared
                     ]
                     heading = row_heading(ablation, name, row) + (f", {kind}" if len(kinds) > 1 else "")
@@ -585,11 +590,21 @@ def row_heading(ablation: Ablation, name: str, row: str) -> str:
     return name + (f" ({', '.join(remarks)})" if remarks else "")
 
 
-def plus_minus(scores: Mapping[str, Any] | None, mean: str, std: str, sign: str = "") -> str:
-    """Write a mean with its standard deviation, where there is one."""
-    if scores is None or scores[mean] is None:
+def mean_text(scores: RowScores | None) -> str:
+    """Write the mean of a row, "-" where it has no such score."""
+    return "-" if scores is None else plus_minus(scores.mean, scores.std)
+
+
+def difference_text(scores: RowScores | None) -> str:
+    """Write the difference of a row to the baseline, "-" where there is none."""
+    if scores is None or scores.difference_mean is None:
         return "-"
-    return f"{scores[mean]:{sign}.1f}" + ("" if scores[std] is None else f" ± {scores[std]:.1f}")
+    return plus_minus(scores.difference_mean, scores.difference_std, "+")
+
+
+def plus_minus(mean: float, std: float | None, sign: str = "") -> str:
+    """Write a mean with its standard deviation, where there is one."""
+    return f"{mean:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
 
 
 def as_text(table: Table) -> str:

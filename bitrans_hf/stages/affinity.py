@@ -31,6 +31,7 @@ from ..hub.labels import IGNORE_INDEX
 from ..hub.modeling_affinitynet import AffinityNetModel
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.weight_files import load_trained
+from ..metrics.scores import StepScores
 from ..weights import load_backbone
 from .build import build_model, evenly_chosen
 from .label_maps import (
@@ -102,17 +103,16 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     # ---- Loop and result
     rate = RateSchedule("poly", settings.learning_rate, settings.epochs)
     loop = TrainingLoop(settings, stage, model, optimizer, dataset, rate)
-    metrics = loop.run()
+    trained = loop.run()
     scores = score_labels(run, evenly_chosen(run.images(settings.split, masks=True), settings.num_images), labels)
-    metrics["unreadable"] = sorted({*left_out, *metrics["unreadable"]})
-    loop.finish({**metrics, "labels": scores}, processor)
-    if "steps" in scores:
-        steps = scores["steps"]
+    trained = replace(trained, unreadable=sorted({*left_out, *trained.unreadable}))
+    loop.finish(trained, processor, labels=scores.to_json())
+    if steps := scores.steps:
         run.say(
             f"affinity: mIoU of the labels {steps['low']:.1f} low, {steps['high']:.1f} high, "
-            f"{steps['confident']:.1f} on the {scores['sure']['confident']:.0f} % of pixels that are sure",
+            f"{steps['confident']:.1f} on the {scores.sure['confident']:.0f} % of pixels that are sure",
         )
-    run.say(f"affinity: loss {metrics['loss']:.3f} -> {stage.folder}")
+    run.say(f"affinity: loss {trained.scores['loss']:.3f} -> {stage.folder}")
     run.accelerator.wait_for_everyone()
     return stage.folder
 
@@ -176,7 +176,7 @@ def make_label_maps(
     return without_seeds | run.union(broken)
 
 
-def score_labels(run: Run, images: Dataset, folder: Path) -> dict[str, Any]:
+def score_labels(run: Run, images: Dataset, folder: Path) -> StepScores:
     """Score the label maps "low", "high" and what they agree upon, "confident"; see `score_steps`."""
     low_of, high_of = stored_label_maps(folder / "low"), stored_label_maps(folder / "high")
 

@@ -17,7 +17,7 @@ from ..hub.modeling_bitrans import BiTransModel
 from ..hub.modeling_cam import CamModel
 from ..recipes import weights_file
 from ..weights import from_timm, from_timm_state_dict, load_backbone
-from .recipe import BiTransRecipe, CamRecipe, DataRecipe, ModelRecipe, Recipe
+from .recipe import BiTransRecipe, CamRecipe, DataRecipe, ModelRecipe, Options, Recipe
 
 SHAPE_SPLITS = ("train", "val", "test")
 
@@ -181,7 +181,7 @@ def build_cam(model: CamRecipe, id2label: dict[int, str], seed: int) -> CamModel
             they were drawn.
     """
     given = {"backbone": model.backbone, "image_size": model.image_size}
-    fields = {key: value for key, value in given.items() if value is not None} | model.options
+    fields: Options = {key: value for key, value in given.items() if value is not None} | model.options
     config = CamConfig(id2label=id2label, **fields)
     if model.weights == "scratch" and (config.num_frozen_stages or config.freeze_batch_statistics):
         raise InputError(

@@ -11,6 +11,11 @@ from .records import read_json, write_json
 from .run import StageError, newest_checkpoint
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step after which a checkpoint was made."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
 class Checkpoints:
     """The newest state of a training run, `<folder>/step_<number>/`, written aside and renamed when complete.
 

@@ -37,6 +37,7 @@ from ..hub.image_processing_bitrans import MAX_SIDE, bounded_image
 from ..hub.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES
 from ..hub.seeds import Seeds, seed_strips
 from ..metrics import MeanIoU, SweepResult, ThresholdSweep
+from ..metrics.scores import LabelScores, MaskScores, percent
 from ..refine.pseudo_labels import seeds_to_label_map
 from ..report.page import GalleryRow, Table, confusion_picture, write_report
 from ..store import SeedStore
@@ -132,8 +133,9 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
 
     if run.accelerator.is_main_process:
         mark_output(output)
+        scores = summary(metric, images, truth.classes, evaluation)
         record = {
-            **summary(metric, images, truth.classes, evaluation),
+            **scores.to_json(),
             "predictions": str(folder),
             "ground_truth": truth.description,
             "rules": rules(truth, predictions, sweep, evaluation),
@@ -144,14 +146,14 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
             "made_with": made_with,
         }
         with run.working("masks: writing the result"):
-            write_result(output, record, images, truth, predictions, evaluation)
+            write_result(output, record, scores, images, truth, predictions, evaluation)
         if not run.options.quiet:
-            run.say(text_table(score_table(record)))
+            run.say(text_table(score_table(scores)))
         for note in notes:
             run.say(f"note: {note}")
         run.say(
-            f"masks: mIoU {record['miou']:.2f} % over {record['labels_in_mean']} of {1 + len(truth.classes)} labels, "
-            f"{record['images']} images{left_out(missing)} ({'; '.join(record['rules'].values())}) -> {output}",
+            f"masks: mIoU {scores.miou:.2f} % over {scores.labels_in_mean} of {1 + len(truth.classes)} labels, "
+            f"{scores.images} images{left_out(missing)} ({'; '.join(record['rules'].values())}) -> {output}",
         )
     run.accelerator.wait_for_everyone()
     return output
@@ -631,10 +633,11 @@ def masks_without_objects(
 
 def summary(
     metric: MeanIoU, images: Sequence[ScoredImage], classes: Sequence[str], evaluation: EvaluationOptions
-) -> dict[str, Any]:
-    """Return the scores in percent, those of each label, and the confusion counts.
+) -> MaskScores:
+    """Return the scores of all images together.
 
-    "confusion" has a row for each true label, and a column more than labels: pixels predicted as 255.
+    Raises:
+        StageError: every pixel of the ground truth is ignored.
     """
     counts = metric.confusion
     scores = metric.compute()
@@ -643,25 +646,25 @@ def summary(
     iou, accuracy = scores["per_category_iou"], scores["per_category_accuracy"]
     names = ["background", *classes]
     per_class = {
-        name: {
-            "iou": percent(iou[label]),
-            "accuracy": percent(accuracy[label]),
-            "target_pixels": int(counts[label].sum()),
-            "predicted_pixels": int(counts[:, label].sum()),
-        }
+        name: LabelScores(
+            iou=percent(iou[label]),
+            accuracy=percent(accuracy[label]),
+            target_pixels=int(counts[label].sum()),
+            predicted_pixels=int(counts[:, label].sum()),
+        )
         for label, name in enumerate(names)
     }
-    return {
-        "miou": percent(scores["mean_iou"]),
-        "mean_accuracy": percent(scores["mean_accuracy"]),
-        "pixel_accuracy": percent(scores["overall_accuracy"]),
-        "frequency_weighted_iou": percent(scores["frequency_weighted_iou"]),
-        "images": len(images),
-        "labels_in_mean": len(names) if evaluation.absent == "zero" else int(np.count_nonzero(~np.isnan(iou))),
-        "unsure_pixels": percent(sum(image.unsure for image in images) / sum(image.pixels for image in images)),
-        "per_class": per_class,
-        "confusion": counts[:-1].tolist(),
-    }
+    return MaskScores(
+        miou=percent(scores["mean_iou"]),
+        mean_accuracy=percent(scores["mean_accuracy"]),
+        pixel_accuracy=percent(scores["overall_accuracy"]),
+        frequency_weighted_iou=percent(scores["frequency_weighted_iou"]),
+        images=len(images),
+        labels_in_mean=len(names) if evaluation.absent == "zero" else int(np.count_nonzero(~np.isnan(iou))),
+        unsure_pixels=percent(sum(image.unsure for image in images) / sum(image.pixels for image in images)),
+        per_class=per_class,
+        confusion=counts[:-1].tolist(),
+    )
 
 
 def rules(
@@ -688,6 +691,7 @@ def rules(
 def write_result(
     output: Path,
     record: Mapping[str, Any],
+    scores: MaskScores,
     images: Sequence[ScoredImage],
     truth: GroundTruth,
     predictions: Predictions,
@@ -698,8 +702,8 @@ def write_result(
     with atomic_write(output / "images.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["image_id", "miou", "accuracy", "unsure_pixels"])
-        writer.writerows([i.image_id, percent(i.miou / 100), percent(i.accuracy / 100), i.unsure] for i in images)
-    counts, names = np.array(record["confusion"]), ["background", *truth.classes]
+        writer.writerows([i.image_id, cell(i.miou), cell(i.accuracy), i.unsure] for i in images)
+    counts, names = np.array(scores.confusion), ["background", *truth.classes]
     if counts[:, -1].any():
         picture = confusion_picture(counts, names, [*names, "unsure"])
     else:
@@ -726,10 +730,10 @@ def write_result(
         output / "index.html",
         title=f"Masks of {record['predictions']}",
         rows=rows,
-        tables=[score_table(record)],
+        tables=[score_table(scores)],
         figures={"Confusion": picture},
         notes=[
-            f"{record['images']} images against {record['ground_truth']}: {'; '.join(record['rules'].values())}.",
+            f"{scores.images} images against {record['ground_truth']}: {'; '.join(record['rules'].values())}.",
             "The pictures are those with the lowest mean IoU over the labels that occur in them.",
             *(f"Note: {note}." for note in record["notes"]),
             f"Made at commit {record['made_with']['commit']}.",
@@ -737,15 +741,15 @@ def write_result(
     )
 
 
-def score_table(record: Mapping[str, Any]) -> Table:
+def score_table(scores: MaskScores) -> Table:
     """Make the table of all labels, with the means below."""
-    total = sum(scores["target_pixels"] for scores in record["per_class"].values())
+    total = sum(label.target_pixels for label in scores.per_class.values())
     rows = [
-        [name, shown(scores["iou"]), shown(scores["accuracy"]), f"{100 * scores['target_pixels'] / total:.2f}"]
-        for name, scores in record["per_class"].items()
+        [name, shown(label.iou), shown(label.accuracy), f"{100 * label.target_pixels / total:.2f}"]
+        for name, label in scores.per_class.items()
     ]
-    rows.append(["mean", shown(record["miou"]), shown(record["mean_accuracy"]), "100.00"])
-    rows.append(["weighted by pixels", shown(record["frequency_weighted_iou"]), shown(record["pixel_accuracy"]), ""])
+    rows.append(["mean", shown(scores.miou), shown(scores.mean_accuracy), "100.00"])
+    rows.append(["weighted by pixels", shown(scores.frequency_weighted_iou), shown(scores.pixel_accuracy), ""])
     columns = ["label", "IoU (%)", "accuracy (%)", "pixels (%)"]
     return Table("Labels", columns, rows, best_row=len(rows) - 2)
 
@@ -769,11 +773,11 @@ def columns_of(text: str) -> int:
     )
 
 
-def percent(value: float) -> float | None:
-    """Return a share as percent with two decimals; None, JSON's null, for nan."""
-    return None if math.isnan(value) else round(100.0 * float(value), 2)
-
-
-def shown(value: float | None) -> str:
+def shown(value: float) -> str:
     """Print a percentage, "-" where there is none."""
-    return "-" if value is None else f"{value:.2f}"
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
+def cell(value: float) -> float | str:
+    """Return a percentage with two decimals for a table, an empty cell where there is none."""
+    return "" if math.isnan(value) else round(value, 2)

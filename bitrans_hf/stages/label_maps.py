@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -11,13 +11,14 @@ from accelerate.utils import gather_object
 from datasets import Dataset
 
 from ..data import UnreadableImageError, class_names, mask_rule, open_image, open_mask
-from ..data.common import ImageCell
+from ..data.common import ImageCell, ImageRow
 from ..file_names import label_path
 from ..hub.image_processing_bitrans import bounded_image
 from ..hub.labels import BACKGROUND, IGNORE_INDEX
 from ..hub.refiners import find_refiner
 from ..hub.seeds import Seeds
 from ..metrics import confusion_counts, iou_from_counts, miou_from_counts
+from ..metrics.scores import ByName, StepScores, percent
 from ..pool import ImagePool, Outcome, available_cores
 from ..progress import size_text
 from ..refine.pseudo_labels import confident_label_map, scores_to_label_map, with_background, write_label_png
@@ -259,96 +260,82 @@ def result_of(outcome: Outcome[Result]) -> Result:
 # ---- Scores.
 
 
-def score_steps(
-    run: Run,
-    images: Dataset,
-    label_map_of: dict[str, Callable[[str], LabelMap | None]],
-) -> dict[str, Any]:
+class StepCounts:
+    """Confusion counts of label maps after each step, over the same images.
+
+    Args:
+        steps: Names of the steps.
+        num_labels: Object classes and background.
+    """
+
+    def __init__(self, steps: Iterable[str], num_labels: int):
+        self.num_labels, self.images = num_labels, 0
+        self.counts = {step: np.zeros((num_labels, num_labels), dtype=np.int64) for step in steps}
+        self.pixels = {step: np.zeros(2, dtype=np.int64) for step in steps}  # with a label, and all
+
+    def add(self, label_maps: Mapping[str, LabelMap], target: LabelMap) -> None:
+        """Count an image: its label map (H, W) after each step, and the true one. Unsure pixels (255) do not count."""
+        self.images += 1
+        for step, label_map in label_maps.items():
+            sure = label_map != IGNORE_INDEX
+            self.pixels[step] += (sure.sum(), sure.size)
+            self.counts[step] += confusion_counts(label_map, np.where(sure, target, IGNORE_INDEX), self.num_labels)
+
+    def gather(self) -> None:
+        """Add up the counts of all processes."""
+        self.images = sum(gather_object([self.images]))
+        for step in self.counts:
+            self.counts[step] = np.sum(gather_object([self.counts[step]]), axis=0)
+            self.pixels[step] = np.sum(gather_object([self.pixels[step]]), axis=0)
+
+    def mious(self) -> ByName:
+        """Return the mIoU after each step."""
+        return {step: percent(miou_from_counts(counts)) for step, counts in self.counts.items()}
+
+    def per_class(self, names: Sequence[str]) -> dict[str, ByName]:
+        """Return the IoU of each label after each step."""
+        return {
+            step: dict(zip(names, map(percent, iou_from_counts(counts)), strict=True))
+            for step, counts in self.counts.items()
+        }
+
+    def sure(self) -> ByName:
+        """Return the share of the pixels that have a label, for steps after which not all have one."""
+        return {step: percent(sure / total) for step, (sure, total) in self.pixels.items() if sure < total}
+
+
+def score_steps(run: Run, images: Dataset, label_map_of: Mapping[str, Callable[[str], LabelMap | None]]) -> StepScores:
     """Score the label maps after each step wherever masks are known.
 
     Args:
         run: Each process works on its share.
         images: With masks where they are known.
-        label_map_of: Step -> function of an image's id to its label map (H, W), None if it has none. Unsure pixels
-            (255) are not counted.
-
-    Returns:
-        "scored": number of images with a mask and a label map after every step. If there are any, "mask_rule" (how
-        the masks were made), and in percent over all classes and background: "steps" (step -> mIoU), "per_class" (step
-        -> class -> IoU), "sure" (step -> share of the pixels that have a label, where that is not all), and
-        "several_classes" with "images" and "steps" of the images that hold two classes or more.
+        label_map_of: Step -> function of an image's id to its label map (H, W), None if it has none. An image is
+            scored if it has one after every step.
     """
     num_labels = 1 + len(class_names(images))
-    subsets = ("all", "several_classes")
-    counts = {
-        step: {subset: np.zeros((num_labels, num_labels), dtype=np.int64) for subset in subsets}
-        for step in label_map_of
-    }
-    pixels = {step: np.zeros(2, dtype=np.int64) for step in label_map_of}
-    scored = dict.fromkeys(subsets, 0)
+    every, several = StepCounts(label_map_of, num_labels), StepCounts(label_map_of, num_labels)
     own = run.own(len(images))
     for index in run.progress(own, desc="score", unit="image"):
-        row = images[index]
+        row: ImageRow = images[index]
         if row["mask"] is None:
             continue
         target = open_mask(row["mask"], num_classes=num_labels - 1)
-        maps = {step: get(row["image_id"]) for step, get in label_map_of.items()}
-        if any(label_map is None for label_map in maps.values()):
+        found = {step: get(row["image_id"]) for step, get in label_map_of.items()}
+        label_maps = {step: label_map for step, label_map in found.items() if label_map is not None}
+        if len(label_maps) < len(found):
             continue
-        several = len(row["labels"]) > 1
-        scored["all"] += 1
-        scored["several_classes"] += several
-        for step, label_map in maps.items():
-            assert label_map is not None
-            sure = label_map != IGNORE_INDEX
-            pixels[step] += (sure.sum(), sure.size)
-            added = confusion_counts(label_map, np.where(sure, target, IGNORE_INDEX), num_labels)
-            counts[step]["all"] += added
-            if several:
-                counts[step]["several_classes"] += added
-    total = {subset: sum(part[subset] for part in gather_object([scored])) for subset in subsets}
-    for step in label_map_of:
-        pixels[step] = np.sum(gather_object([pixels[step]]), axis=0)
-        for subset in subsets:
-            counts[step][subset] = np.sum(gather_object([counts[step][subset]]), axis=0)
-
-    result: dict[str, Any] = {"scored": total["all"]}
-    if total["all"]:
-        names = ["background", *class_names(images)]
-        result["mask_rule"] = mask_rule(images)
-        result["steps"] = {step: percent(miou_from_counts(each["all"])) for step, each in counts.items()}
-        result["per_class"] = {
-            step: dict(zip(names, map(percent, iou_from_counts(each["all"])), strict=True))
-            for step, each in counts.items()
-        }
-        sure = {step: percent(number[0] / number[1]) for step, number in pixels.items() if number[0] < number[1]}
-        if sure:
-            result["sure"] = sure
-    if total["several_classes"]:
-        result["several_classes"] = {
-            "images": total["several_classes"],
-            "steps": {step: percent(miou_from_counts(each["several_classes"])) for step, each in counts.items()},
-        }
-    return result
-
-
-def scored_images(scores: Mapping[str, Any]) -> str:
-    """Say how many images of a split there are, and over how many the score is where these are fewer.
-
-    Args:
-        scores: "images", the number of images that have a result, and "scored" where masks are known.
-    """
-    images, scored = scores["images"], scores.get("scored", 0)
-    return f"{images} images" + (f" ({scored} of them scored)" if 0 < scored < images else "")
-
-
-def scores_of_steps(scores: Mapping[str, Any]) -> str:
-    """Say the mIoU after each step of a split, from what `score_steps` returns."""
-    if "steps" not in scores:
-        return "no masks to score against"
-    return "mIoU " + ", ".join(f"{step} {value:.1f}" for step, value in scores["steps"].items())
-
-
-def percent(share: float) -> float:
-    """Turn a share into percent with two decimals, for JSON."""
-    return round(100 * float(share), 2)
+        for counts in (every, several) if len(row["labels"]) > 1 else (every,):
+            counts.add(label_maps, target)
+    every.gather()
+    several.gather()
+    if not every.images:
+        return StepScores(scored=0)
+    return StepScores(
+        scored=every.images,
+        mask_rule=mask_rule(images),
+        steps=every.mious(),
+        per_class=every.per_class(["background", *class_names(images)]),
+        sure=every.sure(),
+        several_classes=StepScores(images=several.images, steps=several.mious()) if several.images else None,
+    )

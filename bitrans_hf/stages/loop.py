@@ -20,11 +20,13 @@ from accelerate.utils import gather_object, set_seed
 from transformers import PreTrainedModel
 
 from ..commands import children_without_signals, if_stopped
+from ..data.training_set import Item
+from ..hub.image_processing_bitrans import BiTransImageProcessor
 from ..metrics import parameter_count
 from ..progress import Counter
-from .checkpoints import Checkpoints
+from .checkpoints import Checkpoints, step_of
 from .recipe import TrainingRecipe
-from .run import Stage, StageError
+from .run import Stage, StageError, newest_checkpoint
 
 NOT_FOR_THE_MODEL = ("index", "unreadable")
 """Keys of a batch that the loop reads itself; all others are arguments of the model's forward."""
@@ -44,7 +46,7 @@ class TrainingSet(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    def __getitem__(self, index: int) -> Item: ...
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,23 @@ class Position:
         return cls(**{**known, "losses": Means(**known.get("losses", {}))})
 
 
+@dataclass(frozen=True)
+class Trained:
+    """How a training ended.
+
+    Attributes:
+        scores: Mean losses of the last epoch, and its validation scores.
+        steps: Optimizer steps of the whole run.
+        seconds: Wall time of the whole run.
+        unreadable: Ids of the images that could not be read.
+    """
+
+    scores: Mapping[str, float]
+    steps: int
+    seconds: float
+    unreadable: Sequence[str]
+
+
 class TrainingLoop:
     """The epochs of a run: steps, log lines, validation and checkpoints.
 
@@ -182,8 +201,8 @@ class TrainingLoop:
         self.images_per_step = images_per_step(settings, self.accelerator)
         self.batches = ShardedBatches(len(dataset), settings, self.accelerator, stage.run.recipe.seed, stage.name)
         self.steps_per_epoch = self.batches.batches_per_epoch // settings.gradient_accumulation
-        self.loader: torch.utils.data.DataLoader[dict[str, Any]] = torch.utils.data.DataLoader(
-            cast("torch.utils.data.Dataset[dict[str, Any]]", dataset),
+        self.loader: torch.utils.data.DataLoader[Item] = torch.utils.data.DataLoader(
+            cast("torch.utils.data.Dataset[Item]", dataset),
             batch_sampler=self.batches,
             num_workers=stage.run.options.num_workers,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -208,17 +227,13 @@ class TrainingLoop:
             self.at.losses = Means()  # those of all processes go on in the first one
         if self.at.step:
             self.stage.run.say(f"{self.stage.name}: going on after step {self.at.step} (epoch {self.at.epoch})")
-        self.saved_step = self.at.step
-        self.stage.forget_log_after(self.saved_step)
+        self.stage.forget_log_after(self.at.step)
 
-    def run(self, validate: Callable[[], dict[str, float]] | None = None) -> dict[str, Any]:
+    def run(self, validate: Callable[[], dict[str, float]] | None = None) -> "Trained":
         """Train to the last epoch.
 
         Args:
             validate: Called after each epoch; returns scores of the model as it is, equal in all processes.
-
-        Returns:
-            Mean losses and scores of the last epoch, "steps", "seconds" and "unreadable" image ids.
         """
         run, epochs = self.stage.run, self.settings.epochs
         self.started = time.perf_counter() - self.at.seconds
@@ -238,32 +253,33 @@ class TrainingLoop:
                 shown = ", ".join(f"{name} {value:.3f}" for name, value in self.at.result.items())
                 run.say(f"epoch {epoch + 1}/{epochs}: {shown}")
         unreadable = sorted(run.union(self.at.unreadable))
-        return {**self.at.result, "steps": self.at.step, "seconds": self._seconds(), "unreadable": unreadable}
+        return Trained(self.at.result, self.at.step, self._seconds(), unreadable)
 
-    def finish(self, metrics: Mapping[str, Any], *more: Any) -> None:
+    def finish(self, trained: "Trained", processor: BiTransImageProcessor, **measured: Any) -> None:
         """Save the model as `<stage>/model/`, write what was measured, and delete the checkpoints.
 
         Args:
-            metrics: What `run` returned and what the stage adds; "parameters_million" is filled in.
-            more: What else goes into the folder by its `save_pretrained`: an image processor.
+            trained: What `run` returned.
+            processor: Image processor that goes into the folder with the model.
+            measured: What else the stage measured, for `metrics.json`.
         """
-        record = dict(metrics)
         if_stopped(lambda: f"in stage {self.stage.name} while the model is saved; the last checkpoint is kept")
         if self.accelerator.is_main_process:
             unfinished, finished = self.stage.folder / "model.unfinished", self.stage.folder / "model"
             unwrapped = self.accelerator.unwrap_model(self.model)
-            for part in (unwrapped, *more):
-                part.save_pretrained(unfinished)
+            unwrapped.save_pretrained(unfinished)
+            processor.save_pretrained(unfinished)
             shutil.rmtree(finished, ignore_errors=True)
             unfinished.replace(finished)
-            record["parameters_million"] = parameter_count(unwrapped)
-        self.stage.finish(record, seconds=metrics["seconds"])
+            measured["parameters_million"] = parameter_count(unwrapped)
+        record = {**trained.scores, "steps": trained.steps, "unreadable": trained.unreadable, **measured}
+        self.stage.finish(record, seconds=trained.seconds)
         self.checkpoints.clear()
         if self.trackers:
             # Not `end_training`: it also ends the process group, which the next stage needs.
             for tracker in self.accelerator.trackers:
                 tracker.finish()
-        self.stage.run.say_unreadable(metrics["unreadable"])
+        self.stage.run.say_unreadable(trained.unreadable)
 
     def _epoch(self, bar: Counter) -> None:
         """Run what is left of an epoch."""
@@ -335,7 +351,6 @@ class TrainingLoop:
         self.at.unreadable, self.at.seconds = sorted(self.stage.run.union(self.at.unreadable)), self._seconds()
         stored = asdict(self.at) | {"losses": asdict(self.at.losses.of_all())}
         self.checkpoints.save(self.at.step, stored)
-        self.saved_step = self.at.step
 
     def _plan(self, total: int) -> str:
         """Say what the run will do."""
@@ -350,8 +365,8 @@ class TrainingLoop:
     def _kept(self) -> str:
         """Say what a stop leaves."""
         where = f"in stage {self.stage.name} after step {self.at.step}"
-        if self.saved_step:
-            return f"{where}; the checkpoint of step {self.saved_step} is kept"
+        if newest := newest_checkpoint(self.checkpoints.folder):
+            return f"{where}; the checkpoint of step {step_of(newest)} is kept"
         return f"{where}, before its first checkpoint; earlier stages are kept"
 
     def _seconds(self) -> float:
@@ -363,9 +378,9 @@ def images_per_step(settings: TrainingRecipe, accelerator: Accelerator) -> int:
     return int(settings.batch_size * settings.gradient_accumulation * accelerator.num_processes)
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | str]:
     """Flatten a recipe for trackers, which take numbers and strings only."""
-    result: dict[str, Any] = {}
+    result: dict[str, int | float | str] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             result |= flat(value, f"{prefix}{key}.")

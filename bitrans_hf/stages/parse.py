@@ -17,7 +17,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-d
 
 from ..hub.errors import InputError
 from ..recipes import recipe_file
-from .recipe import MODEL_RECIPES, TRANSFORMER_KEYS, Recipe, RunOptions
+from .recipe import MODEL_RECIPES, TRANSFORMER_KEYS, PlainRecipe, Recipe, RunOptions
 
 CONFIG_HELP = "YAML file with the keys below, or name of a shipped recipe; a later one changes values of earlier ones"
 
@@ -86,13 +86,13 @@ def config_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return names, others
 
 
-def merged_files(names: Sequence[str]) -> dict[str, Any]:
+def merged_files(names: Sequence[str]) -> PlainRecipe:
     """Read recipes and lay each one over those before it.
 
     Raises:
         InputError: a recipe is not there, or is no mapping of keys to values.
     """
-    merged: dict[str, Any] = {}
+    merged: PlainRecipe = {}
     for name in names:
         file = recipe_file(name)
         try:
@@ -112,7 +112,7 @@ def merged_files(names: Sequence[str]) -> dict[str, Any]:
     return merged
 
 
-def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> PlainRecipe:
     """Return a mapping with the values of `above` in place of those of `below`, section by section.
 
     A section that names another `architecture` replaces the whole section below: the two have different keys.

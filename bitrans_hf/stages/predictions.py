@@ -11,9 +11,8 @@ import gzip
 import io
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +20,7 @@ import torch
 from datasets import Dataset
 
 from ..data import UnreadableImageError, class_names, open_image
+from ..data.common import ImageRow
 from ..file_names import label_path
 from ..files import atomic_write
 from ..hub.image_processing_bitrans import BiTransImageProcessor
@@ -28,10 +28,11 @@ from ..hub.maps import enlarged_strips
 from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from ..hub.refiners import par_refiner
 from ..hub.weight_files import load_trained
+from ..metrics.scores import StepScores, StepsRecord
 from ..pool import Outcome
 from ..refine.crf import CrfJob, CrfNotInstalledError, check_crf_installed, crf_pool
 from ..refine.pseudo_labels import write_label_png
-from .label_maps import num_workers, result_of, score_steps, scored_images, scores_of_steps, stored_label_maps
+from .label_maps import num_workers, result_of, score_steps, stored_label_maps
 from .multi_scale import FUSIONS, TEST_PRESETS, ViewOptions, view_logits
 from .parse import parse_recipe
 from .recipe import ALL_IMAGES, PredictionRecipe, Recipe, RunOptions
@@ -80,7 +81,7 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
         model, processor = load_network(run, settings)
     model.to(run.accelerator.device).eval()
 
-    splits: dict[str, dict[str, Any]] = {}
+    splits: dict[str, StepScores] = {}
     unreadable: set[str] = set()
     for split in settings.splits:
         name = split or ALL_IMAGES
@@ -90,17 +91,17 @@ def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
         folder = stage.folder / name
         broken = predict_split(run, model, processor, images, folder, settings)
         splits[name] = score_split(run, images, folder, settings)
-        if settings.pack and not splits[name]["scored"] and run.accelerator.is_main_process:
+        if settings.pack and not splits[name].scored and run.accelerator.is_main_process:
             with run.working("predictions: packing"):
-                splits[name]["archive"] = str(pack_for_voc_server(images["image_id"], folder, settings))
+                archive = pack_for_voc_server(images["image_id"], folder, settings)
+            splits[name] = replace(splits[name], archive=str(archive))
         unreadable |= broken
 
-    head = next(iter(splits.values()))
-    final = {"miou": head["steps"][last_step(settings)]} if "steps" in head else {}
-    stage.finish({**final, "splits": splits, "unreadable": sorted(unreadable)})
+    record = StepsRecord(miou=next(iter(splits.values())).steps.get(last_step(settings)), splits=splits)
+    stage.finish({**record.to_json(), "unreadable": sorted(unreadable)})
     run.say_unreadable(unreadable)
     for name, scores in splits.items():
-        run.say(f"predictions: {name}, {scored_images(scores)}, {scores_of_steps(scores)}")
+        run.say(f"predictions: {name}, {scores.shown_images()}, {scores.shown()}")
     run.say(f"predictions: -> {stage.folder}")
     run.accelerator.wait_for_everyone()
     return stage.folder
@@ -235,7 +236,7 @@ def predict_image(
     run: Run,
     model: DeepLabForSemanticSegmentation,
     processor: BiTransImageProcessor,
-    row: dict[str, Any],
+    row: ImageRow,
     folder: Path,
     settings: PredictionRecipe,
 ) -> Prediction:
@@ -303,15 +304,11 @@ def single_and_fused_scores(
 # ---- Scores.
 
 
-def score_split(run: Run, images: Dataset, folder: Path, settings: PredictionRecipe) -> dict[str, Any]:
-    """Score the label maps of a split after every step, wherever masks are known.
-
-    Returns:
-        "images": how many were predicted, and what `score_steps` returns.
-    """
+def score_split(run: Run, images: Dataset, folder: Path, settings: PredictionRecipe) -> StepScores:
+    """Score the label maps of a split after every step, wherever masks are known."""
     scores = score_steps(run, images, {step: stored_label_maps(folder / step) for step in steps(settings)})
     final = folder / last_step(settings)
-    return {"images": sum(label_path(final, image_id).is_file() for image_id in images["image_id"]), **scores}
+    return replace(scores, images=sum(label_path(final, image_id).is_file() for image_id in images["image_id"]))
 
 
 # ---- The VOC server.

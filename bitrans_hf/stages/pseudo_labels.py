@@ -10,6 +10,7 @@ masks are known, the label maps after each step are scored.
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ import torch
 from accelerate import Accelerator
 
 from ..data import UnreadableImageError, class_names, image_size, open_image
+from ..data.common import ImageRow
 from ..file_names import label_path
 from ..hub.configuration_affinitynet import RELATIONS
 from ..hub.image_processing_bitrans import BiTransImageProcessor, bounded_image
 from ..hub.modeling_affinitynet import AffinityNetModel
 from ..hub.weight_files import load_trained
+from ..metrics.scores import StepScores, StepsRecord
 from ..refine.pseudo_labels import scores_to_label_map, seeds_to_label_map, write_label_png
 from ..refine.random_walk import propagate_scores
 from .label_maps import (
@@ -33,8 +36,6 @@ from .label_maps import (
     read_seeds,
     run_jobs,
     score_steps,
-    scored_images,
-    scores_of_steps,
     seeds_of_split,
     stored_label_maps,
 )
@@ -72,7 +73,7 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
     background = background_of(run, settings)
     run.remove_unfinished(stage.folder)
 
-    splits: dict[str, dict[str, Any]] = {}
+    splits: dict[str, StepScores] = {}
     left_out: set[str] = set()
     for split in settings.splits:
         name = split or ALL_IMAGES
@@ -83,17 +84,20 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
         left_out |= labels.make()
         splits[name] = labels.score()
 
-    head = next(iter(splits.values()))
-    last_step = "refined" if settings.refiner != "none" else "walk"
-    metrics: dict[str, Any] = {}
-    if "steps" in head:
-        metrics = {"miou": head["steps"][last_step], "steps": head["steps"]}
-    stage.finish({**metrics, "threshold": background.threshold, "splits": splits, "unreadable": sorted(left_out)})
+    steps = next(iter(splits.values())).steps
+    record = StepsRecord(miou=steps.get("refined" if settings.refiner != "none" else "walk"), splits=splits)
+    stage.finish(
+        {
+            **record.to_json(),
+            **({"steps": steps} if steps else {}),
+            "threshold": background.threshold,
+            "unreadable": sorted(left_out),
+        }
+    )
     run.say_unreadable(left_out)
     for name, scores in splits.items():
-        run.say(f"pseudo_labels: {name}, {scored_images(scores)}, {scores_of_steps(scores)}")
-        if scores["without_classes"]:
-            number = scores["without_classes"]
+        run.say(f"pseudo_labels: {name}, {scores.shown_images()}, {scores.shown()}")
+        if number := scores.without_classes:
             run.say(f"pseudo_labels: {name}, {number} image(s) hold no class and are background alone")
     run.say(f"pseudo_labels: -> {stage.folder}")
     run.accelerator.wait_for_everyone()
@@ -181,7 +185,7 @@ class RandomWalk:
                 "an affinity stage in pseudo_labels.network."
             )
         stride = settings.output_stride
-        finer: dict[str, Any] = {} if stride is None else {"output_stride": stride, "stride": None}
+        finer = {} if stride is None else {"output_stride": stride, "stride": None}
         model = load_trained(AffinityNetModel, folder, **finer).to(run.accelerator.device).eval()
         return cls(model, BiTransImageProcessor.from_pretrained(folder), settings, run.accelerator)
 
@@ -294,14 +298,12 @@ class SplitLabels:
         self.run.wait()
         return self.run.union(self.left_out | broken)
 
-    def score(self) -> dict[str, Any]:
+    def score(self) -> StepScores:
         """Score the label maps after each step.
 
-        Returns:
-            "images": how many have pseudo labels; "without_classes": how many of these hold no class; with masks, what
-            `score_steps` returns for the steps "seed" (cut at their own background score: seeds.threshold, or their
-            best one where the recipe asks for it), "low" and "high" (the affinity network's labels, where it was
-            trained on all of this split), "walk" and "refined".
+        The steps are "seed" (cut at their own background score: seeds.threshold, or their best one where the recipe
+        asks for it), "low" and "high" (the affinity network's labels, where it was trained on all of this split),
+        "walk" and "refined".
         """
 
         def seed(image_id: str) -> LabelMap | None:
@@ -318,17 +320,14 @@ class SplitLabels:
             steps["walk"] = stored_label_maps(self.folder / folder)
         if self.settings.refiner != "none":
             steps["refined"] = stored_label_maps(self.folder / "labels")
-        counts = {"images": 0, "without_classes": 0}
-        for row in self.images.select_columns(["image_id", "labels"]):
-            if self._is_done(row):
-                counts["images"] += 1
-                counts["without_classes"] += not row["labels"]
-        return {**counts, **score_steps(self.run, self.images, steps)}
+        made = [row["labels"] for row in self.images.select_columns(["image_id", "labels"]) if self._is_done(row)]
+        scores = score_steps(self.run, self.images, steps)
+        return replace(scores, images=len(made), without_classes=sum(not labels for labels in made))
 
-    def _is_done(self, row: dict[str, Any]) -> bool:
+    def _is_done(self, row: ImageRow) -> bool:
         return label_path(self.folder / "labels", row["image_id"]).is_file()
 
-    def _job(self, row: dict[str, Any], **source: Any) -> LabelMapJob:
+    def _job(self, row: ImageRow, **source: Any) -> LabelMapJob:
         return LabelMapJob(
             image_id=row["image_id"],
             image=row["image"],

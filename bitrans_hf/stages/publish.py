@@ -11,7 +11,7 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,11 +25,13 @@ from ..hub.modeling_affinitynet import AffinityNetModel
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from ..hub.weight_files import load_trained
+from ..metrics.scores import StepScores, StepsRecord
 from ..progress import size_text
 from ..publishing.cards import Network, RunRecord, render_card, step_table
 from ..publishing.folders import (
     Kind,
     PublishError,
+    Upload,
     files_of,
     upload,
     write_metric_folder,
@@ -137,7 +139,7 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
                 run.say(f"    {size_text(size):>9}  {name}")
         elif settings.repo is not None:
             with run.working(f"publish: uploading {part.name}"):
-                uploads[part.name] = upload_part(settings, part, stage.folder / part.name)
+                uploads[part.name] = dataclasses.asdict(upload_part(settings, part, stage.folder / part.name))
             run.say(f"publish: {uploads[part.name]['url']}, version {settings.version}")
     if uploads != before.get("uploads", {}):
         stage.finish({"sources": sources, "files": files, "uploads": uploads})
@@ -166,7 +168,7 @@ def chosen_parts(folder: Path, settings: PublishRecipe) -> list[Part]:
     return parts
 
 
-def source_of(folder: Path, part: Part, settings: PublishRecipe) -> dict[str, Any]:
+def source_of(folder: Path, part: Part, settings: PublishRecipe) -> Mapping[str, Any]:
     """Return what a part's folder depends on: the finished stages, the card and the package."""
     finished = {}
     if part.stage is not None:
@@ -193,16 +195,17 @@ def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part
     if part.name == "pseudo_labels":
         stage = folder / "pseudo_labels"
         content = record.stages["pseudo_labels"]
-        scores = content["metrics"].get("splits", {})
+        scores = StepsRecord.from_json(content["metrics"]).splits
         found = [path.name for path in sorted(stage.iterdir()) if (path / "labels").is_dir()]
         names = sorted(found, key=lambda name: list(scores).index(name) if name in scores else len(scores))
         splits = {name: pseudo_label_dataset(stage / name / "labels") for name in names}
         # The stage's one score is of its first split.
-        measured = {**scores.get(names[0], {}), **content["metrics"]}
+        scored = scores.get(names[0], StepScores()).scored
+        measured = content["metrics"] if scored is None else {"scored": scored, **content["metrics"]}
         card = pseudo_label_card(
             concatenate_datasets([*splits.values()]), list(record.classes), content["recipe"], measured
         )
-        card += f"\n## Splits\n\n{step_table(content['metrics'])}\n"
+        card += f"\n## Splits\n\n{step_table(scores)}\n"
         write_pseudo_label_folder(out, splits, card)
         return
     network, model_class = NETWORKS[part.name]
@@ -232,7 +235,7 @@ def picture_of(recipe: Recipe, settings: PublishRecipe, folder: Path) -> Path | 
     return gallery if recipe.data.source == "shapes" and gallery.is_file() else None
 
 
-def upload_part(settings: PublishRecipe, part: Part, folder: Path) -> dict[str, Any]:
+def upload_part(settings: PublishRecipe, part: Part, folder: Path) -> Upload:
     """Upload one part; a failure ends in a sentence and the command to give again.
 
     Raises:
@@ -246,4 +249,4 @@ def upload_part(settings: PublishRecipe, part: Part, folder: Path) -> dict[str, 
         )  # fmt: skip
     except PublishError as error:
         raise StageError(f"{error}\n    {shlex.join(['python', *sys.argv])}") from error
-    return dataclasses.asdict(done)
+    return done

@@ -17,6 +17,12 @@ from ..refine.crf import find_preset
 ALL_IMAGES = "all_images"
 """Name of the split `null`, all images of a folder, in results."""
 
+PlainRecipe: TypeAlias = dict[str, Any]
+"""A recipe, or a part of one, as YAML and JSON hold it: text, numbers, lists, and more of the same."""
+
+Options: TypeAlias = dict[str, Any]
+"""Arguments of a network's configuration or of an augmentation, by name; these have more than a recipe lists."""
+
 SeedVariant: TypeAlias = Literal["sc_cam", "coarse_cam", "fused", "refined"]
 Refiner: TypeAlias = Literal["crf", "par", "none"]
 Precision: TypeAlias = Literal["auto", "no", "bf16"]
@@ -164,7 +170,7 @@ class CamRecipe:
     weights: str = "scratch"
     image_size: int | None = None
     backbone: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     architecture: Literal["cam"] = "cam"
 
     def __post_init__(self) -> None:
@@ -228,7 +234,7 @@ class TrainRecipe(TrainingRecipe):
     schedule: Literal["epoch_cosine", "step_cosine", "poly"] = "epoch_cosine"
     weight_decay: float = 0.05
     augmentation: str = "reference"
-    augmentation_options: dict[str, Any] = field(default_factory=dict)
+    augmentation_options: Options = field(default_factory=dict)
     activation_checkpointing: bool = False
     optimizer: Literal["adamw", "sgd"] = "adamw"
     momentum: float = 0.0
@@ -315,7 +321,7 @@ class AffinityRecipe(TrainingRecipe):
     radius: int | None = None
     backbone: str = "resnet38"
     weights: str = "trained"
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     crop_size: int = 448
     color_jitter: float = 0.3
     epochs: int = 5
@@ -409,10 +415,10 @@ class SegmentationRecipe(TrainingRecipe):
     preset: Literal["mctformer", "deeplab-v1"] = "mctformer"
     backbone: str = "resnet38"
     weights: str = "scratch"
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     batch_norm: Literal["frozen", "trained", "sync"] | None = None
     crop_size: int | None = None
-    augmentation_options: dict[str, Any] = field(default_factory=dict)
+    augmentation_options: Options = field(default_factory=dict)
     epochs: int = 30
     batch_size: int = 4
     optimizer: Literal["sgd", "adamw"] = "sgd"

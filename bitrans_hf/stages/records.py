@@ -16,8 +16,9 @@ from accelerate import Accelerator
 
 from .. import __version__
 from ..files import atomic_write
+from ..metrics.scores import Record
 from .precision import SHOWN
-from .recipe import MODEL_RECIPES, Recipe, TrainingRecipe
+from .recipe import MODEL_RECIPES, PlainRecipe, Recipe, TrainingRecipe
 
 # ---- JSON.
 
@@ -30,21 +31,23 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Any) -> None:
     """Write a JSON file by atomic rename; nan, the score of an absent class, becomes null: JSON knows no nan."""
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(_nan_to_none(content), indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(_plain(content), indent=2) + "\n", encoding="utf-8")
 
 
-def _nan_to_none(content: Any) -> Any:
+def _plain(content: Any) -> Any:
+    if isinstance(content, Record):
+        return _plain(content.to_json())
     if isinstance(content, Mapping):
-        return {key: _nan_to_none(value) for key, value in content.items()}
+        return {key: _plain(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_nan_to_none(value) for value in content]
+        return [_plain(value) for value in content]
     return None if isinstance(content, float) and math.isnan(content) else content
 
 
 # ---- Recipes.
 
 
-def recipe_parts(recipe: Recipe, depends_on: Sequence[str]) -> dict[str, Any]:
+def recipe_parts(recipe: Recipe, depends_on: Sequence[str]) -> PlainRecipe:
     """Return the named fields of a recipe as plain values."""
     resolved = dataclasses.asdict(recipe)
     return {key: resolved[key] for key in depends_on}
@@ -73,7 +76,7 @@ ADDED_FILES_ONLY = {"pseudo_labels": ("keep_scores",)}
 """Keys that are gone and changed no result."""
 
 
-def up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:
+def up_to_date(stored: Mapping[str, Any]) -> PlainRecipe:
     """Return parts of a recipe that an older version may have written, as this version writes them.
 
     Keys that are gone or are options now are dropped where no result depends on them, and keys that are missing, or
@@ -86,7 +89,7 @@ def up_to_date(stored: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _section_up_to_date(name: str, stored: Mapping[str, Any]) -> dict[str, Any]:
+def _section_up_to_date(name: str, stored: Mapping[str, Any]) -> PlainRecipe:
     section = section_type(name, stored)
     hints, gone = get_type_hints(section), ONLY_WAY_NOW.get(name, {})
     dropped = {*ADDED_FILES_ONLY.get(name, ()), *(OPTIONS_NOW if issubclass(section, TrainingRecipe) else ())}

@@ -13,6 +13,7 @@ from ..commands import if_stopped
 from ..data import class_names, open_image, open_mask
 from ..data.segmentation import resized_label_map
 from ..hub.image_processing_bitrans import bounded_image
+from ..metrics.scores import SeedScores, SeedsRecord, StepScores, StepsRecord
 from ..refine.pseudo_labels import seeds_to_label_map
 from ..report.page import (
     Chart,
@@ -27,7 +28,7 @@ from ..report.page import (
 from ..store import SeedStore
 from .label_maps import LabelMap, cell_labels, stored_label_maps
 from .parse import parse_recipe
-from .recipe import ALL_IMAGES, Recipe, RunOptions
+from .recipe import ALL_IMAGES, PlainRecipe, Recipe, RunOptions
 from .records import read_json
 from .run import Run, StageError, how_to_run
 
@@ -63,6 +64,7 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
 def write_page(run: Run, page: Path) -> None:
     """Write the page from what the stages measured."""
     recipe, trained, seeds = run.recipe, run.metrics("train"), run.metrics("seeds")
+    later = {stage: StepsRecord.from_json(run.metrics(stage)).splits for stage in ("pseudo_labels", "predictions")}
     rows = list(gallery(run))
     shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
     write_report(
@@ -71,9 +73,9 @@ def write_page(run: Run, page: Path) -> None:
         rows=rows,
         curves=list(charts(run)),
         tables=[
-            *score_tables(seeds),
-            *step_tables(run.metrics("pseudo_labels"), "From seeds to pseudo labels"),
-            *step_tables(run.metrics("predictions"), "Segmentation network"),
+            *score_tables(SeedsRecord.from_json(seeds).splits),
+            *step_tables(later["pseudo_labels"], "From seeds to pseudo labels"),
+            *step_tables(later["predictions"], "Segmentation network"),
             *training_table(trained),
             recipe_table(resolved_recipe(run)),
         ],
@@ -101,9 +103,9 @@ def charts(run: Run) -> Iterator[Chart]:
                 yield replace(chart, title=f"{network}: {title}")
 
 
-def resolved_recipe(run: Run) -> dict[str, Any]:
+def resolved_recipe(run: Run) -> PlainRecipe:
     """Return the recipe of a run: the parts that its finished stages depend on."""
-    resolved: dict[str, Any] = {}
+    resolved: PlainRecipe = {}
     for stage in ("seeds", "affinity", "pseudo_labels", "segmentation", "predictions"):
         if run.is_done(stage):
             resolved |= read_json(run.stage_folder(stage) / "recipe.json")
@@ -164,24 +166,25 @@ def spread(items: Sequence[int], count: int) -> list[int]:
     return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
 
 
-def score_tables(seeds: dict[str, Any]) -> Iterator[Table]:
+def score_tables(splits: Mapping[str, SeedScores]) -> Iterator[Table]:
     """Give a score table for every split with ground truth, and one for its images with several classes."""
-    for name, scores in seeds["splits"].items():
-        for table, scored in ((scores, "images"), (scores.get("several_classes", {}), "images with several classes")):
-            made = score_table(table, f"Seeds of {name}: {table.get('scored', table.get('images'))} {scored}")
-            if made is not None:
-                yield made
+    for name, scores in splits.items():
+        parts = [(scores, scores.scored, "images")]
+        if several := scores.several_classes:
+            parts.append((several, several.images, "images with several classes"))
+        for part, number, what in parts:
+            if table := score_table(part, f"Seeds of {name}: {number} {what}"):
+                yield table
 
 
-def step_tables(stage: Mapping[str, Any], title: str) -> Iterator[Table]:
+def step_tables(splits: Mapping[str, StepScores], title: str) -> Iterator[Table]:
     """Give the scores after each step of a stage, for every split with ground truth."""
-    for name, scores in stage.get("splits", {}).items():
-        made = step_table(scores, f"{title}, {name}: {scores.get('scored', 0)} images")
-        if made is not None:
-            yield made
+    for name, scores in splits.items():
+        if table := step_table(scores, f"{title}, {name}: {scores.scored} images"):
+            yield table
 
 
-def training_table(trained: dict[str, Any]) -> Iterator[Table]:
+def training_table(trained: Mapping[str, Any]) -> Iterator[Table]:
     """Give the table of the last epoch's image-level scores, if there was a validation split."""
     titles = {
         "map_class": "mAP of the class tokens (%)",

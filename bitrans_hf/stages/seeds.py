@@ -8,32 +8,38 @@ has the second alone.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 
 from ..data import UnreadableImageError, class_names, image_size, mask_rule, open_image, open_mask
+from ..data.common import ImageRow
 from ..file_names import label_path
-from ..hub.image_processing_bitrans import MAX_SIDE, BiTransImageProcessor, bounded_size
+from ..hub.image_processing_bitrans import MAX_SIDE, BiTransImageProcessor, bounded_size, patch_problem
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.modeling_cam import CamModel
-from ..hub.seeds import seed_strips, sum_over_views
+from ..hub.seeds import Seeds, seed_strips, sum_over_views
 from ..hub.weight_files import load_trained
 from ..metrics import SweepResult, ThresholdSweep
+from ..metrics.scores import ByName, SeedScores, SeedsRecord
 from ..progress import size_text
 from ..refine.pseudo_labels import seeds_to_label_map, write_label_png
 from ..store import SeedStore
-from .label_maps import scored_images
 from .parse import parse_recipe
 from .recipe import ALL_IMAGES, CamRecipe, Recipe, RunOptions, SeedsRecipe
 from .run import Run, Stage, StageError
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
+
+Size: TypeAlias = tuple[int, int]
+"""(height, width) in pixels."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -53,159 +59,207 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     if stage.was_done_before():
         return stage.folder
     run.say_precision("train")
-    trained = run.trained_model()
-    model: BiTransModel | CamModel
     with run.working("seeds: loading the model"):
-        if isinstance(recipe.model, CamRecipe):
-            model = load_trained(CamModel, trained)
-        else:
-            names = ("num_seed_layers", "num_affinity_layers")
-            changed = {name: value for name in names if (value := getattr(recipe.seeds, name)) is not None}
-            model = load_trained(BiTransModel, trained, **changed)
-        model = model.to(run.accelerator.device).eval()
-    processor = BiTransImageProcessor.from_pretrained(trained)
-    processor.max_side = run.max_side
+        model, processor = load_model(run)
 
-    splits: dict[str, dict[str, Any]] = {}
+    splits: dict[str, SeedScores] = {}
     unreadable: set[str] = set()
     for split in recipe.seeds.splits:
         name = split or ALL_IMAGES
         with run.working(f"seeds: reading the list of {name}"):
             images = run.images(split, masks=True)
-        known = [name for _, name in sorted((model.config.id2label or {}).items())]
-        wanted = class_names(images)
-        if known != wanted:
-            raise StageError(
-                f"the model knows the classes {', '.join(known)}, the data {', '.join(wanted)}; "
-                "use the recipe that the model was trained with."
-            )
-        folder = stage.folder / name
-        broken, reduced = extract_split(run, model, processor, images, SeedStore(folder / "seeds"))
-        first = next(iter(splits.values()), {}).get("threshold")
-        scores = score_split(run, images, folder, first)
-        splits[name] = {**scores, "reduced": reduced} if reduced else scores
-        unreadable |= broken
+        check_classes(model, images)
+        made = SplitSeeds(run, model, processor, images, stage.folder / name)
+        made.make()
+        first = next(iter(splits.values()), SeedScores()).threshold
+        splits[name] = replace(score_split(run, images, stage.folder / name, first), reduced=made.reduced)
+        unreadable |= made.unreadable
 
-    head = next(iter(splits.values()))
-    stage.finish(
-        {
-            **{key: head[key] for key in ("miou", "threshold") if key in head},
-            "max_side": run.max_side,
-            "splits": splits,
-            "unreadable": sorted(unreadable),
-        }
-    )
+    stage.finish({**SeedsRecord.of(splits, run.max_side).to_json(), "unreadable": sorted(unreadable)})
     run.say_unreadable(unreadable)
     for name, scores in splits.items():
-        shown = "no masks to score against"
-        if "miou" in scores:
-            shown = "mIoU " + ", ".join(
-                f"{variant} {value:.1f} (at {scores['threshold'][variant]:.2f})"
-                for variant, value in scores["miou"].items()
-            )
-        run.say(f"seeds: {name}, {scored_images(scores)}, {shown}")
+        run.say(f"seeds: {name}, {scores.shown_images()}, {scores.shown()}")
     run.say(f"seeds: -> {stage.folder}")
     run.accelerator.wait_for_everyone()
     return stage.folder
 
 
-def extract_split(
-    run: Run,
-    model: BiTransModel | CamModel,
-    processor: BiTransImageProcessor,
-    images: Dataset,
-    store: SeedStore,
-) -> tuple[set[str], int]:
-    """Write the seeds of this process' share of a split.
+def load_model(run: Run) -> tuple[BiTransModel | CamModel, BiTransImageProcessor]:
+    """Load the run's trained network, in evaluation mode, and its image processor.
+
+    Raises:
+        StageError: it is not trained.
+    """
+    recipe, folder = run.recipe, run.trained_model()
+    model: BiTransModel | CamModel
+    if isinstance(recipe.model, CamRecipe):
+        model = load_trained(CamModel, folder)
+    else:
+        names = ("num_seed_layers", "num_affinity_layers")
+        changed = {name: value for name in names if (value := getattr(recipe.seeds, name)) is not None}
+        model = load_trained(BiTransModel, folder, **changed)
+    processor = BiTransImageProcessor.from_pretrained(folder)
+    processor.max_side = run.max_side
+    return model.to(run.accelerator.device).eval(), processor
+
+
+def check_classes(model: BiTransModel | CamModel, images: Dataset) -> None:
+    """Check that a network was trained for the classes of the images.
+
+    Raises:
+        StageError: it was trained for others.
+    """
+    known = [name for _, name in sorted((model.config.id2label or {}).items())]
+    wanted = class_names(images)
+    if known != wanted:
+        raise StageError(
+            f"the model knows the classes {', '.join(known)}, the data {', '.join(wanted)}; "
+            "use the recipe that the model was trained with."
+        )
+
+
+class SplitSeeds:
+    """The seeds of one split: each process makes its share.
 
     Images of one size go through the network together. Images with a longer side than the processor's bound are
     reduced to it, and as many of them go together as keeps the memory of `batch_size` images of the usual bound. One
     scale keeps its maps on the token grid, several scales are summed at a quarter of the image.
 
-    Returns:
-        The ids of unusable images and the number of larger images, of all processes and whatever was done before.
+    Args:
+        run: Its recipe says at which scales, and how many at once.
+        model: In evaluation mode, on the device of the run.
+        processor: Its `max_side` bounds the images.
+        images: All of the split.
+        folder: Of the split; the seeds go to `seeds/` in it.
+
+    Attributes:
+        unreadable: Ids of the images that cannot be used; of all processes after `make`.
+        reduced: Number of images larger than the bound, those that were done before included.
     """
-    assert processor.max_side is not None
-    settings = run.recipe.seeds
-    unreadable: set[str] = set()
-    reduced = 0
-    smallest = model.config.stride if isinstance(model, CamModel) else model.config.patch_size
-    todo = defaultdict(list)
-    own = run.own(len(images))
-    for index in run.progress(own, desc="sizes of the images", unit="image"):
-        row = images[index]
-        if row["image_id"] in store:
-            size = store.size(row["image_id"])
-            reduced += bounded_size(size, processor.max_side) != size
-            continue
-        try:
-            size = image_size(row["image"])
-            check_size(row["image_id"], size, bounded_size(size, processor.max_side), settings.scales, smallest)
-            reduced += bounded_size(size, processor.max_side) != size
-            todo[size].append(index)
-        except UnreadableImageError:
-            if run.options.strict:
-                raise
-            unreadable.add(row["image_id"])
-    worked_at = {size: bounded_size(size, processor.max_side) for size in todo}
-    numbers = {size: images_at_once(worked_at[size], settings.batch_size) for size in todo}
-    batches = [
-        (size, indices[start : start + numbers[size]])
-        for size, indices in sorted(todo.items())
-        for start in range(0, len(indices), numbers[size])
-    ]
-    num_views = len(settings.scales) * (2 if settings.flip else 1)
-    run.announce(
-        f"seeds: {sum(map(len, todo.values())):,} of {len(own):,} images to do, {num_views} view(s) of each; batch "
-        f"size {settings.batch_size}, {run.accelerator.num_processes} process(es), device "
-        f"{run.accelerator.device.type}"
-    )
-    total = sum(gather_object([reduced]))
-    if batches:
-        need = max(memory_of_views(model, worked_at[size], settings, len(indices)) for size, indices in batches)
-        run.announce(f"seeds: the largest batch takes about {size_text(need)} of memory beside the model's")
-    if total:
-        run.say(
-            f"seeds: {total} of {len(images)} images are larger than {processor.max_side} pixels and are reduced to "
-            "that (seeds.max_side); their label maps have the images' own sizes",
+
+    def __init__(
+        self,
+        run: Run,
+        model: BiTransModel | CamModel,
+        processor: BiTransImageProcessor,
+        images: Dataset,
+        folder: Path,
+    ):
+        assert processor.max_side is not None
+        self.run, self.model, self.processor, self.images = run, model, processor, images
+        self.settings, self.max_side = run.recipe.seeds, processor.max_side
+        self.store = SeedStore(folder / "seeds")
+        self.unreadable: set[str] = set()
+        self.reduced = 0
+
+    def make(self) -> None:
+        """Write the seeds that are not there yet."""
+        batches = self._batches()
+        self._announce(batches)
+        for size, indices in self.run.progress(batches, desc="seeds", unit="batch"):
+            rows, views = self._opened(indices)
+            if not rows:
+                continue
+            maps = self._maps(views, size)
+            for position, row in enumerate(rows):
+                class_ids = np.array(row["labels"], dtype=np.int64)
+                own = {variant: total[position, row["labels"]].float().cpu() for variant, total in maps.items()}
+                self.store.write(row["image_id"], class_ids, own, size)
+        self.run.wait()
+        self.unreadable = self.run.union(self.unreadable)
+
+    def _batches(self) -> list[tuple[Size, list[int]]]:
+        """Return the (height, width) and the positions of the images of every batch."""
+        todo: dict[Size, list[int]] = defaultdict(list)
+        own = self.run.own(len(self.images))
+        for index in self.run.progress(own, desc="sizes of the images", unit="image"):
+            row = self.images[index]
+            done = row["image_id"] in self.store
+            try:
+                size = self.store.size(row["image_id"]) if done else self._usable_size(row)
+            except UnreadableImageError as error:
+                self._leave_out(row, error)
+                continue
+            self.reduced += bounded_size(size, self.max_side) != size
+            if not done:
+                todo[size].append(index)
+        batches = []
+        for size, indices in sorted(todo.items()):
+            number = images_at_once(bounded_size(size, self.max_side), self.settings.batch_size)
+            batches += [(size, indices[start : start + number]) for start in range(0, len(indices), number)]
+        return batches
+
+    def _usable_size(self, row: ImageRow) -> Size:
+        """Return the size of an image; raise UnreadableImageError where it has none, or holds no patch."""
+        size = image_size(row["image"])
+        smallest = self.model.config.stride if isinstance(self.model, CamModel) else self.model.config.patch_size
+        working = bounded_size(size, self.max_side)
+        problem = patch_problem(size, working, self.settings.scales, smallest, option_prefix="seeds.")
+        if problem:
+            raise UnreadableImageError(f"image {row['image_id']} is {problem}")
+        return size
+
+    def _leave_out(self, row: ImageRow, error: UnreadableImageError) -> None:
+        """Note that an image is unusable; where the run is strict, stop with the reason."""
+        if self.run.options.strict:
+            raise error
+        self.unreadable.add(row["image_id"])
+
+    def _announce(self, batches: Sequence[tuple[Size, Sequence[int]]]) -> None:
+        """Say what will be done, the memory that it takes, and how many images are reduced."""
+        run, settings = self.run, self.settings
+        num_views = len(settings.scales) * (2 if settings.flip else 1)
+        run.announce(
+            f"seeds: {sum(len(indices) for _, indices in batches):,} of {len(run.own(len(self.images))):,} images to "
+            f"do, {num_views} view(s) of each; batch size {settings.batch_size}, {run.accelerator.num_processes} "
+            f"process(es), device {run.accelerator.device.type}"
         )
+        self.reduced = sum(gather_object([self.reduced]))
+        if batches:
+            needs = [
+                memory_of_views(self.model, bounded_size(size, self.max_side), settings, len(indices))
+                for size, indices in batches
+            ]
+            run.announce(f"seeds: the largest batch takes about {size_text(max(needs))} of memory beside the model's")
+        if self.reduced:
+            run.say(
+                f"seeds: {self.reduced} of {len(self.images)} images are larger than {self.max_side} pixels and are "
+                "reduced to that (seeds.max_side); their label maps have the images' own sizes",
+            )
 
-    def network(pixel_values: torch.Tensor) -> Any:
-        # Its maps are float32 and stay so: refining them in bfloat16 would round them.
-        with run.accelerator.autocast():
-            return model(pixel_values)
-
-    for size, indices in run.progress(batches, desc="seeds", unit="batch"):
+    def _opened(self, indices: Sequence[int]) -> tuple[list[ImageRow], list[list[torch.Tensor]]]:
+        """Return the rows that can be read and their views, one (1, 3, H_s, W_s) for each scale."""
         rows, views = [], []
         for index in indices:
-            row = images[index]
+            row: ImageRow = self.images[index]
             try:
-                image = processor.bounded(open_image(row["image"]))
-                views.append(processor.scaled_views(image, settings.scales))
-                rows.append(row)
-            except UnreadableImageError:
-                if run.options.strict:
-                    raise
-                unreadable.add(row["image_id"])
-        if not rows:
-            continue
-        batch = [torch.cat(scale).to(run.accelerator.device) for scale in zip(*views, strict=True)]
-        height, width = worked_at[size]
-        totals = sum_over_views(
+                image = self.processor.bounded(open_image(row["image"]))
+            except UnreadableImageError as error:
+                self._leave_out(row, error)
+                continue
+            views.append(self.processor.scaled_views(image, self.settings.scales))
+            rows.append(row)
+        return rows, views
+
+    def _maps(self, views: Sequence[Sequence[torch.Tensor]], size: Size) -> dict[str, torch.Tensor]:
+        """Return the maps (B, C, h, w) of every seed variant of B images of one size."""
+        device = self.run.accelerator.device
+        height, width = bounded_size(size, self.max_side)
+
+        def network(pixel_values: torch.Tensor) -> Any:
+            # Its maps are float32 and stay so: refining them in bfloat16 would round them.
+            with self.run.accelerator.autocast():
+                return self.model(pixel_values)
+
+        return sum_over_views(
             network,
-            batch,
-            run.variants,
-            flip=settings.flip,
-            size=None if len(settings.scales) == 1 else (-(-height // 4), -(-width // 4)),
-            refine_steps=settings.refine_steps,
-            normalize_affinity=settings.normalize_affinity,
+            [torch.cat(scale).to(device) for scale in zip(*views, strict=True)],
+            self.run.variants,
+            flip=self.settings.flip,
+            size=None if len(self.settings.scales) == 1 else (-(-height // 4), -(-width // 4)),
+            refine_steps=self.settings.refine_steps,
+            normalize_affinity=self.settings.normalize_affinity,
         )
-        for position, row in enumerate(rows):
-            class_ids = np.array(row["labels"], dtype=np.int64)
-            maps = {variant: total[position, row["labels"]].float().cpu() for variant, total in totals.items()}
-            store.write(row["image_id"], class_ids, maps, size)
-    run.wait()
-    return run.union(unreadable), total
 
 
 def images_at_once(size: tuple[int, int], batch_size: int) -> int:
@@ -236,102 +290,104 @@ def memory_of_views(
     return float(4 * views * tokens * (5 * tokens + hidden))
 
 
-def check_size(
-    image_id: str, size: tuple[int, int], working: tuple[int, int], scales: Sequence[float], patch_size: int
-) -> None:
-    """Check that an image of (height, width) pixels holds a patch at every scale of the size that it is worked on at.
-
-    Raises:
-        UnreadableImageError: it does not; such an image is left out as a broken one is.
-    """
-    if round(min(working) * min(scales)) >= patch_size:
-        return
-    if min(size) < patch_size:
-        remedy = "enlarge it or leave it out"
-    elif round(min(size) * min(scales)) < patch_size:
-        remedy = "leave out the small factors of seeds.scales, or enlarge the image"
-    else:
-        remedy = "raise seeds.max_side, or cut the image into pieces"
-    raise UnreadableImageError(
-        f"image {image_id} is smaller than a patch: {size[0]} x {size[1]} pixels (height x width)"
-        + (f", worked on at {working[0]} x {working[1]}" if working != size else "")
-        + f", at scale {min(scales)}; expected at least {patch_size} x {patch_size}: {remedy}."
-    )
-
-
-def score_split(
-    run: Run,
-    images: Dataset,
-    folder: Path,
-    given_thresholds: dict[str, float] | None,
-) -> dict[str, Any]:
+def score_split(run: Run, images: Dataset, folder: Path, given_thresholds: ByName) -> SeedScores:
     """Write the label maps of a split and score its seeds at every threshold in one pass.
 
-    Returns:
-        "images": how many have seeds. With masks, "mask_rule" says how those were made, and for each variant in
-        percent over all classes and background: "miou" at its best "threshold" and "per_class" IoU there;
-        "miou_at_recipe_threshold"; with `given_thresholds` also "miou_at_given_threshold"; "several_classes" repeats
-        the scores for images with two or more classes.
+    Args:
+        run: Each process works on its share.
+        images: With masks where they are known.
+        folder: Of the split.
+        given_thresholds: Seed variant -> best threshold of the first split; empty for the first split itself.
     """
-    recipe, variants = run.recipe, run.variants
+    recipe = run.recipe
     store = SeedStore(folder / "seeds")
     num_classes = len(class_names(images))
-    sweeps = {
-        subset: {variant: ThresholdSweep(num_classes) for variant in variants} for subset in ("all", "several_classes")
-    }
-    counts = {"images": 0, "scored": 0, "several_classes": 0}
+    every, several = VariantSweeps(run.variants, num_classes), VariantSweeps(run.variants, num_classes)
+    made = 0
     own = run.own(len(images))
     for index in run.progress(own, desc="score", unit="image"):
-        row = images[index]
+        row: ImageRow = images[index]
         if row["image_id"] not in store:
             continue
-        counts["images"] += 1
-        max_side, size = run.max_side, store.size(row["image_id"])
-        seeds = store.read_variants(row["image_id"], variants, max_side=max_side)
+        made += 1
+        size = store.size(row["image_id"])
+        seeds = store.read_variants(row["image_id"], run.variants, max_side=run.max_side)
         label_map = seeds_to_label_map(seeds[recipe.seeds.variant], recipe.seeds.threshold, size)
         write_label_png(label_path(folder / "masks", row["image_id"]), label_map, row["image_id"])
         if row["mask"] is None:
             continue
-        target = open_mask(row["mask"], image_size=label_map.shape, num_classes=num_classes)
-        counts["scored"] += 1
-        counts["several_classes"] += len(row["labels"]) > 1
-        for variant, maps in seeds.items():
-            for rows, strip in seed_strips(maps, size):
-                sweeps["all"][variant].add(strip, target[rows])
-                if len(row["labels"]) > 1:
-                    sweeps["several_classes"][variant].add(strip, target[rows])
-    counts = {name: sum(part[name] for part in gather_object([counts])) for name in counts}
-    for by_variant in sweeps.values():
-        for sweep in by_variant.values():
-            sweep.counts = np.sum(gather_object([sweep.counts]), axis=0)
-
-    result: dict[str, Any] = {"images": counts["images"]}
-    if counts["scored"]:
-        swept = {variant: sweep.compute() for variant, sweep in sweeps["all"].items()}
-        classes = ["background", *class_names(images)]
-        result |= {"scored": counts["scored"], "mask_rule": mask_rule(images), **best_scores(swept)}
-        result["per_class"] = {
+        target = open_mask(row["mask"], image_size=size, num_classes=num_classes)
+        for sweeps in (every, several) if len(row["labels"]) > 1 else (every,):
+            sweeps.add(seeds, target)
+    images_made = sum(gather_object([made]))
+    every.gather()
+    several.gather()
+    if not every.images:
+        return SeedScores(images=images_made)
+    swept = every.computed()
+    classes = ["background", *class_names(images)]
+    in_several = several.computed() if several.images else {}
+    return SeedScores(
+        images=images_made,
+        scored=every.images,
+        mask_rule=mask_rule(images),
+        miou=best_mious(swept),
+        threshold=best_thresholds(swept),
+        per_class={
             variant: dict(zip(classes, map(rounded, each.per_class_iou), strict=True))
             for variant, each in swept.items()
-        }
-        result["miou_at_recipe_threshold"] = at_thresholds(swept, dict.fromkeys(variants, recipe.seeds.threshold))
-        if given_thresholds:
-            result["miou_at_given_threshold"] = at_thresholds(swept, given_thresholds)
-    if counts["several_classes"]:
-        swept = {variant: sweep.compute() for variant, sweep in sweeps["several_classes"].items()}
-        result["several_classes"] = {"images": counts["several_classes"], **best_scores(swept)}
-    return result
+        },
+        miou_at_recipe_threshold=at_thresholds(swept, dict.fromkeys(run.variants, recipe.seeds.threshold)),
+        miou_at_given_threshold=at_thresholds(swept, given_thresholds) if given_thresholds else {},
+        several_classes=SeedScores(
+            images=several.images, miou=best_mious(in_several), threshold=best_thresholds(in_several)
+        )
+        if in_several
+        else None,
+    )
 
 
-def best_scores(swept: dict[str, SweepResult]) -> dict[str, dict[str, float]]:
-    """Return "miou" in percent at the best "threshold" of every variant."""
-    return {
-        "miou": {variant: rounded(result.best_miou) for variant, result in swept.items()},
-        "threshold": {variant: rounded(result.best_threshold) for variant, result in swept.items()},
-    }
+class VariantSweeps:
+    """A threshold sweep for every seed variant, over the same images.
+
+    Args:
+        variants: Names of the seed variants.
+        num_classes: Object classes.
+    """
+
+    def __init__(self, variants: Iterable[str], num_classes: int):
+        self.sweeps = {variant: ThresholdSweep(num_classes) for variant in variants}
+        self.images = 0
+
+    def add(self, seeds: Mapping[str, Seeds], target: npt.NDArray[np.uint8]) -> None:
+        """Count an image with the true label map (H, W)."""
+        self.images += 1
+        for variant, maps in seeds.items():
+            for rows, strip in seed_strips(maps, target.shape):
+                self.sweeps[variant].add(strip, target[rows])
+
+    def gather(self) -> None:
+        """Add up the counts of all processes."""
+        self.images = sum(gather_object([self.images]))
+        for sweep in self.sweeps.values():
+            sweep.counts = np.sum(gather_object([sweep.counts]), axis=0)
+
+    def computed(self) -> dict[str, SweepResult]:
+        """Return the result of every variant."""
+        return {variant: sweep.compute() for variant, sweep in self.sweeps.items()}
 
 
-def at_thresholds(swept: dict[str, SweepResult], thresholds: dict[str, float]) -> dict[str, float]:
+def best_mious(swept: Mapping[str, SweepResult]) -> ByName:
+    """Return the mIoU in percent at the best threshold of every variant."""
+    return {variant: rounded(result.best_miou) for variant, result in swept.items()}
+
+
+def best_thresholds(swept: Mapping[str, SweepResult]) -> ByName:
+    """Return the best threshold of every variant."""
+    return {variant: rounded(result.best_threshold) for variant, result in swept.items()}
+
+
+def at_thresholds(swept: Mapping[str, SweepResult], thresholds: ByName) -> ByName:
     """Return the mIoU in percent at the swept threshold nearest to the given one of every variant."""
     return {
         variant: rounded(result.miou[np.abs(result.thresholds - thresholds[variant]).argmin()])

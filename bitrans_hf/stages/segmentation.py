@@ -10,10 +10,8 @@ on another split; it is trained on where the recipe says `segmentation.labels: g
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -31,6 +29,7 @@ from ..hub.modeling_bitrans import BiTransModel
 from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from ..hub.weight_files import load_trained
 from ..metrics import confusion_counts, iou_from_counts, miou_from_counts
+from ..metrics.scores import NetworkScores, percent
 from ..weights import load_backbone
 from .build import evenly_chosen
 from .loop import RateSchedule, TrainingLoop
@@ -94,22 +93,22 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     rate = RateSchedule("poly", peak, settings.epochs)
     loop = TrainingLoop(settings, stage, model, optimizer, dataset, rate)
 
-    scores: dict[str, Any] = {}
+    scores = NetworkScores()
 
     def score() -> dict[str, float]:
+        nonlocal scores
         epoch = loop.at.step // loop.steps_per_epoch
         if validation is None or (epoch % settings.val_every and epoch < settings.epochs):
             return {}
-        scores.update(validate(run, loop.model, processor, validation))
-        return {"miou": scores["miou"]}
+        scores = validate(run, loop.model, processor, validation)
+        return {} if scores.miou is None else {"miou": scores.miou}
 
-    metrics = loop.run(score)
-    if validation is not None and not scores:  # resumed after the last epoch
+    trained = loop.run(score)
+    if validation is not None and scores.miou is None:  # resumed after the last epoch
         score()
-    metrics |= scores
-    loop.finish({**metrics, "labels": settings.labels, "images": len(pairs)}, processor)
-    scored = f", mIoU {metrics['miou']:.1f} on {settings.val_split}" if validation is not None else ""
-    run.say(f"segmentation: loss {metrics['loss']:.3f}{scored} -> {stage.folder}")
+    loop.finish(trained, processor, **scores.to_json(), labels=settings.labels, images=len(pairs))
+    scored = "" if scores.miou is None else f", mIoU {scores.miou:.1f} on {settings.val_split}"
+    run.say(f"segmentation: loss {trained.scores['loss']:.3f}{scored} -> {stage.folder}")
     run.accelerator.wait_for_everyone()
     return stage.folder
 
@@ -249,7 +248,7 @@ def build_network(run: Run, settings: SegmentationRecipe, classes: Sequence[str]
         ValueError, OSError: the weights are not there or do not fit, see `load_backbone`.
     """
     names = {0: "background", **dict(enumerate(classes, start=1))}
-    options: dict[str, Any] = {"preset": settings.preset, "id2label": names, **settings.options}
+    options = {"preset": settings.preset, "id2label": names, **settings.options}
     if settings.batch_norm is not None:
         options["freeze_batch_norm"] = settings.batch_norm == "frozen"
     set_seed(run.recipe.seed)
@@ -310,11 +309,8 @@ def validate(
     model: torch.nn.Module,
     processor: BiTransImageProcessor,
     images: Dataset,
-) -> dict[str, Any]:
-    """Score whole pictures at one scale; only confusion counts are kept, whatever the number of images.
-
-    Returns:
-        In percent: "miou" over all classes and background, "per_class". "scored": number of images with a mask.
+) -> NetworkScores:
+    """Score whole images at one scale; only confusion counts are kept, whatever the number of images.
 
     Raises:
         StageError: no image has a mask.
@@ -343,14 +339,5 @@ def validate(
     counts, scored = np.sum(gather_object([counts]), axis=0), sum(gather_object([scored]))
     if not scored:
         raise StageError("segmentation.val_split has no readable image with a mask; leave it out or name another.")
-    return {**scores_in_percent(counts, names), "scored": scored}
-
-
-def scores_in_percent(counts: npt.NDArray[np.int64], names: Sequence[str]) -> dict[str, Any]:
-    """Return "miou" and "per_class" (name -> IoU) of confusion counts in percent with two decimals, for JSON."""
-
-    def percent(share: float) -> float:
-        return round(100 * float(share), 2)
-
-    per_class = {name: percent(value) for name, value in zip(names, iou_from_counts(counts), strict=True)}
-    return {"miou": percent(miou_from_counts(counts)), "per_class": per_class}
+    per_class = dict(zip(names, map(percent, iou_from_counts(counts)), strict=True))
+    return NetworkScores(miou=percent(miou_from_counts(counts)), per_class=per_class, scored=scored)

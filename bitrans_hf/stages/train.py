@@ -82,10 +82,11 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     warmup = recipe.train.consistency_warmup_epochs
     more = {"more_inputs": functools.partial(consistency_warmup, warmup, run.accelerator.device)} if warmup else {}
     loop = TrainingLoop(recipe.train, stage, model, optimizer, dataset, rate, **more)
-    metrics = loop.run(lambda: validate(run, loop.model, processor, validation))
-    loop.finish(metrics, processor)
-    tags = ", ".join(f"{metrics[key]:.1f} {title}" for key, title in TAG_TITLES.items() if key in metrics)
-    run.say(f"train: loss {metrics['loss']:.3f}{', mAP ' + tags if tags else ''} -> {stage.folder}")
+    trained = loop.run(lambda: validate(run, loop.model, processor, validation))
+    loop.finish(trained, processor)
+    scores = trained.scores
+    tags = ", ".join(f"{scores[key]:.1f} {title}" for key, title in TAG_TITLES.items() if key in scores)
+    run.say(f"train: loss {scores['loss']:.3f}{', mAP ' + tags if tags else ''} -> {stage.folder}")
     run.accelerator.wait_for_everyone()
     return stage.folder
 
