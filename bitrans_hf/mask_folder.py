@@ -24,7 +24,7 @@ from .file_names import label_path
 from .files import OUTPUT_MARK, atomic_write, mark_output, refuse_overwriting, refuse_same_folder
 from .hub.errors import InputError
 from .hub.labels import THRESHOLD
-from .hub.pipeline_bitrans import LocalisedPicture, PseudoMaskPipeline
+from .hub.pipeline_bitrans import LocalisedPicture, PipelineItem, PseudoMaskPipeline
 from .hub.refiners import Refiner
 from .progress import progress, say_progress, say_result, working
 from .refine.pseudo_labels import write_label_png
@@ -111,7 +111,7 @@ class PictureFile:
     labels: tuple[str, ...] | None
 
 
-class PictureList(Dataset[dict[str, Any]]):
+class PictureList(Dataset[PipelineItem]):
     """Pictures as the pipeline reads them."""
 
     def __init__(self, pictures: Sequence[PictureFile]):
@@ -120,7 +120,7 @@ class PictureList(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> PipelineItem:
         return {"image": self.pictures[index].path, "candidate_labels": self.pictures[index].labels}
 
 
@@ -147,7 +147,7 @@ class LabelMapPipeline(PseudoMaskPipeline):
         except InputError as error:
             return {"pictures": [RefusedPicture(str(error))]}
 
-    def _forward(self, inputs: dict[str, Any], **options: Any) -> dict[str, list[Any]]:  # type: ignore[override]
+    def _forward(self, inputs: Mapping[str, Any], **options: Any) -> dict[str, list[Any]]:  # type: ignore[override]
         entries = [entry[0] if isinstance(entry, list) else entry for entry in inputs["pictures"]]
         usable = [entry for entry in entries if not isinstance(entry, RefusedPicture)]
         localised: Iterator[LocalisedPicture] = iter(super()._forward({"pictures": usable}, **options)["pictures"])
@@ -155,7 +155,7 @@ class LabelMapPipeline(PseudoMaskPipeline):
 
     def postprocess(  # type: ignore[override]
         self,
-        outputs: dict[str, Any],
+        outputs: Mapping[str, Any],
         threshold: float = THRESHOLD,
         label_threshold: float = 0.5,
         refiner: str | Refiner | None = None,

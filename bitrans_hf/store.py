@@ -78,7 +78,7 @@ class SeedStore(ImageStore):
             maps: Variant name -> (K, h, w) summed maps, any range, of the present classes.
             size: (H, W) of the image in pixels.
         """
-        arrays: dict[str, Any] = {"class_ids": np.asarray(class_ids, dtype=np.int64)}
+        arrays: dict[str, np.ndarray] = {"class_ids": np.asarray(class_ids, dtype=np.int64)}
         arrays["size"] = np.array(size, dtype=np.int32)
         for variant, values in maps.items():
             if values.shape[0] != len(class_ids):

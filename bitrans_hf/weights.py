@@ -170,7 +170,7 @@ def _model_from_shapes(
     checkpoint: Checkpoint,
     patch_position: torch.Tensor,
     id2label: Mapping[int, str],
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     seed: int = 0,
 ) -> BiTransModel:
     patch_weight = _required(checkpoint, "patch_embed.proj.weight")

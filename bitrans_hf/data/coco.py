@@ -416,7 +416,7 @@ def _written_masks(
     return rule, [None if image_id in without else folder / f"{image_id}.png" for image_id in image_ids]
 
 
-def _read_rule(path: Path) -> dict[str, Any]:
+def _read_rule(path: Path) -> Mapping[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         without = [str(image_id) for image_id in record.get("without_mask", [])]  # older files have none
@@ -506,7 +506,7 @@ def _read_instances(path: Path, outlines: Literal["unread", "checked", "kept"]) 
         DataError: the file is damaged, or its parts do not fit together.
     """
 
-    def take(part: dict[str, Any]) -> Any:
+    def take(part: Mapping[str, Any]) -> Any:
         """Turn parts of the file into what is kept of them while it is parsed."""
         if "category_id" in part and "image_id" in part:  # first: there are seven of these for each image
             odd = None

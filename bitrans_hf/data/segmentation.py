@@ -16,7 +16,7 @@ from ..hub.image_processing_bitrans import BiTransImageProcessor, bounded_image
 from ..hub.labels import BACKGROUND, IGNORE_INDEX
 from .common import DataError, ImageCell, open_image, open_mask
 from .rows import class_names
-from .training_set import TrainingSet
+from .training_set import Item, TrainingSet
 
 LABEL_MAP = "label_map"
 """Column of the label maps that a network is trained on: undecoded index images."""
@@ -235,21 +235,26 @@ class TrainingPairs(TrainingSet[Pair]):
         self._augmentation = augmentation
         self._max_side = max_side
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Item:
         return self.__getitems__([index])[0]
 
-    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+    def __getitems__(self, indices: list[int]) -> list[Item]:
         """Return the items of a batch; torch's loaders ask for whole batches where they can."""
         shared = self._scale(self._generator(indices[0], "batch"))
         return [self._item(range(len(self))[index], shared) for index in indices]
 
-    def _item(self, asked: int, shared_scale: float) -> dict[str, Any]:
+    def _item(self, asked: int, shared_scale: float) -> Item:
         (image, label_map), origin = self._readable(asked)
         generator = self._generator(asked)
         own_scale = self._scale(generator)
         scale = shared_scale if self._augmentation.one_scale_for_batch else own_scale
         pixel_values, labels = augment_pair(image, label_map, self._augmentation, scale, generator)
-        return {"pixel_values": pixel_values, "labels": labels, **origin}
+        return {
+            "pixel_values": pixel_values,
+            "labels": labels,
+            "index": origin.position,
+            "unreadable": origin.unreadable,
+        }
 
     def _open(self, row: Mapping[str, Any]) -> Pair:
         image, label_map = open_pair(row, len(self.classes))

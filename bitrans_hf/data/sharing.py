@@ -82,7 +82,7 @@ def _batch_starts(num_rows: int, rows_per_file: int) -> Iterable[int]:
         yield from range(first, min(first + rows_per_file, num_rows), _ROWS_AT_ONCE)
 
 
-def _with_bytes(cell: Mapping[str, Any] | None, column: str) -> dict[str, Any] | None:
+def _with_bytes(cell: Mapping[str, Any] | None, column: str) -> Mapping[str, Any] | None:
     """Return an image cell that holds its file, under the file's name alone."""
     if cell is None:
         return None

@@ -183,14 +183,18 @@ def _advice_on_header(cells: Mapping[str, Any]) -> str:
     return "call the columns of image names and of class names file_name and labels, in the first line of a CSV file."
 
 
-def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+Cells: TypeAlias = Mapping[str, Any]
+"""Column -> cell of one row."""
+
+
+def _read_csv(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Cells]]:
     try:
         yield from _csv_rows(path, problems)
     except csv.Error as error:
         raise DataError(f"{path} cannot be read as CSV ({error}); is a quote not closed?") from error
 
 
-def _csv_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _csv_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Cells]]:
     text = read_text(path)
     header = re.sub(r'"[^"]*"', "", text.partition("\n")[0])
     said = _SEPARATOR_LINE.match(text)
@@ -232,7 +236,7 @@ def _csv_rows(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[s
         yield where, dict(zip(columns, cells, strict=True))
 
 
-def _read_jsonl(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_jsonl(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Cells]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -251,7 +255,7 @@ def _read_jsonl(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict
         yield where, cells
 
 
-def _read_parquet(path: Path, problems: list[Problem]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_parquet(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Cells]]:
     import pyarrow as pa  # type: ignore[import-untyped]  # here: only this kind of table needs it
     import pyarrow.parquet as pq  # type: ignore[import-untyped]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any, Generic, TypeAlias, TypedDict, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from datasets import Dataset
@@ -16,15 +16,15 @@ logger = logging.getLogger(__name__)
 Opened = TypeVar("Opened")
 
 
-class Origin(TypedDict):
-    """Where an item comes from: the position of its image, and the `image_id` asked for if that cannot be read."""
-
-    index: int
-    unreadable: str
-
-
 Item: TypeAlias = dict[str, torch.Tensor | int | str]
 """What a network is trained on, by the names of its arguments, with `index` and `unreadable` of `TrainingSet`."""
+
+
+class Origin(NamedTuple):
+    """Where an item comes from: the position of its image, and the `image_id` asked for if that cannot be read."""
+
+    position: int
+    unreadable: str
 
 
 class TrainingSet(torch.utils.data.Dataset[Item], Generic[Opened]):
@@ -72,7 +72,7 @@ class TrainingSet(torch.utils.data.Dataset[Item], Generic[Opened]):
         raise NotImplementedError
 
     def _readable(self, asked: int) -> tuple[Opened, Origin]:
-        """Return the first row from `asked` on that can be read, opened, and the item's `index` and `unreadable`."""
+        """Return the first row from `asked` on that can be read, opened, and where it comes from."""
         for step in range(len(self)):
             index = (asked + step) % len(self)
             try:
@@ -84,5 +84,5 @@ class TrainingSet(torch.utils.data.Dataset[Item], Generic[Opened]):
                     self._reported.add(index)
                     logger.warning("image %s is left out: %s", self.image_ids[index], error)
             else:
-                return opened, {"index": index, "unreadable": "" if index == asked else self.image_ids[asked]}
+                return opened, Origin(index, "" if index == asked else self.image_ids[asked])
         raise UnreadableImageError(f"none of the {len(self)} images can be read; check the folder they are in.")

@@ -18,7 +18,7 @@ from ..hub.image_processing_bitrans import BiTransImageProcessor
 from ..hub.labels import class_ids_to_multi_hot
 from .common import DataError, open_image
 from .rows import class_names, require_labels
-from .training_set import TrainingSet
+from .training_set import Item, TrainingSet
 
 Transform: TypeAlias = Callable[[PILImage.Image], torch.Tensor]
 
@@ -161,13 +161,18 @@ class TrainingImages(TrainingSet[tuple[list[int], PILImage.Image]]):
         super().__init__(dataset, ("image", "labels"), seed=seed, strict=strict)
         self._transform = transform
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Item:
         asked = range(len(self))[index]
         (labels, picture), origin = self._readable(asked)
         with seeded(self._seed, int(self._epoch), asked):
             pixel_values = self._transform(picture)
         multi_hot = torch.from_numpy(class_ids_to_multi_hot(labels, len(self.classes)))
-        return {"pixel_values": pixel_values, "labels": multi_hot, **origin}
+        return {
+            "pixel_values": pixel_values,
+            "labels": multi_hot,
+            "index": origin.position,
+            "unreadable": origin.unreadable,
+        }
 
     def _open(self, row: Mapping[str, Any]) -> tuple[list[int], PILImage.Image]:
         return row["labels"], open_image(row["image"])

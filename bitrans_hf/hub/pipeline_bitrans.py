@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self, TypedDict, cast
 
 import numpy as np
 import torch
@@ -37,6 +37,21 @@ if TYPE_CHECKING:
     from .views import VIEWS as VIEWS
 
 TASK = "pseudo-mask-generation"
+
+
+class PipelineItem(TypedDict, total=False):
+    """One image for the pipeline, and the names or ids of its classes; the model predicts them where they are None."""
+
+    image: Any
+    candidate_labels: Any
+
+
+class PseudoMask(TypedDict):
+    """One class of an image: its name, its probability, and its mask (mode "L", 0 or 255) at the image's size."""
+
+    label: str
+    score: float
+    mask: Image.Image
 
 
 # ---- Pictures from anywhere.
@@ -327,7 +342,7 @@ class PseudoMaskPipeline(Pipeline):
 
     def _forward(  # type: ignore[override]
         self,
-        inputs: dict[str, Any],
+        inputs: Mapping[str, Any],
         flip: bool = True,
         mode: str = "fused",
         refine: bool = True,
@@ -357,11 +372,11 @@ class PseudoMaskPipeline(Pipeline):
 
     def postprocess(  # type: ignore[override]
         self,
-        outputs: dict[str, Any],
+        outputs: Mapping[str, Any],
         threshold: float = THRESHOLD,
         label_threshold: float = 0.5,
         refiner: str | Refiner | None = None,
-    ) -> list[dict[str, Any]]:
+    ) -> list[PseudoMask]:
         """Cut one picture's maps into masks."""
         entry = outputs["pictures"]
         localised: LocalisedPicture = entry[0] if isinstance(entry, list) else entry
@@ -437,7 +452,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 # ---- Data sets.
 
 
-class DatasetRows(Dataset[dict[str, Any]]):
+class DatasetRows(Dataset[PipelineItem]):
     """The rows of a `datasets.Dataset` as the pipeline reads them: pictures with the names of their classes.
 
     Args:
@@ -456,11 +471,11 @@ class DatasetRows(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> PipelineItem:
         return _item_of_row(self.rows[index], self.label_column, self.names)
 
 
-def _items_of_rows(rows: Any) -> Iterator[dict[str, Any]]:
+def _items_of_rows(rows: Any) -> Iterator[PipelineItem]:
     """The same for a streamed data set, which has no length."""
     if rows.features is None:
         raise InputError("the streamed data set does not say its columns; cast it to features with an image column.")
@@ -484,7 +499,7 @@ def _label_column(features: Mapping[str, Any]) -> tuple[str | None, Sequence[str
     return None, None
 
 
-def _item_of_row(row: Mapping[str, Any], label_column: str | None, names: Sequence[str] | None) -> dict[str, Any]:
+def _item_of_row(row: Mapping[str, Any], label_column: str | None, names: Sequence[str] | None) -> PipelineItem:
     if label_column is None:
         return {"image": row["image"]}
     labels = row[label_column]

@@ -233,7 +233,7 @@ def compare(
 
 def export_model(
     model: BiTransModel, processor: BiTransImageProcessor, folder: str | Path, *, flip: bool = True
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """Write `model.pt2`, `model.onnx` and `export.json` into a folder, once they agree with torch.
 
     Args:

@@ -22,7 +22,7 @@ from torchvision import transforms
 
 from ..data import class_names, open_image
 from ..data.segmentation import resized_label_map
-from ..data.training_set import TrainingSet
+from ..data.training_set import Item, TrainingSet
 from ..data.transforms import seeded
 from ..file_names import label_path
 from ..hub.configuration_affinitynet import RELATIONS, AffinityNetConfig
@@ -235,9 +235,9 @@ class AffinityCrops(TrainingSet[Image.Image]):
         jitter = settings.color_jitter
         self._jitter = transforms.ColorJitter(jitter, jitter, jitter, jitter / 3) if jitter else None
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Item:
         picture, origin = self._readable(index)
-        shown = self.image_ids[origin["index"]]
+        shown = self.image_ids[origin.position]
         maps = [
             resized_label_map(read_label_map(label_path(self._labels / name, shown)), (picture.height, picture.width))
             for name in ("low", "high")
@@ -245,7 +245,12 @@ class AffinityCrops(TrainingSet[Image.Image]):
         with seeded(self._seed, int(self._epoch), index):
             pixel_values, (low, high) = self._crop(picture, maps)
         labels = cell_labels(low, high, self._stride)
-        return {"pixel_values": pixel_values, "labels": torch.from_numpy(labels.astype(np.int64)), **origin}
+        return {
+            "pixel_values": pixel_values,
+            "labels": torch.from_numpy(labels.astype(np.int64)),
+            "index": origin.position,
+            "unreadable": origin.unreadable,
+        }
 
     def _open(self, row: Mapping[str, Any]) -> Image.Image:
         return self._processor.bounded(open_image(row["image"]))

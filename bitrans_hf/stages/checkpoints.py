@@ -50,7 +50,7 @@ class Checkpoints:
                     shutil.rmtree(older)
         self.accelerator.wait_for_everyone()
 
-    def load_newest(self) -> dict[str, Any] | None:
+    def load_newest(self) -> Mapping[str, Any] | None:
         """Restore the newest complete checkpoint and return its progress; None when there is none.
 
         Raises:

@@ -146,7 +146,7 @@ class Run:
         """Return whether a stage is finished."""
         return (self.stage_folder(stage) / "done.json").is_file()
 
-    def metrics(self, stage: str) -> dict[str, Any]:
+    def metrics(self, stage: str) -> Mapping[str, Any]:
         """Return what a stage measured; nothing where it is not finished."""
         return read_json(self.stage_folder(stage) / "metrics.json") if self.is_done(stage) else {}
 
