@@ -6,6 +6,7 @@ import argparse
 import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from .commands import if_stopped, leave_process_group, run_command, starting, starts_quietly
 from .hub.errors import MissingExtraError
@@ -83,23 +84,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     run_command(run)
 
 
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+"""What `add_subparsers` returns; argparse has no public name for it."""
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of `bitrans` with its commands, each of which sets `run`."""
-    form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="bitrans",
         description="Image-level labels in, segmentation masks out.",
         epilog=EXAMPLES,
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    for add in (add_train, add_masks, add_check, add_app):
+        add(commands)
+    for name, (module, text) in PASSED_ON.items():
+        # No word looks like an option to this parser: all are for the parser of the module.
+        passed_on = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
+        passed_on.add_argument("words", nargs="*")
+        passed_on.set_defaults(run=pass_on(f"bitrans {name}", module))
+    return parser
 
+
+def add_train(commands: Commands) -> None:
+    """Add the command `train`."""
     train = commands.add_parser(
         "train",
         help="train on a folder of images and labels, and make masks of its images",
         description=TRAIN_HELP,
         epilog=TRAIN_EXAMPLES,
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("folder", help="folder with the images and the table of labels")
     train.add_argument("--name", help="results go to runs/NAME (the name of the folder)")
@@ -108,12 +123,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.set_defaults(run=run_train)
 
+
+def add_masks(commands: Commands) -> None:
+    """Add the command `masks`."""
     masks = commands.add_parser(
         "masks",
         help="write a mask for every picture of a folder",
         description=MASKS_HELP,
         epilog=MASKS_EXAMPLES,
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     masks.add_argument("--model", required=True, help="folder of a trained model, or repository on the Hub")
     masks.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="folder of pictures")
@@ -152,13 +170,16 @@ def build_parser() -> argparse.ArgumentParser:
     masks.add_argument("--quiet", action="store_true", help="no progress bar")
     masks.set_defaults(run=run_masks)
 
+
+def add_check(commands: Commands) -> None:
+    """Add the command `check`."""
     check = commands.add_parser(
         "check",
         help="say what is in a folder of pictures and labels, and what is wrong with it",
         description="Look over a folder before training: its pictures, labels and masks. Ends with status 1 if "
         "something is wrong.",
         epilog="examples:\n  bitrans check photos\n  bitrans check photos --labels tags.csv\n",
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("folder", type=Path, help="folder with the pictures and the table of labels")
     check.add_argument("--labels", type=Path, metavar="TABLE", help="the table, if its name is not labels or metadata")
@@ -176,6 +197,9 @@ def build_parser() -> argparse.ArgumentParser:
     check.add_argument("--quiet", action="store_true", help="no progress bar")
     check.set_defaults(run=run_check)
 
+
+def add_app(commands: Commands) -> None:
+    """Add the command `app`."""
     app = commands.add_parser(
         "app",
         help="try a model on single pictures, in the browser",
@@ -183,7 +207,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="examples:\n  bitrans app --model runs/photos/train/model\n"
         "  bitrans app --model org/bitrans-voc --port 8000 --host 0.0.0.0      reachable from other machines\n"
         "  bitrans app --model org/bitrans-voc --space space                   a folder to upload as a Space\n",
-        formatter_class=form,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     app.add_argument("--model", required=True, help="folder of a trained model, or repository on the Hub")
     app.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
@@ -194,13 +218,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     app.add_argument("--no-browser", action="store_true", help="do not open the browser")
     app.set_defaults(run=run_app)
-
-    for name, (module, text) in PASSED_ON.items():
-        # No word looks like an option to this parser: all are for the parser of the module.
-        passed_on = commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
-        passed_on.add_argument("words", nargs="*")
-        passed_on.set_defaults(run=pass_on(f"bitrans {name}", module))
-    return parser
 
 
 PASSED_ON = {
