@@ -53,7 +53,7 @@ def make_seeds_and_masks(count: int) -> tuple[list[Seeds], list[np.ndarray]]:
 
 
 def sweep_by_passes(seeds: list[Seeds], masks: list[np.ndarray]) -> np.ndarray:
-    """Return mean IoU in percent (T,): for each threshold, label every picture and count."""
+    """Return mean IoU in percent (T,): for each threshold, label every image and count."""
     scores = []
     for threshold in DEFAULT_THRESHOLDS:
         counts = np.zeros((1 + NUM_CLASSES, 1 + NUM_CLASSES), dtype=np.int64)
@@ -82,7 +82,7 @@ def sweep_of_thresholds(options: Options) -> list[Row]:
 
 
 def community_arithmetic(predictions: list[np.ndarray], references: list[np.ndarray], num_labels: int) -> float:
-    """Do as the community metric does with arrays: float64 histograms of three masked copies per picture."""
+    """Do as the community metric does with arrays: float64 histograms of three masked copies per image."""
     intersection, predicted, true = (np.zeros(num_labels, dtype=np.float64) for _ in range(3))
     for prediction, reference in zip(predictions, references, strict=True):
         prediction, reference = np.array(prediction), np.array(reference)

@@ -118,7 +118,7 @@ def walk_memory(options: Options) -> list[Row]:
 
 
 def three_by_four(cells: float) -> str:
-    """Return the sides of a grid of that many cells and a picture's usual shape."""
+    """Return the sides of a grid of that many cells and an image's usual shape."""
     height = math.sqrt(0.75 * cells)
     return f"{height:.0f}x{4 * height / 3:.0f}"
 
@@ -166,15 +166,15 @@ def pair_affinities(options: Options) -> list[Row]:
 def make_pictures(count: int) -> tuple[str, list[tuple[np.ndarray, np.ndarray, np.ndarray]]]:
     """Make (image, present class ids, blurred class maps) at VOC's size, and say what they are of.
 
-    Real VOC pictures where they are at hand, drawn ones elsewhere. The maps stand for seeds: true masks, blurred over
+    Real VOC images where they are at hand, drawn ones elsewhere. The maps stand for seeds: true masks, blurred over
     a grid of 16-pixel patches and cut down to what a seed is worth.
     """
     root = Path(os.environ.get("BITRANS_SHARED", "../shared")) / "data" / "voc12_animals"
     if root.is_dir():
-        source, given = "VOC pictures", list(read_voc(root, count))
+        source, given = "VOC images", list(read_voc(root, count))
     else:
         scenes = make_shapes(count, seed=0, image_size=432)
-        source, given = "drawn pictures", [(open_image(row["image"]), open_mask(row["mask"])) for row in scenes]
+        source, given = "drawn images", [(open_image(row["image"]), open_mask(row["mask"])) for row in scenes]
     pictures = []
     for number, (picture, mask) in enumerate(given):
         class_ids = np.setdiff1d(mask, [0, IGNORE_INDEX]).astype(np.int64) - 1
@@ -188,7 +188,7 @@ def make_pictures(count: int) -> tuple[str, list[tuple[np.ndarray, np.ndarray, n
 
 
 def read_voc(root: Path, count: int) -> Iterator[tuple[Image.Image, np.ndarray]]:
-    """Yield the first pictures of a devkit folder that have masks, with these."""
+    """Yield the first images of a devkit folder that have masks, with these."""
     for path in sorted((root / "SegmentationClassAug").glob("*.png"))[:count]:
         with Image.open(path) as mask, Image.open(root / "JPEGImages" / f"{path.stem}.jpg") as picture:
             yield picture.convert("RGB"), np.array(mask)

@@ -24,7 +24,7 @@ MEBIBYTE = 2**20
 
 
 def make_images(count: int) -> list[tuple[str, Image.Image, np.ndarray]]:
-    """Make (id, picture, present class ids) of noise, in the three sizes that are most frequent in VOC."""
+    """Make (id, image, present class ids) of noise, in the three sizes that are most frequent in VOC."""
     generator = np.random.default_rng(0)
     sizes = itertools.cycle([(375, 500), (375, 500), (333, 500), (500, 375)])
     images = []
@@ -85,7 +85,7 @@ def write_seeds_in_batches(
 def seeds_of_a_set(options: Options) -> list[Row]:
     """Refined seeds at scale 1 with flip: time for the set, and bytes on disk."""
     images = make_images(8 if options.device == "cpu" else 64)
-    # Larger weights than usual: maps of a fresh model are so flat that min-max normalisation shows rounding errors.
+    # Larger weights than usual: maps of a fresh model are so flat that min-max normalization shows rounding errors.
     model = EveryHeadKept(make_bitrans(options, initializer_range=0.1).eval())
     processor = BiTransImageProcessor()
     with tempfile.TemporaryDirectory() as name:

@@ -19,7 +19,7 @@ from .harness import Options, Row, median_times
 
 NUM_LABELS = 21
 NUM_CRF_LABELS = 3
-"""Background and two classes, about what a VOC picture holds."""
+"""Background and two classes, about what a VOC image holds."""
 
 
 def make_network(options: Options, width_multiplier: float) -> DeepLabForSemanticSegmentation:
@@ -32,7 +32,7 @@ def make_network(options: Options, width_multiplier: float) -> DeepLabForSemanti
 
 
 def training_step(options: Options) -> list[Row]:
-    """One optimiser step on crops of 321 pixels, on the CPU of 129 with a quarter of the channels.
+    """One optimizer step on crops of 321 pixels, on the CPU of 129 with a quarter of the channels.
 
     Not fewer: below 16 channels oneDNN overwrites memory in strided 1x1 convolutions, channels last.
     """
@@ -73,9 +73,9 @@ def training_step(options: Options) -> list[Row]:
 
 
 def testing(options: Options) -> list[Row]:
-    """MCTformer's test of a few pictures of 375 x 500 pixels: five scales, then its CRF, on one core and on all.
+    """MCTformer's test of a few images of 375 x 500 pixels: five scales, then its CRF, on one core and on all.
 
-    The network has a sixteenth of its channels on the CPU. Its scores are cut to as many classes as a picture holds.
+    The network has a sixteenth of its channels on the CPU. Its scores are cut to as many classes as an image holds.
     """
     try:
         check_crf_installed()
@@ -121,6 +121,6 @@ def refine(job: CrfJob) -> np.ndarray:
 
 
 def smooth_picture(seed: int) -> Image.Image:
-    """Make a picture of soft blobs: a CRF takes longer on noise than on photographs."""
+    """Make an image of soft blobs: a CRF takes longer on noise than on photographs."""
     coarse = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((500, 375), Image.Resampling.BICUBIC)

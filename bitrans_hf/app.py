@@ -1,7 +1,7 @@
-"""A page to try a model on: drop a picture, choose its labels, see maps and mask, ask a patch what it is alike to.
+"""A page to try a model on: drop an image, choose its labels, see maps and mask, ask a patch what it is alike to.
 
 `bitrans app --model FOLDER_OR_REPO` runs it here, `write_space` makes the folder of a Space. The network sees a
-picture once for each scale; moving a slider only combines what it said again.
+image once for each scale; moving a slider only combines what it said again.
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ MAX_SIDE = 512
 1,800 tokens for each of two views: about 0.3 GB for 12 layers."""
 
 CLICKABLE_SIDE = 800
-"""Pixels on the longer side of the picture to click on: more than the page's layout gives it."""
+"""Pixels on the longer side of the image to click on: more than the page's layout gives it."""
 
 PICTURES_KEPT = 8
-"""Pictures whose maps are kept, of all visitors together; others are computed again."""
+"""Images whose maps are kept, of all visitors together; others are computed again."""
 
 
-# ---- What the network says of a picture.
+# ---- What the network says of an image.
 
 
 @dataclass(frozen=True)
 class ScaleMaps:
-    """One scale of a picture and its horizontal flip (V = 2 views), C classes, L layers, h x w = N patches.
+    """One scale of an image and its horizontal flip (V = 2 views), C classes, L layers, h x w = N patches.
 
     Attributes:
         class_attention: (V, L, C, h, w) class-to-patch attention of every layer, mean over heads.
@@ -70,14 +70,14 @@ class ScaleMaps:
 
 
 class PictureMaps:
-    """Everything that the network says of one picture. A scale is computed when it is first asked for, then kept.
+    """Everything that the network says of one image. A scale is computed when it is first asked for, then kept.
 
     Args:
         pipe: Model and image processor.
-        path: File of the picture.
+        path: File of the image.
 
     Raises:
-        ValueError: the file is no picture or smaller than a patch; the message is one sentence for a person.
+        ValueError: the file is no image or smaller than a patch; the message is one sentence for a person.
     """
 
     def __init__(self, pipe: PseudoMaskPipeline, path: str | Path):
@@ -90,7 +90,7 @@ class PictureMaps:
         if round(min(self.image.size) * min(SCALES)) < patch_size:
             smallest = -int(-patch_size // min(SCALES))
             raise InputError(
-                f"The picture is {self.size[0]} x {self.size[1]} pixels (height x width), too small for this model, "
+                f"The image is {self.size[0]} x {self.size[1]} pixels (height x width), too small for this model, "
                 f"which needs {smallest} on each side once the longer one is reduced to {MAX_SIDE}."
             )
         self._scales: dict[float, ScaleMaps] = {}
@@ -109,7 +109,7 @@ class PictureMaps:
 
     @torch.no_grad()
     def at_scale(self, scale: float) -> ScaleMaps:
-        """Pass the picture and its flip through the network, unless that was done before."""
+        """Pass the image and its flip through the network, unless that was done before."""
         if scale not in self._scales:
             (view,) = self.processor.scaled_views(self.image, (scale,))
             view = view.to(device=self.model.device, dtype=self.model.dtype)
@@ -128,7 +128,7 @@ class PictureMaps:
         """Combine the kept maps; the last answer is kept too, for the threshold to cut again.
 
         Args:
-            class_ids: The K classes that the picture shows.
+            class_ids: The K classes that the image shows.
             num_scales: How many of `SCALES` are averaged.
             num_layers: How many of the last layers give the SC-CAM (K of Eq. 2).
 
@@ -201,7 +201,7 @@ STYLE = """
 """
 
 INTRODUCTION = """# Masks from labels
-Drop a picture and say what it shows. The model never saw a mask: it was trained on labels alone."""
+Drop an image and say what it shows. The model never saw a mask: it was trained on labels alone."""
 
 
 def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
@@ -226,7 +226,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
     # ---- What the controls do.
 
     def read_picture(path: str | None) -> dict[Any, Any]:
-        """Look at a new picture, guess its labels, and forget what was shown before."""
+        """Look at a new image, guess its labels, and forget what was shown before."""
         cleared: dict[Any, Any] = {
             shown_class: gr.Radio(choices=[], value=None),
             labels: gr.Dropdown(value=[]),
@@ -235,7 +235,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
             current: None,
         }
         if path is None:
-            return {**cleared, status: say("Drop a picture to begin.")}
+            return {**cleared, status: say("Drop an image to begin.")}
         try:
             maps = maps_of(path)
             guessed, sentence = guess(maps, names)
@@ -256,7 +256,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
 
     def guess_again(path: str | None) -> dict[Any, Any]:
         if path is None:
-            return {status: say("Drop a picture to begin.")}
+            return {status: say("Drop an image to begin.")}
         guessed, sentence = guess(maps_of(path), names)
         return {
             status: say(sentence),
@@ -267,9 +267,9 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
     def choose_labels(path: str | None, chosen: list[str], shown: str | None) -> dict[Any, Any]:
         """Keep the class that is shown if it is still among the labels."""
         chosen = [name for name in names if name in chosen]
-        sentence = "Choose what the picture shows, or let the model guess."
+        sentence = "Choose what the image shows, or let the model guess."
         if path is None:
-            sentence = "Drop a picture to begin."
+            sentence = "Drop an image to begin."
         elif chosen:
             shares = maps_of(path).probabilities
             sentence = "The model's own opinion: " + ", ".join(
@@ -317,7 +317,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
     def write_mask(
         path: str | None, chosen: list[str], num_scales: int, layers: int, cut: float, request: gr.Request
     ) -> gr.DownloadButton:
-        """Write the mask at the picture's own size, in the visitor's own folder."""
+        """Write the mask at the image's own size, in the visitor's own folder."""
         if path is None or not chosen:
             return gr.DownloadButton(interactive=False)
         maps = maps_of(path)
@@ -352,11 +352,11 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
 
     with gr.Blocks(title="Masks from labels", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as app:
         gr.Markdown(INTRODUCTION)
-        current = gr.State(None)  # the file of the picture that is shown
+        current = gr.State(None)  # the file of the image that is shown
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                file = gr.File(label="Picture (drop it here)", type="filepath", height=110, elem_id="picture")
-                status = gr.HTML(say("Drop a picture to begin."), elem_id="status")
+                file = gr.File(label="Image (drop it here)", type="filepath", height=110, elem_id="image")
+                status = gr.HTML(say("Drop an image to begin."), elem_id="status")
                 labels = gr.Dropdown(names, value=[], multiselect=True, label="Labels", elem_id="labels")
                 guess_button = gr.Button("Guess the labels", elem_id="guess")
                 scales = gr.Slider(
@@ -370,12 +370,12 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
             with gr.Column(scale=3, min_width=280):
                 shown_class = gr.Radio([], label="Class whose maps are shown", elem_id="shown")
                 with gr.Row(elem_id="panels"):
-                    plain = still("Picture", "The picture, upright")
+                    plain = still("Image", "The image, upright")
                     panels = {
-                        variant: still(title, f"{title} of the chosen class over the picture: blue low, red high")
+                        variant: still(title, f"{title} of the chosen class over the image: blue low, red high")
                         for variant, title in VARIANT_TITLES.items()
                     }
-                    mask = still("Mask", "The mask of all labels over the picture")
+                    mask = still("Mask", "The mask of all labels over the image")
                 with gr.Row():
                     with gr.Column(min_width=200):
                         threshold = gr.Slider(
@@ -445,7 +445,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
 
 
 def still(label: str, alt_text: str) -> gr.Image:
-    """A picture to look at."""
+    """An image to look at."""
     return gr.Image(label=label, interactive=False, buttons=[], alt_text=alt_text, format="jpeg", min_width=100)
 
 
@@ -465,7 +465,7 @@ def percent(share: torch.Tensor) -> str:
 
 
 def without_path(sentence: str, path: str) -> str:
-    """A message with the picture's name in place of where the server keeps it."""
+    """A message with the image's name in place of where the server keeps it."""
     sentence = sentence.replace(path, Path(path).name)
     return sentence[:1].upper() + sentence[1:]
 
@@ -476,19 +476,19 @@ def say(sentence: str, *, bad: bool = False) -> str:
 
 
 def legend_of(label_map: np.ndarray, class_ids: Sequence[int], names: Sequence[str]) -> str:
-    """The colours of the mask with each class' share of the picture."""
-    colours = np.array(palette()).reshape(256, 3)
+    """The colors of the mask with each class' share of the image."""
+    colors = np.array(palette()).reshape(256, 3)
     chips = []
     for class_id in class_ids:
-        colour = "rgb({}, {}, {})".format(*colours[class_id + 1])
+        color = "rgb({}, {}, {})".format(*colors[class_id + 1])
         share = (label_map == class_id + 1).mean()
-        text = f"{html.escape(names[class_id])}, {100 * share:.0f} % of the picture"
-        chips.append(f'<span class="chip"><i style="background: {colour}"></i>{text}</span>')
+        text = f"{html.escape(names[class_id])}, {100 * share:.0f} % of the image"
+        chips.append(f'<span class="chip"><i style="background: {color}"></i>{text}</span>')
     return "".join(chips)
 
 
 def draw_affinity(maps: PictureMaps, row: int, column: int) -> Image.Image:
-    """Draw a patch's affinities over the picture, with a frame around the patch."""
+    """Draw a patch's affinities over the image, with a frame around the patch."""
     h, w = maps.grid
     height, width = clickable_size(maps)
     heat = resized(maps.affinity_row(row, column)[None], (height, width))[0].clamp(0, 1)
@@ -499,7 +499,7 @@ def draw_affinity(maps: PictureMaps, row: int, column: int) -> Image.Image:
 
 
 def clickable_size(maps: PictureMaps) -> tuple[int, int]:
-    """(H, W) of the picture to click on. Gradio mistakes where a click falls on a picture that is shown enlarged."""
+    """(H, W) of the image to click on. Gradio mistakes where a click falls on an image that is shown enlarged."""
     height, width = maps.image.height, maps.image.width
     factor = max(1.0, CLICKABLE_SIDE / max(height, width))
     return max(1, round(height * factor)), max(1, round(width * factor))
@@ -569,7 +569,7 @@ models:
 short_description: Image-level labels in, segmentation masks out
 ---
 
-Drop a picture, choose what it shows, and see the class maps, the refined seed and the mask of
+Drop an image, choose what it shows, and see the class maps, the refined seed and the mask of
 [{model}](https://huggingface.co/{model}).
 """
 

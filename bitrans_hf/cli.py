@@ -21,11 +21,11 @@ examples:
   bitrans check photos                    what is in the folder, and what is wrong with it
   bitrans train photos                    train on its labels; masks of its images and a page to judge them by
   bitrans masks --model runs/photos/train/model --images photos --labels labels.csv --out masks
-                                          one PNG for each picture: 0 background, 1 the first class, ...
+                                          one PNG for each image: 0 background, 1 the first class, ...
   bitrans masks --model org/bitrans-voc --images photos --out masks
-                                          without a table the model decides what each picture shows
+                                          without a table the model decides what each image shows
   bitrans app --model runs/photos/train/model
-                                          try the model on single pictures, in the browser
+                                          try the model on single images, in the browser
 
 `bitrans COMMAND --help` explains every option. A model is a folder that training wrote or the name of a repository on
 the Hub.
@@ -47,7 +47,7 @@ examples:
 """
 
 MASKS_HELP = """\
-Write a label map for every picture of a folder.
+Write a label map for every image of a folder.
 
 --labels names a table with a column file_name and a column labels ("dog;person"), or one 0/1 column for each class:
 
@@ -55,9 +55,9 @@ Write a label map for every picture of a folder.
   a.jpg,dog;person
   b.jpg,cat
 
-Each mask is a palette PNG of its picture's name and size, whose pixels are label ids: 0 is background, 1 the model's
+Each mask is a palette PNG of its image's name and size, whose pixels are label ids: 0 is background, 1 the model's
 first class, and so on; masks.json beside them lists the names. A run that was stopped goes on when the same command
-is given again. Pictures that cannot be read are named at the end and do not stop the run.
+is given again. Images that cannot be read are named at the end and do not stop the run.
 """
 
 MASKS_EXAMPLES = """\
@@ -128,13 +128,13 @@ def add_masks(commands: Commands) -> None:
     """Add the command `masks`."""
     masks = commands.add_parser(
         "masks",
-        help="write a mask for every picture of a folder",
+        help="write a mask for every image of a folder",
         description=MASKS_HELP,
         epilog=MASKS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     masks.add_argument("--model", required=True, help="folder of a trained model, or repository on the Hub")
-    masks.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="folder of pictures")
+    masks.add_argument("--images", required=True, type=Path, metavar="FOLDER", help="folder of images")
     masks.add_argument(
         "--labels", type=Path, metavar="TABLE", help="CSV, JSONL or Parquet; without it the model predicts the classes"
     )
@@ -147,26 +147,24 @@ def add_masks(commands: Commands) -> None:
     masks.add_argument(
         "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="sizes to average over (1.0)"
     )
-    masks.add_argument("--no-flip", action="store_true", help="do not average over the flipped picture: twice as fast")
+    masks.add_argument("--no-flip", action="store_true", help="do not average over the flipped image: twice as fast")
     masks.add_argument("--no-refine", action="store_true", help="do not spread the maps along the affinity of patches")
     masks.add_argument(
         "--refiner",
         choices=REFINERS,
-        help="sharpen outlines on the picture's colours: crf takes seconds for each picture, par less",
+        help="sharpen outlines on the image's colors: crf takes seconds for each image, par less",
     )
     masks.add_argument(
-        "--max-side", type=int, metavar="PX", help="work on larger pictures reduced to this side (the model's, 640)"
+        "--max-side", type=int, metavar="PX", help="work on larger images reduced to this side (the model's, 640)"
     )
     masks.add_argument(
         "--stored-pixels", action="store_true", help="masks for the pixels as stored, not turned upright by EXIF"
     )
-    masks.add_argument("--batch-size", type=int, default=8, metavar="N", help="pictures read at a time (%(default)s)")
-    masks.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="processes that read pictures (%(default)s)"
-    )
+    masks.add_argument("--batch-size", type=int, default=8, metavar="N", help="images read at a time (%(default)s)")
+    masks.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (%(default)s)")
     masks.add_argument("--device", help='"cpu", "cuda:0", ... (a GPU if there is one)')
     masks.add_argument("--overwrite", action="store_true", help="make masks again that are already there")
-    masks.add_argument("--strict", action="store_true", help="stop at the first picture that cannot be read")
+    masks.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     masks.add_argument("--quiet", action="store_true", help="no progress bar")
     masks.set_defaults(run=run_masks)
 
@@ -175,13 +173,13 @@ def add_check(commands: Commands) -> None:
     """Add the command `check`."""
     check = commands.add_parser(
         "check",
-        help="say what is in a folder of pictures and labels, and what is wrong with it",
-        description="Look over a folder before training: its pictures, labels and masks. Ends with status 1 if "
+        help="say what is in a folder of images and labels, and what is wrong with it",
+        description="Look over a folder before training: its images, labels and masks. Ends with status 1 if "
         "something is wrong.",
         epilog="examples:\n  bitrans check photos\n  bitrans check photos --labels tags.csv\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    check.add_argument("folder", type=Path, help="folder with the pictures and the table of labels")
+    check.add_argument("folder", type=Path, help="folder with the images and the table of labels")
     check.add_argument("--labels", type=Path, metavar="TABLE", help="the table, if its name is not labels or metadata")
     check.add_argument("--separator", metavar="TEXT", help="what separates class names in the table (found out)")
     check.add_argument(
@@ -202,8 +200,8 @@ def add_app(commands: Commands) -> None:
     """Add the command `app`."""
     app = commands.add_parser(
         "app",
-        help="try a model on single pictures, in the browser",
-        description="Open a page in the browser: drop a picture, choose its labels, see maps and mask at once.",
+        help="try a model on single images, in the browser",
+        description="Open a page in the browser: drop an image, choose its labels, see maps and mask at once.",
         epilog="examples:\n  bitrans app --model runs/photos/train/model\n"
         "  bitrans app --model org/bitrans-voc --port 8000 --host 0.0.0.0      reachable from other machines\n"
         "  bitrans app --model org/bitrans-voc --space space                   a folder to upload as a Space\n",

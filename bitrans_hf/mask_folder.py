@@ -1,4 +1,4 @@
-"""Masks for a folder of pictures: what `bitrans masks` does."""
+"""Masks for a folder of images: what `bitrans masks` does."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run_masks(options: argparse.Namespace) -> None:
         transformers.utils.logging.disable_progress_bar()
         disable_progress_bars()
     if not options.images.is_dir():
-        raise InputError(f"{options.images} is not a folder; give the folder that holds the pictures.")
+        raise InputError(f"{options.images} is not a folder; give the folder that holds the images.")
     if (options.images / OUTPUT_MARK).is_file():
         raise InputError(f"{options.images} holds masks that bitrans wrote; give the folder that holds the images.")
     refuse_same_folder(options.out, options.images, "--out")
@@ -97,14 +97,14 @@ def run_masks(options: argparse.Namespace) -> None:
     for reason in unreadable:
         say_progress(f"left out: {reason}")
     say_result(
-        f"masks: {len(pictures):,} pictures, {len(todo) - len(unreadable):,} written, {len(pictures) - len(todo):,} "
+        f"masks: {len(pictures):,} images, {len(todo) - len(unreadable):,} written, {len(pictures) - len(todo):,} "
         f"there before, {len(unreadable):,} left out -> {options.out}"
     )
 
 
 @dataclass(frozen=True)
 class PictureFile:
-    """A picture of the folder: its name without suffix, its path, and the names of its classes if known."""
+    """An image of the folder: its name without suffix, its path, and the names of its classes if known."""
 
     image_id: str
     path: str
@@ -112,7 +112,7 @@ class PictureFile:
 
 
 class PictureList(Dataset[PipelineItem]):
-    """Pictures as the pipeline reads them."""
+    """Images as the pipeline reads them."""
 
     def __init__(self, pictures: Sequence[PictureFile]):
         self.pictures = pictures
@@ -126,13 +126,13 @@ class PictureList(Dataset[PipelineItem]):
 
 @dataclass(frozen=True)
 class RefusedPicture:
-    """A picture that cannot be used, and why, in one sentence that names it."""
+    """An image that cannot be used, and why, in one sentence that names it."""
 
     reason: str
 
 
 class LabelMapPipeline(PseudoMaskPipeline):
-    """The pipeline with one label map (H, W) uint8 for each picture, and a `RefusedPicture` instead of an error."""
+    """The pipeline with one label map (H, W) uint8 for each image, and a `RefusedPicture` instead of an error."""
 
     @property
     def class_names(self) -> list[str]:
@@ -141,17 +141,17 @@ class LabelMapPipeline(PseudoMaskPipeline):
         return [names[index] for index in range(len(names))]
 
     def preprocess(self, item: Any, **options: Any) -> dict[str, list[Any]]:  # type: ignore[override]
-        """Open a picture, or say why it cannot be opened."""
+        """Open an image, or say why it cannot be opened."""
         try:
             return cast("dict[str, list[Any]]", super().preprocess(item, **options))
         except InputError as error:
-            return {"pictures": [RefusedPicture(str(error))]}
+            return {"images": [RefusedPicture(str(error))]}
 
     def _forward(self, inputs: Mapping[str, Any], **options: Any) -> dict[str, list[Any]]:  # type: ignore[override]
-        entries = [entry[0] if isinstance(entry, list) else entry for entry in inputs["pictures"]]
+        entries = [entry[0] if isinstance(entry, list) else entry for entry in inputs["images"]]
         usable = [entry for entry in entries if not isinstance(entry, RefusedPicture)]
-        localised: Iterator[LocalisedPicture] = iter(super()._forward({"pictures": usable}, **options)["pictures"])
-        return {"pictures": [entry if isinstance(entry, RefusedPicture) else next(localised) for entry in entries]}
+        localised: Iterator[LocalisedPicture] = iter(super()._forward({"images": usable}, **options)["images"])
+        return {"images": [entry if isinstance(entry, RefusedPicture) else next(localised) for entry in entries]}
 
     def postprocess(  # type: ignore[override]
         self,
@@ -160,13 +160,13 @@ class LabelMapPipeline(PseudoMaskPipeline):
         label_threshold: float = 0.5,
         refiner: str | Refiner | None = None,
     ) -> np.ndarray | RefusedPicture:
-        """Lay one picture's masks, which do not overlap, into one label map."""
-        entry = outputs["pictures"]
+        """Lay one image's masks, which do not overlap, into one label map."""
+        entry = outputs["images"]
         entry = entry[0] if isinstance(entry, list) else entry
         if isinstance(entry, RefusedPicture):
             return entry
         label_map = np.zeros(entry.picture.size, dtype=np.uint8)
-        for answer in super().postprocess({"pictures": [entry]}, threshold, label_threshold, refiner):
+        for answer in super().postprocess({"images": [entry]}, threshold, label_threshold, refiner):
             label_map[np.asarray(answer["mask"]) > 0] = self.class_names.index(answer["label"]) + 1
         return label_map
 
@@ -174,10 +174,10 @@ class LabelMapPipeline(PseudoMaskPipeline):
 def pictures_with_labels(
     folder: Path, table: Path | None, class_names: Sequence[str], separator: str | None = None
 ) -> list[PictureFile]:
-    """List the pictures of a folder: the rows of a table with their labels, or else all pictures, whatever they show.
+    """List the images of a folder: the rows of a table with their labels, or else all images, whatever they show.
 
     Raises:
-        ValueError: there are none, a table does not fit (the message names row and file), or two pictures would get
+        ValueError: there are none, a table does not fit (the message names row and file), or two images would get
             the same mask.
     """
     if table is not None:
@@ -208,7 +208,7 @@ def pictures_with_labels(
 
 
 def mask_path(folder: Path, picture: PictureFile) -> Path:
-    """Return where a picture's mask goes."""
+    """Return where an image's mask goes."""
     return label_path(folder, picture.image_id)
 
 

@@ -62,9 +62,9 @@ class ImageStore:
 class SeedStore(ImageStore):
     """A folder of seeds. What is kept are each variant's summed maps on their own small grid in float16.
 
-    Resizing and min-max normalisation are done when reading: both are cheap, and the maps at the image's size are
+    Resizing and min-max normalization are done when reading: both are cheap, and the maps at the image's size are
     some hundred times larger. Each kept map is scaled to [0, 1] on its grid, which changes nothing, since min-max
-    normalisation does not see a scale or an offset and bilinear resizing keeps both.
+    normalization does not see a scale or an offset and bilinear resizing keeps both.
     """
 
     def write(

@@ -29,7 +29,7 @@ from transformers import (
 
 
 def blobs(height: int, width: int) -> Image.Image:
-    """A picture of coarse random blobs."""
+    """An image of coarse random blobs."""
     coarse = np.random.default_rng(3).integers(0, 256, (5, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 

@@ -341,7 +341,7 @@ def rewrite_seeds(folder: Path, split: str, **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"size": np.array([64, 60], dtype=np.int32)}, "are for 64 x 60 pixels (height x width), the picture has 64"),
+        ({"size": np.array([64, 60], dtype=np.int32)}, "are for 64 x 60 pixels (height x width), the image has 64"),
         ({"class_ids": np.array([7]), "maps_refined": np.ones((1, 4, 4), np.float16)}, "are of the classes [7], the"),
         ({"maps_refined": np.full((1, 4, 4), np.nan, np.float16)}, "hold NaN or infinity"),
     ],
@@ -368,7 +368,7 @@ def test_seeds_that_do_not_fit_are_named(stage: str, changes: dict[str, Any], wo
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Somebody's folder; one picture shows nothing but a class that the recipe leaves out."""
+    """Somebody's folder; one image shows nothing but a class that the recipe leaves out."""
     root = tmp_path / "photos"
     (root / "images").mkdir(parents=True)
     scenes = make_shapes(12, 5)
@@ -519,7 +519,7 @@ def test_cells_take_the_label_that_two_maps_agree_upon(stride: int):
     rng = np.random.default_rng(stride)
     low, high = (rng.choice([0, 0, 3, 9], (16, 24)).astype(np.uint8) for _ in range(2))
     for label_map in (low, high):
-        label_map[:, 18:] = 255  # beyond the picture
+        label_map[:, 18:] = 255  # beyond the image
         label_map[10:] = 255
     np.testing.assert_array_equal(cell_labels(low, high, stride), slow_cell_labels(low, high, stride))
 
@@ -532,7 +532,7 @@ def test_maps_of_background_alone_and_of_nothing_have_cells_too():
 
 @pytest.mark.parametrize(("height", "width"), [(50, 40), (20, 70), (24, 24), (10, 12)])
 def test_crops_carry_their_labels_along(height: int, width: int, tmp_path: Path):
-    """The label of a pixel is written into its colour, so that pixels and labels must move together."""
+    """The label of a pixel is written into its color, so that pixels and labels must move together."""
     rng = np.random.default_rng(0)
     labels = np.kron(rng.integers(0, 3, (-(-height // 2), -(-width // 2))), np.ones((2, 2)))[:height, :width]
     labels = labels.astype(np.uint8)

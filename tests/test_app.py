@@ -122,7 +122,7 @@ def test_a_large_picture_is_looked_at_small_and_cut_at_its_size(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("size", "words"), [((1, 1), "The picture is 1 x 1 pixels .* needs 11 on each side"), ((900, 9), "900 x 9")]
+    ("size", "words"), [((1, 1), "The image is 1 x 1 pixels .* needs 11 on each side"), ((900, 9), "900 x 9")]
 )
 def test_a_picture_that_is_too_small_is_refused(tmp_path: Path, size: tuple[int, int], words: str):
     Image.new("RGB", size[::-1]).save(tmp_path / "small.png")
@@ -301,7 +301,7 @@ class Visit:
         self.page.wait_for_selector("#download:not([disabled])", timeout=PATIENCE_MS)
 
     def upload(self, path: Path) -> None:
-        self.page.set_input_files("#picture input[type=file]", str(path))
+        self.page.set_input_files("#image input[type=file]", str(path))
 
 
 def visit(browser: Any, url: str, width: int = 1280) -> Visit:
@@ -312,7 +312,7 @@ def visit(browser: Any, url: str, width: int = 1280) -> Visit:
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.goto(url)
-    page.wait_for_selector("#picture input[type=file]", state="attached")
+    page.wait_for_selector("#image input[type=file]", state="attached")
     return Visit(page, requests, errors)
 
 
@@ -330,7 +330,7 @@ def test_a_visitor_gets_a_mask(served: Served, browser: Any, photo: Path, tmp_pa
     assert page.locator("#panels img").count() == 6
     titles = page.locator("#panels label").all_inner_texts()
     assert [title.strip() for title in titles] == [
-        "Picture", "SC-CAM", "Coarse-CAM", "Product", "Refined seed", "Mask",
+        "Image", "SC-CAM", "Coarse-CAM", "Product", "Refined seed", "Mask",
     ]  # fmt: skip
 
     # Choose labels by keyboard: take the guess out, type two names.
@@ -390,7 +390,7 @@ def test_a_visitor_gets_a_mask(served: Served, browser: Any, photo: Path, tmp_pa
     page.keyboard.press("ArrowLeft")
     seen.wait(f"document.querySelector('#affinity img').src !== '{old}'")
 
-    # Download: the mask that is shown, at the picture's size.
+    # Download: the mask that is shown, at the image's size.
     seen.wait_for_mask()
     with page.expect_download() as download:
         page.locator("#download").click()
@@ -415,12 +415,12 @@ def test_a_bad_file_is_explained_and_a_good_one_then_works(served: Served, brows
     (tmp_path / "letter.jpg").write_text("Dear reader")
     seen.upload(tmp_path / "letter.jpg")
     seen.page.wait_for_selector("#status .bad", timeout=PATIENCE_MS)
-    assert seen.text("#status").startswith("Picture letter.jpg cannot be read: it is no image file")
+    assert seen.text("#status").startswith("Image letter.jpg cannot be read: it is no image file")
     assert str(tmp_path) not in seen.text("#status")
     assert seen.page.locator("#panels img").count() == 0
     assert seen.page.locator("#download").is_disabled()
-    seen.page.locator("#picture button[aria-label='Clear']").click()
-    seen.wait("document.querySelector('#status').innerText.includes('Drop a picture')")
+    seen.page.locator("#image button[aria-label='Clear']").click()
+    seen.wait("document.querySelector('#status').innerText.includes('Drop an image')")
     seen.upload(photo)
     seen.wait_for_mask()
     assert seen.page.locator("#status .bad").count() == 0

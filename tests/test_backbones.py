@@ -115,7 +115,7 @@ def test_a_timm_network_gives_timms_own_maps(name: str):
         assert all(map(torch.equal, backbone(images), theirs(images)))
 
 
-def test_a_plain_transformers_maps_are_its_normalised_tokens_at_any_size():
+def test_a_plain_transformers_maps_are_its_normalized_tokens_at_any_size():
     backbone = build_backbone("test_vit", {}, out_indices=(1, 4), output_stride=None).eval()
     inner = backbone.network._backbone.model
     images = pixels(1, 3, 48, 80)
@@ -128,7 +128,7 @@ def test_a_plain_transformers_maps_are_its_normalised_tokens_at_any_size():
 
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
-def test_the_maps_of_a_bitrans_encoder_are_its_normalised_patch_tokens(size: tuple[int, int]):
+def test_the_maps_of_a_bitrans_encoder_are_its_normalized_patch_tokens(size: tuple[int, int]):
     images = pixels(2, 3, *size)
     with torch.no_grad():
         maps = bitrans_backbone((0, 2))(images)
@@ -156,7 +156,7 @@ def test_overlapping_patches_are_centred_on_their_cells():
         found = backbone(image)[0]
         position = backbone.encoder.position_embedding(6 * 8, 8 * 8)[0, 3:].reshape(6, 8, 24)
         for row, column in [(0, 0), (2, 3), (5, 7), (4, 0)]:
-            patch = torch.zeros(3, 8, 8)  # its centre is the cell's
+            patch = torch.zeros(3, 8, 8)  # its center is the cell's
             for y in range(8):
                 for x in range(8):
                     inside = (row * 4 + 2 + y - 4, column * 4 + 2 + x - 4)

@@ -37,7 +37,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Seven pictures, one of them in a folder and one without labels, and their table."""
+    """Seven images, one of them in a folder and one without labels, and their table."""
     folder = tmp_path / "photos"
     (folder / "more").mkdir(parents=True)
     rows = ["file_name,labels"]
@@ -61,7 +61,7 @@ def label_map_of(path: Path) -> np.ndarray:
 
 
 def expected_label_map(path: Path, labels: list[str] | None, **options: Any) -> np.ndarray:
-    """What the pipeline says of one picture."""
+    """What the pipeline says of one image."""
     pipe = PseudoMaskPipeline(model=tiny_model(), image_processor=BiTransImageProcessor(), task="", device="cpu")
     with Image.open(path) as image:
         label_map = np.zeros((image.height, image.width), dtype=np.uint8)
@@ -92,7 +92,7 @@ def test_every_row_of_the_table_gets_the_pipelines_mask(
     assert json.loads((out / "masks.json").read_text())["label_ids"] == {
         "background": 0, "cat": 1, "dog": 2, "horse": 3,
     }  # fmt: skip
-    assert f"masks: 7 pictures, 7 written, 0 there before, 0 left out -> {out}" in capsys.readouterr().out
+    assert f"masks: 7 images, 7 written, 0 there before, 0 left out -> {out}" in capsys.readouterr().out
 
 
 def test_without_a_table_the_model_decides_and_the_unused_table_is_named(
@@ -138,15 +138,15 @@ def test_broken_and_tiny_pictures_are_named_at_the_end_and_stop_nothing(
     out = tmp_path / "masks"
     main(masks_command(model_folder, photos, out, "--batch-size", "2"))
     captured = capsys.readouterr()
-    assert "6 pictures, 4 written, 0 there before, 2 left out" in captured.out
-    assert re.search(r"left out: picture \S*p2\.png cannot be read", captured.err)
+    assert "6 images, 4 written, 0 there before, 2 left out" in captured.out
+    assert re.search(r"left out: image \S*p2\.png cannot be read", captured.err)
     assert re.search(r"left out: image \S*p4\.png is smaller than a patch: 1 x 1", captured.err)
     assert sorted(path.name for path in out.glob("*.png")) == ["p0.png", "p1.png", "p3.png"]
 
 
 def test_strict_stops_at_the_first_broken_picture(model_folder: Path, photos: Path, tmp_path: Path):
     (photos / "p2.png").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"error: picture \S*p2\.png cannot be read"):
+    with pytest.raises(SystemExit, match=r"error: image \S*p2\.png cannot be read"):
         main(masks_command(model_folder, photos, tmp_path / "masks", "--strict"))
 
 
@@ -230,7 +230,7 @@ def test_check_reports_a_good_folder(photos: Path, capsys: pytest.CaptureFixture
 
 
 def test_check_names_what_is_wrong_and_ends_with_status_1(photos: Path, capsys: pytest.CaptureFixture[str]):
-    (photos / "p1.png").write_bytes(b"no picture")
+    (photos / "p1.png").write_bytes(b"no image")
     (photos / "tags.csv").write_text("file_name,labels\np0.png,cat\np1.png,dog\nnone.png,dog\n")
     (photos / "labels.csv").unlink()
     with pytest.raises(SystemExit, match=r"^1$"):

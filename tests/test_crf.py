@@ -45,13 +45,13 @@ def rough_scores(num_labels: int = 3, h: int = 20, w: int = 24, seed: int = 1) -
 
 
 def mean_field_by_loops(image: np.ndarray, unary: np.ndarray, settings: dict[str, float], steps: int) -> np.ndarray:
-    """Mean-field inference with exact kernels, symmetric normalisation and Potts compatibility, pair by pair.
+    """Mean-field inference with exact kernels, symmetric normalization and Potts compatibility, pair by pair.
 
     pydensecrf approximates the kernels on a lattice, so both agree roughly only.
     """
     h, w, _ = image.shape
     place = np.array([(y, x) for y in range(h) for x in range(w)], dtype=np.float64)
-    colour = image.reshape(-1, 3).astype(np.float64)
+    color = image.reshape(-1, 3).astype(np.float64)
 
     def kernel(*parts: tuple[np.ndarray, float]) -> np.ndarray:
         distance = sum(((f[:, None] - f[None]) ** 2).sum(-1) / s**2 for f, s in parts)
@@ -60,7 +60,7 @@ def mean_field_by_loops(image: np.ndarray, unary: np.ndarray, settings: dict[str
         return scale[:, None] * weights * scale[None]
 
     smooth = kernel((place, settings["sxy"]))
-    alike = kernel((place, settings["bilateral_sxy"]), (colour, settings["srgb"]))
+    alike = kernel((place, settings["bilateral_sxy"]), (color, settings["srgb"]))
     marginals = np.exp(-unary) / np.exp(-unary).sum(axis=0)
     for _ in range(steps):
         energy = unary - settings["compat"] * marginals @ smooth - settings["bilateral_compat"] * marginals @ alike

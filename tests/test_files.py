@@ -51,7 +51,7 @@ def test_masks_inside_the_folder_of_images_are_not_read_as_images(
     )]  # fmt: skip
     capsys.readouterr()
     write_masks(model_folder, images, images / "masks")
-    assert "masks: 2 pictures, 0 written, 2 there before" in capsys.readouterr().out
+    assert "masks: 2 images, 0 written, 2 there before" in capsys.readouterr().out
     assert content(images) == before
     write_masks(model_folder, images, images / "others")  # nor those of an earlier run
     assert sorted(path.name for path in (images / "others").rglob("*.png")) == ["p0.png", "p1.png"]

@@ -21,7 +21,7 @@ from bitrans_hf.data import (
     UnreadableImageError,
     check_folder,
     class_names,
-    colours_to_ids,
+    colors_to_ids,
     load_folder,
     open_image,
     open_mask,
@@ -36,7 +36,7 @@ EVERY_IMAGE_SHOWS_THE_CAT = (
 
 
 def save_picture(path: Path, size: tuple[int, int] = (24, 18)) -> None:
-    """Write a picture of (height, width)."""
+    """Write an image of (height, width)."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.full((*size, 3), 100, dtype=np.uint8)
     pixels[:, -1] = 200  # a constant image would be remarked upon
@@ -45,7 +45,7 @@ def save_picture(path: Path, size: tuple[int, int] = (24, 18)) -> None:
 
 @pytest.fixture
 def make_folder(tmp_path: Path) -> MakeFolder:
-    """Write `images/` with the named pictures, a table and `classes.txt`; return the folder."""
+    """Write `images/` with the named images, a table and `classes.txt`; return the folder."""
 
     def make(
         table: str | bytes | None = "file_name,labels\na.png,cat\nb.png,cat;dog\n",
@@ -159,7 +159,7 @@ def test_pictures_without_a_row_are_counted_in_the_log(
     make_folder: MakeFolder, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = make_folder(pictures=("a.png", "b.png", "c.png", "d.JPG"))
-    (root / "images" / "notes.txt").write_text("no picture")
+    (root / "images" / "notes.txt").write_text("no image")
     with caplog.at_level(logging.WARNING):
         assert len(load_folder(root)) == 2
     assert "2 images in" in caplog.text
@@ -168,7 +168,7 @@ def test_pictures_without_a_row_are_counted_in_the_log(
 
 def test_pictures_are_not_opened_while_loading(make_folder: MakeFolder) -> None:
     root = make_folder()
-    (root / "images" / "b.png").write_bytes(b"no picture at all")
+    (root / "images" / "b.png").write_bytes(b"no image at all")
     dataset = load_folder(root)
     with pytest.raises(UnreadableImageError, match=r"image .*b\.png cannot be read"):
         open_image(dataset[1]["image"])
@@ -249,7 +249,7 @@ def test_a_mask_with_ids_beyond_the_class_file_is_refused_before_it_is_renumbere
         load_folder(root, classes=["dog", "cat"])
 
 
-# ---- Pictures.
+# ---- Images.
 
 
 def test_stored_pixels_are_opened_without_exif_rotation(tmp_path: Path) -> None:
@@ -317,7 +317,7 @@ def test_a_picture_that_has_gone_is_named(tmp_path: Path) -> None:
         ({"table": "file_name,labels\nA.PNG,cat\n"}, {}, r"line 2 names A\.PNG.* did you mean 'a\.png'"),
         ({"table": "file_name,labels\na.png,cat\na.png,dog\n"}, {}, r"line 2 names a\.png and .*line 3 names a\.png"),
         (
-            {"table": "file_name,labels\na.png,cat\na.jpg,dog\n", "pictures": ("a.png", "a.jpg")},
+            {"table": "file_name,labels\na.png,cat\na.jpg,dog\n", "images": ("a.png", "a.jpg")},
             {},
             r"names a\.png and .* names a\.jpg",
         ),
@@ -464,7 +464,7 @@ def test_folders_name_the_class_of_their_pictures(tmp_path: Path, images: str) -
     for name in ("dog/2.png", "cat/1.png", "dog/puppies/3.jpeg", ".cache/4.png"):
         save_picture(tmp_path / images / name)
     save_picture(tmp_path / "masks/cat/1.png")
-    (tmp_path / images / "cat/notes.txt").write_text("no picture")
+    (tmp_path / images / "cat/notes.txt").write_text("no image")
     dataset = load_folder(tmp_path)
     assert class_names(dataset) == ["cat", "dog"]
     assert dataset["image_id"][:] == ["cat/1", "dog/2", "dog/puppies/3"]
@@ -565,8 +565,8 @@ def test_an_image_smaller_than_a_patch_is_named(make_folder: MakeFolder, size: t
 
 @pytest.fixture
 def bad_folder(tmp_path: Path) -> Path:
-    """One picture for each thing that can be wrong with a row, its picture or its mask."""
-    names = ["sound", "cut", "text", "other_size", "wrong_id", "colours", "unnamed", "no_mask_file", "twin", "extra"]
+    """One image for each thing that can be wrong with a row, its image or its mask."""
+    names = ["sound", "cut", "text", "other_size", "wrong_id", "colors", "unnamed", "no_mask_file", "twin", "extra"]
     for number, name in enumerate(names):
         pixels = np.random.default_rng(number).integers(0, 255, (24, 18, 3), dtype=np.uint8)
         (tmp_path / "images").mkdir(exist_ok=True)
@@ -576,19 +576,19 @@ def bad_folder(tmp_path: Path) -> Path:
         jpeg, format="JPEG"
     )
     (tmp_path / "images/cut.png").write_bytes(jpeg.getvalue()[:-600])
-    (tmp_path / "images/text.png").write_text("no picture")
+    (tmp_path / "images/text.png").write_text("no image")
     (tmp_path / "images/twin.png").write_bytes((tmp_path / "images/sound.png").read_bytes())
     masks = {
         "sound": np.full((24, 18), 1, np.uint8),
         "other_size": np.zeros((18, 24), np.uint8),
         "wrong_id": np.full((24, 18), 3, np.uint8),
-        "colours": np.full((24, 18, 3), (128, 0, 0), np.uint8),
+        "colors": np.full((24, 18, 3), (128, 0, 0), np.uint8),
         "unnamed": np.full((24, 18), 2, np.uint8),
     }
     (tmp_path / "masks").mkdir()
     for name, mask in masks.items():
         PILImage.fromarray(mask).save(tmp_path / f"masks/{name}.png")
-    (tmp_path / "masks/no_mask_file.png").write_text("no picture")
+    (tmp_path / "masks/no_mask_file.png").write_text("no image")
     rows = [f"{name}.png,cat" for name in names if name != "extra"]
     rows += ["sound.jpg,dog", "gone.png,cat", "../out.png,cat", "a,b,c", "cut.bmp,", "gone2.png,dgo"]
     (tmp_path / "labels.csv").write_text("\n".join(["file_name,labels", *rows]))
@@ -605,13 +605,13 @@ def test_every_problem_is_reported_by_name_and_none_hides_another(bad_folder: Pa
         "table": ["labels.csv line 13", "labels.csv line 14"],
         "duplicate": ["sound.jpg", "cut.bmp"],
         "missing": ["sound.jpg", "gone.png", "cut.bmp", "gone2.png"],
-        "unlabelled": ["cut.bmp"],
+        "unlabeled": ["cut.bmp"],
         "labels": ["gone2.png"],
         "unlisted": ["extra.png"],
         "unreadable": ["cut.png", "text.png"],
         "mask size": ["other_size.png"],
         "mask ids": ["wrong_id.png"],
-        "mask colours": ["colours.png"],
+        "mask colors": ["colors.png"],
         "mask labels": ["unnamed.png"],
         "mask unreadable": ["no_mask_file.png"],
         "copy": ["twin.png"],
@@ -623,7 +623,7 @@ def test_every_problem_is_reported_by_name_and_none_hides_another(bad_folder: Pa
         r"cut\.png cannot be read .*truncated",
         r"mask .*other_size\.png is 18x24 .* and its image 24x18",
         r"mask .*wrong_id\.png holds the id 3, expected .* 1 to 2",
-        r"mask .*colours\.png is a RGB image with the colors 128/0/0, .* as in mask_values=\"128/0/0=1\"",
+        r"mask .*colors\.png is a RGB image with the colors 128/0/0, .* as in mask_values=\"128/0/0=1\"",
         r"mask .*unnamed\.png shows dog, which the labels of unnamed\.png do not name",
         r"twin\.png is the same file as sound\.png",
         r"names the class 'dgo', which is not in .*classes\.txt: did you mean 'dog'",
@@ -652,30 +652,30 @@ def test_a_real_folder_has_no_problems(shared_data: Path) -> None:
     assert report.problems == ()
 
 
-# ---- Colour masks.
+# ---- Color masks.
 
 
 @pytest.mark.parametrize("ignore", [None, (1, 2, 3)])
-def test_colours_become_ids(tmp_path: Path, ignore: tuple[int, int, int] | None) -> None:
+def test_colors_become_ids(tmp_path: Path, ignore: tuple[int, int, int] | None) -> None:
     ids = np.array([[0, 1, 2], [2, 255 if ignore else 0, 1]], dtype=np.uint8)
-    colours = [(0, 0, 0), (255, 0, 0), (0, 128, 255)]
-    PILImage.fromarray(np.array([*colours, *[(1, 2, 3)] * 253], dtype=np.uint8)[ids]).save(tmp_path / "colours.png")
-    colours_to_ids(tmp_path / "colours.png", colours, ignore=ignore).save(tmp_path / "ids.png")
+    colors = [(0, 0, 0), (255, 0, 0), (0, 128, 255)]
+    PILImage.fromarray(np.array([*colors, *[(1, 2, 3)] * 253], dtype=np.uint8)[ids]).save(tmp_path / "colors.png")
+    colors_to_ids(tmp_path / "colors.png", colors, ignore=ignore).save(tmp_path / "ids.png")
     np.testing.assert_array_equal(open_mask(tmp_path / "ids.png"), ids)
 
 
-def test_a_mask_saved_in_the_colours_of_voc_is_turned_back(shared_data: Path) -> None:
+def test_a_mask_saved_in_the_colors_of_voc_is_turned_back(shared_data: Path) -> None:
     path = sorted((shared_data / "voc12_animals/SegmentationClassAug").iterdir())[0]
     with PILImage.open(path) as mask:
-        np.testing.assert_array_equal(np.array(colours_to_ids(mask.convert("RGB"))), np.array(mask))
+        np.testing.assert_array_equal(np.array(colors_to_ids(mask.convert("RGB"))), np.array(mask))
 
 
-def test_colours_between_classes_are_refused_with_their_place(tmp_path: Path) -> None:
+def test_colors_between_classes_are_refused_with_their_place(tmp_path: Path) -> None:
     pixels = np.zeros((4, 4, 3), dtype=np.uint8)
     pixels[2, 1] = (9, 9, 9)
     PILImage.fromarray(pixels).save(tmp_path / "m.png")
-    with pytest.raises(DataError, match=r"m\.png has the colour \(9, 9, 9\) at row 2, column 1, expected one of 2"):
-        colours_to_ids(tmp_path / "m.png", [(0, 0, 0), (255, 255, 255)])
+    with pytest.raises(DataError, match=r"m\.png has the color \(9, 9, 9\) at row 2, column 1, expected one of 2"):
+        colors_to_ids(tmp_path / "m.png", [(0, 0, 0), (255, 255, 255)])
 
 
 # ---- What people's tables and folders look like.
@@ -791,7 +791,7 @@ def test_a_row_of_zeros_is_a_statement_and_an_empty_cell_an_omission(make_folder
     assert load_folder(root)["labels"][:] == [[0], []]
     (root / "labels.csv").write_text("file_name,labels\na.png,crack\nb.png,\n")
     save_picture(root / "images/b.png", (4, 4))  # another file than a.png
-    assert [problem.kind for problem in check_folder(root, caller="check").problems] == ["unlabelled"]
+    assert [problem.kind for problem in check_folder(root, caller="check").problems] == ["unlabeled"]
     assert "--allow-empty" in str(check_folder(root, caller="check"))
     assert check_folder(root, allow_empty=True).ok
 

@@ -116,7 +116,7 @@ def training_arrays(attention_map_mode: str = "recompute") -> dict[str, np.ndarr
 
 
 def seed_arrays() -> dict[str, np.ndarray]:
-    """Network inputs and seeds from the picture and its labels, through the functions that people call."""
+    """Network inputs and seeds from the image and its labels, through the functions that people call."""
     model, processor = build(), BiTransImageProcessor()
     image = Image.fromarray(GOLDEN["gen/image_uint8"])
     found: dict[str, np.ndarray] = {}
@@ -154,11 +154,11 @@ def test_crf_marginals_agree_with_the_reference(alpha: int):
     pytest.importorskip("pydensecrf", reason="the dense CRF needs pydensecrf2: pip install 'bitrans-hf[crf]'")
     maps = np.stack([reproduced()[f"gen/ss_refined/class{class_id}"] for class_id in (0, 2)])
     scores = np.concatenate([(1 - maps.max(axis=0, keepdims=True)) ** alpha, maps])
-    # The reference's script gets the picture back from the network's input and cuts the decimals off, so that one
-    # value in eleven is too small by one. With the true picture 6 % of the marginals differ by more than 2e-3.
+    # The reference's script gets the image back from the network's input and cuts the decimals off, so that one
+    # value in eleven is too small by one. With the true image 6 % of the marginals differ by more than 2e-3.
     mean, std = (np.array(values, dtype=np.float32) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    normalised = (GOLDEN["gen/image_uint8"].astype(np.float32) / 255 - mean) / std
-    image = ((normalised * std + mean) * 255).astype(np.uint8)
+    normalized = (GOLDEN["gen/image_uint8"].astype(np.float32) / 255 - mean) / std
+    image = ((normalized * std + mean) * 255).astype(np.uint8)
     marginals = dense_crf(image, scores, preset="psa")
     for label, ours in zip((0, 1, 3), marginals, strict=True):
         theirs = GOLDEN[f"gen/crf_alpha{alpha}/label{label}"].astype(np.float32)

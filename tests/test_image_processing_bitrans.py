@@ -26,7 +26,7 @@ def normalized(image: Image.Image) -> np.ndarray:
     return ((np.asarray(image) / 255.0 - MEAN) / STD).transpose(2, 0, 1)
 
 
-# ---- Any picture to RGB.
+# ---- Any image to RGB.
 
 
 def test_an_rgb_picture_is_returned_as_it_is():
@@ -34,14 +34,14 @@ def test_an_rgb_picture_is_returned_as_it_is():
     assert to_rgb(image) is image
 
 
-def test_gray_and_palette_pictures_keep_their_colours():
+def test_gray_and_palette_pictures_keep_their_colors():
     gray = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = np.repeat(gray[:, :, None], 3, axis=2)
     np.testing.assert_array_equal(np.asarray(to_rgb(Image.fromarray(gray))), expected)
     paletted = Image.fromarray(gray % 3)
     paletted.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    colours = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]], dtype=np.uint8)
-    np.testing.assert_array_equal(np.asarray(to_rgb(paletted)), colours[gray % 3])
+    colors = np.array([[10, 20, 30], [40, 50, 60], [70, 80, 90]], dtype=np.uint8)
+    np.testing.assert_array_equal(np.asarray(to_rgb(paletted)), colors[gray % 3])
     assert to_rgb(Image.new("1", (2, 2), 1)).getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -67,7 +67,7 @@ def test_transparent_pixels_are_laid_on_white():
     np.testing.assert_array_equal(np.asarray(to_rgb(gray_alpha))[0, :, 0], [90, 255])
 
 
-def test_a_transparent_palette_colour_is_laid_on_white(tmp_path: Path):
+def test_a_transparent_palette_color_is_laid_on_white(tmp_path: Path):
     paletted = Image.fromarray(np.array([[0, 1]], dtype=np.uint8))
     paletted.putpalette([10, 20, 30, 40, 50, 60])
     paletted.save(tmp_path / "sprite.png", transparency=1)
@@ -165,7 +165,7 @@ def test_an_image_with_too_many_pixels_to_open_is_one_sentence(
 
 
 @pytest.mark.parametrize("size", [(60, 90), (45, 31), (33, 33)])
-def test_scaled_views_are_pils_bicubic_normalised(size: tuple[int, int]):
+def test_scaled_views_are_pils_bicubic_normalized(size: tuple[int, int]):
     height, width = size
     image, scales = picture(height, width), (1.0, 0.75, 1.25, 0.5)
     views = BiTransImageProcessor().scaled_views(image, scales)
@@ -190,7 +190,7 @@ def test_a_scale_that_leaves_nothing_is_refused():
 # ---- The training square.
 
 
-def test_a_call_resizes_to_the_square_and_normalises():
+def test_a_call_resizes_to_the_square_and_normalizes():
     processor = BiTransImageProcessor(size={"height": 32, "width": 48})
     smooth = picture(64, 96)
     batch = processor([smooth, Image.new("RGB", (10, 20), (255, 128, 0))], return_tensors="pt").pixel_values
@@ -222,11 +222,11 @@ def test_a_call_turns_any_mode_into_rgb_as_the_views_do(image: Image.Image):
     assert torch.equal(ours, BiTransImageProcessor()(to_rgb(image), return_tensors="pt").pixel_values)
 
 
-# ---- Label maps beside pictures.
+# ---- Label maps beside images.
 
 
 def label_map_picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A palette picture of the ids 0, 3 and 255 in blocks."""
+    """A palette image of the ids 0, 3 and 255 in blocks."""
     ids = np.array([0, 3, 255], dtype=np.uint8)[np.random.default_rng(seed).integers(0, 3, (3, 4))]
     image = Image.fromarray(ids).resize((width, height), Image.Resampling.NEAREST)
     image.putpalette(list(range(256)) * 3)
@@ -234,7 +234,7 @@ def label_map_picture(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def nearest(ids: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (h, w) by taking the pixel under each new pixel's centre."""
+    """Resize (h, w) by taking the pixel under each new pixel's center."""
     rows = ((np.arange(height) + 0.5) * ids.shape[0] / height).astype(int)
     columns = ((np.arange(width) + 0.5) * ids.shape[1] / width).astype(int)
     return ids[rows][:, columns]
@@ -260,8 +260,8 @@ def test_pictures_come_out_the_same_with_and_without_label_maps():
 @pytest.mark.parametrize(
     ("label_maps", "words"),
     [
-        ([Image.new("L", (30, 20))] * 2, "got 2 segmentation maps for 1 pictures"),
-        ([Image.new("L", (20, 30))], r"map 0 is 30 x 20 \(height x width\) and its picture 20 x 30"),
+        ([Image.new("L", (30, 20))] * 2, "got 2 segmentation maps for 1 images"),
+        ([Image.new("L", (20, 30))], r"map 0 is 30 x 20 \(height x width\) and its image 20 x 30"),
         ([Image.new("RGB", (30, 20))], "has 3 channels, expected one of label ids"),
     ],
 )
@@ -270,7 +270,7 @@ def test_label_maps_that_do_not_belong_to_the_pictures_are_refused(label_maps: l
         BiTransImageProcessor()([picture(20, 30)], label_maps)
 
 
-# ---- A bound on large pictures.
+# ---- A bound on large images.
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,7 @@ def test_pseudo_masks_without_a_size_stay_on_the_token_grid():
         ({"threshold": 2}, r"threshold must be in \[0, 1\], got 2"),
         ({"mode": "cam"}, "mode must be one of fused, fused_sqrt, sc_cam, coarse_cam, got 'cam'"),
         ({"labels": torch.ones(2, 2)}, r"multi-hot of shape \(2, 3\), got \(2, 2\)"),
-        ({"target_sizes": [(4, 4)]}, r"\(height, width\) for each of 2 pictures"),
+        ({"target_sizes": [(4, 4)]}, r"\(height, width\) for each of 2 images"),
     ],
 )
 def test_pseudo_masks_refuse_what_does_not_fit(options: dict[str, Any], words: str):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from bitrans_hf.hub.labels import BACKGROUND, COCO_CLASSES, IGNORE_INDEX, VOC_CLASSES, class_ids_to_multi_hot, palette
 
-# The devkit's colours of background and the twenty classes.
+# The devkit's colors of background and the twenty classes.
 VOC_COLOURS = [
     (0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128), (128, 128, 128),
     (64, 0, 0), (192, 0, 0), (64, 128, 0), (192, 128, 0), (64, 0, 128), (192, 0, 128), (64, 128, 128), (192, 128, 128),
@@ -18,9 +18,9 @@ VOC_COLOURS = [
 
 
 def test_the_palette_is_that_of_voc():
-    colours = palette()
-    assert len(colours) == 768
-    triples = [tuple(colours[start : start + 3]) for start in range(0, 768, 3)]
+    colors = palette()
+    assert len(colors) == 768
+    triples = [tuple(colors[start : start + 3]) for start in range(0, 768, 3)]
     assert triples[:21] == VOC_COLOURS
     assert triples[IGNORE_INDEX] == (224, 224, 192)
     assert len(set(triples)) == 256

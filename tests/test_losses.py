@@ -184,7 +184,7 @@ def test_without_a_second_view_the_loss_is_the_two_classification_terms():
 
 
 @pytest.mark.parametrize("present", [False, True])
-def test_normalised_consistency_compares_shapes_of_maps(present: bool):
+def test_normalized_consistency_compares_shapes_of_maps(present: bool):
     rng = np.random.default_rng(3)
     first, second = rng.random((2, 3, 3, 4, 5), dtype=np.float32)
     second[0, 1] = 7.0 * first[0, 1]  # more attention, the same shape

@@ -107,7 +107,7 @@ def test_areas_noise_and_any_integers_are_counted_alike(noise, dtypes):
 
 
 def community_mean_iou(predictions, references, num_labels, ignore_index, nan_to_num=None, reduce_labels=False):
-    """The arithmetic of the community metric in NumPy, by three histograms for each picture."""
+    """The arithmetic of the community metric in NumPy, by three histograms for each image."""
     intersect, predicted, labelled = (np.zeros(num_labels) for _ in range(3))
     for prediction, reference in zip(predictions, references, strict=True):
         if reduce_labels:
@@ -389,7 +389,7 @@ def test_the_page_of_the_space_scores_two_files_and_says_what_is_wrong(tmp_path)
 
 
 def slow_sweep(pictures, thresholds, num_classes):
-    """One pass over all pictures for each threshold, as wsss.md A4 writes it (but to the end)."""
+    """One pass over all images for each threshold, as wsss.md A4 writes it (but to the end)."""
     miou, per_class = [], []
     for threshold in thresholds:
         counts = np.zeros((1 + num_classes, 1 + num_classes), dtype=np.int64)
@@ -528,7 +528,7 @@ TARGET = np.zeros((2, 2), dtype=np.uint8)
             r"class ids \[1, 1\]; they must differ",
         ),
         (lambda: ThresholdSweep(2).add(Seeds(np.array([0]), ONE.maps * 3), TARGET), r"values in \[1.5, 1.5\]"),
-        (lambda: ThresholdSweep(2).add(Seeds(np.array([0]), ONE.maps * np.nan), TARGET), "normalise the maps"),
+        (lambda: ThresholdSweep(2).add(Seeds(np.array([0]), ONE.maps * np.nan), TARGET), "normalize the maps"),
         (lambda: ThresholdSweep(2).compute(), "counted no pixel"),
         (lambda: ThresholdSweep(2).merge(ThresholdSweep(3)), "cannot merge a sweep over 3 classes"),
         (lambda: threshold_sweep([ONE], [], num_classes=2), "more seeds than masks, of which there are 0"),

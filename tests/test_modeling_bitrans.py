@@ -458,7 +458,7 @@ def test_a_saved_model_comes_back_bit_identical(tmp_path: Path):
 
 
 def test_parameters_that_a_checkpoint_lacks_are_initialised(tmp_path: Path):
-    """The model is built on the meta device: what nothing initialises would be whatever memory held."""
+    """The model is built on the meta device: what nothing initializes would be whatever memory held."""
     model = tiny_model()
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

@@ -264,7 +264,7 @@ def test_the_preset_turns_a_recipe_into_the_baseline_and_keeps_its_data():
     assert learning_rate(after.train, 250, 100, 16) == pytest.approx(0.1 * 0.5**0.9)
 
 
-def test_the_optimiser_is_what_the_recipe_says():
+def test_the_optimizer_is_what_the_recipe_says():
     model = make()
     adamw = make_optimizer(model, TrainRecipe(weight_decay=0.05))
     sgd = make_optimizer(model, TrainRecipe(weight_decay=1e-4, optimizer="sgd", momentum=0.9))

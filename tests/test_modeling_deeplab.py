@@ -176,7 +176,7 @@ def test_the_networks_of_the_recipes_can_be_built(name: str):
 
 
 def resized_by_hand(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Bilinear interpolation of (L, h, w) with pixel centres at half cells, one output pixel after the other."""
+    """Bilinear interpolation of (L, h, w) with pixel centers at half cells, one output pixel after the other."""
     _, h, w = logits.shape
     result = np.empty((len(logits), *size))
     for y in range(size[0]):
@@ -226,7 +226,7 @@ def test_label_maps_may_be_of_any_integer_type(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("preset", ["mctformer", "deeplab-v1"])
-def test_training_learns_two_colours(preset: str):
+def test_training_learns_two_colors(preset: str):
     model = make(backbone="test_resnet", num_labels=3, output_stride=8, preset=preset, freeze_batch_norm=False).train()
     images, labels = torch.zeros(2, 3, 48, 64), torch.zeros(2, 48, 64, dtype=torch.long)
     images[0, 0, :, 32:], labels[0, :, 32:] = 2.0, 1

@@ -26,7 +26,7 @@ def refine_by_loops(image: np.ndarray, scores: np.ndarray, dilations: tuple[int,
     distances = [math.hypot(dy, dx) for dy, dx in steps]
     position = softmax([-((distance / np.std(distances, ddof=1) / 0.3) ** 2) for distance in distances])
 
-    def neighbours(y: int, x: int) -> list[tuple[int, int]]:
+    def neighbors(y: int, x: int) -> list[tuple[int, int]]:
         return [(min(max(y + dy, 0), height - 1), min(max(x + dx, 0), width - 1)) for dy, dx in steps]
 
     weights = {}
@@ -34,14 +34,14 @@ def refine_by_loops(image: np.ndarray, scores: np.ndarray, dilations: tuple[int,
         for x in range(width):
             logits = np.zeros(len(steps))
             for channel in image.astype(np.float64):
-                values = np.array([channel[at] for at in neighbours(y, x)])
+                values = np.array([channel[at] for at in neighbors(y, x)])
                 logits -= (np.abs(values - channel[y, x]) / (values.std(ddof=1) + 1e-8) / 0.3) ** 2 / 3
             weights[y, x] = softmax(logits) + 0.01 * position
     refined = scores.astype(np.float64)
     for _ in range(iterations):
         before = refined.copy()
         for (y, x), weight in weights.items():
-            refined[:, y, x] = sum(w * before[:, at[0], at[1]] for w, at in zip(weight, neighbours(y, x), strict=True))
+            refined[:, y, x] = sum(w * before[:, at[0], at[1]] for w, at in zip(weight, neighbors(y, x), strict=True))
     return refined
 
 
@@ -69,7 +69,7 @@ def test_an_image_of_a_batch_is_refined_as_if_it_were_alone():
 
 
 def test_ragged_scores_move_to_the_edge_of_the_picture():
-    # A grey square on black; the scores know it only roughly and are blurred.
+    # A gray square on black; the scores know it only roughly and are blurred.
     image = torch.zeros(1, 3, 60, 60)
     image[:, :, 20:40, 20:40] = 0.6
     image += 0.02 * torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
@@ -86,7 +86,7 @@ def test_ragged_scores_move_to_the_edge_of_the_picture():
 
 
 @pytest.mark.parametrize("kind", ["uint8", "0-255", "0-1"])
-def test_the_scale_of_the_colours_does_not_matter(kind: str):
+def test_the_scale_of_the_colors_does_not_matter(kind: str):
     pixels = (random_images() * 255).round()
     images = {"uint8": pixels.to(torch.uint8), "0-255": pixels, "0-1": pixels / 255}[kind]
     expected = pixel_adaptive_refinement(pixels, random_scores())
@@ -108,7 +108,7 @@ def test_scores_that_sum_to_one_still_do():
     torch.testing.assert_close(refined.sum(dim=1), torch.ones(2, 7, 9), atol=1e-5, rtol=0)
 
 
-def test_a_picture_of_one_colour_is_handled():
+def test_a_picture_of_one_color_is_handled():
     refined = pixel_adaptive_refinement(torch.full((1, 3, 8, 8), 0.5), random_scores(1, 2, 8, 8))
     assert torch.isfinite(refined).all()
 

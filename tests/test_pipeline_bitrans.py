@@ -39,7 +39,7 @@ def pipe() -> PseudoMaskPipeline:
 
 
 def label_map(masks: list[dict[str, Any]], size: tuple[int, int]) -> np.ndarray:
-    """(H, W) of one picture's answer: 0 background, class id + 1."""
+    """(H, W) of one image's answer: 0 background, class id + 1."""
     combined = np.zeros(size, dtype=np.uint8)
     for entry in masks:
         combined[np.asarray(entry["mask"]) == 255] = CLASSES.index(entry["label"]) + 1
@@ -140,11 +140,11 @@ def test_options_may_be_given_once_for_all():
     assert_same(own(image, threshold=0.2), pipe()(image, threshold=0.2, scales=(1.0, 1.5)))
 
 
-# ---- Many pictures.
+# ---- Many images.
 
 
 def mixed_pictures() -> list[dict[str, Any]]:
-    """Seven pictures of four sizes and different labels, one of which leaves them to the model."""
+    """Seven images of four sizes and different labels, one of which leaves them to the model."""
     sizes = [(32, 44), (40, 24), (32, 44), (24, 24), (32, 44), (40, 24), (33, 47)]
     labels = [["cat"], ["dog", "horse"], None, [], ["horse"], ["cat", "dog"], ["dog"]]
     return [
@@ -183,7 +183,7 @@ def items_of(rows: datasets.Dataset) -> list[dict[str, Any]]:
 
 
 def dataset_of(names: list[str]) -> datasets.Dataset:
-    """Three pictures as files in memory, with labels of a ClassLabel whose order is not the model's."""
+    """Three images as files in memory, with labels of a ClassLabel whose order is not the model's."""
     features = datasets.Features(
         {
             "image": datasets.Image(),
@@ -244,7 +244,7 @@ def test_generators_iterators_and_tuples_are_read_one_after_the_other():
     assert pipe()([]) == []
 
 
-# ---- Pictures of every kind.
+# ---- Images of every kind.
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_pictures_of_any_mode_and_format_are_segmented(
 
 
 def turned_jpeg(path: Path, orientation: int = 6) -> Image.Image:
-    """Save a picture with an EXIF tag that says to turn it; return the picture as a viewer shows it."""
+    """Save an image with an EXIF tag that says to turn it; return the image as a viewer shows it."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     picture(40, 64).save(path, exif=exif, quality=95)
@@ -443,16 +443,16 @@ def test_the_crf_without_the_package_says_what_to_install(monkeypatch: pytest.Mo
             "8 x 8000 pixels .*worked on at 3 x 2846.*raise max_side",
         ),
         ({"inputs": Image.new("RGB", (20, 20)), "scales": (1.0, 0.3)}, ValueError, "at scale 0.3"),
-        ({"inputs": "nowhere.jpg"}, ValueError, "picture nowhere.jpg is not there"),
-        ({"inputs": "/"}, ValueError, "it is a folder; give its pictures one by one or use `bitrans masks`"),
+        ({"inputs": "nowhere.jpg"}, ValueError, "image nowhere.jpg is not there"),
+        ({"inputs": "/"}, ValueError, "it is a folder; give its images one by one or use `bitrans masks`"),
         (
-            {"inputs": b"no picture"},
+            {"inputs": b"no image"},
             ValueError,
             "held in memory cannot be read: it is no image file, or a damaged one",
         ),
         ({"inputs": np.zeros((8, 8, 3))}, TypeError, "got ndarray as a picture.*Image.fromarray"),
         ({"candidate_labels": ["dgo"]}, ValueError, "unknown class name 'dgo'; the model knows cat, dog, horse"),
-        ({"candidate_labels": [["dog"], ["cat"]]}, ValueError, "labels of one picture|class names of one picture"),
+        ({"candidate_labels": [["dog"], ["cat"]]}, ValueError, "labels of one image|class names of one image"),
         ({"candidate_labels": [1, 0]}, ValueError, "expected one 0/1 label for each of 3 classes"),
         ({"inputs": {"image": picture(20, 20), "labels": [1]}}, ValueError, "'labels', expected 'image' and 'cand"),
         ({"threshold": 1.5}, ValueError, r"threshold must be in \[0, 1\], got 1.5"),
@@ -476,12 +476,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, cut: int):
     stream = io.BytesIO()
     picture(40, 48).save(stream, format="PNG")
     (tmp_path / "broken.png").write_bytes(stream.getvalue()[:cut])
-    with pytest.raises(ValueError, match=r"picture .*broken\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"image .*broken\.png cannot be read"):
         pipe()(str(tmp_path / "broken.png"))
 
 
 def test_a_url_that_does_not_answer_is_named(web: str):
-    with pytest.raises(ValueError, match=r"picture http://127.0.0.1:\d+/gone.jpg cannot be read .HTTPError.*404"):
+    with pytest.raises(ValueError, match=r"image http://127.0.0.1:\d+/gone.jpg cannot be read .HTTPError.*404"):
         pipe()(f"{web}/gone.jpg", timeout=5)
 
 
@@ -495,7 +495,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize(
     ("features", "words"),
     [
-        ({"picture": datasets.Image()}, "the columns picture, expected one called image"),
+        ({"image": datasets.Image()}, "the columns image, expected one called image"),
         (
             {"image": datasets.Image(), "labels": datasets.Sequence(datasets.Value("int64"))},
             "column 'labels' is .*expected",

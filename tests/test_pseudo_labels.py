@@ -59,16 +59,16 @@ def test_a_threshold_outside_its_range_is_refused(threshold: float):
         seeds_to_label_map(random_seeds(1), threshold)
 
 
-def test_a_label_png_holds_ids_and_the_voc_colours(tmp_path: Path):
+def test_a_label_png_holds_ids_and_the_voc_colors(tmp_path: Path):
     label_map = np.array([[0, 1, 2], [15, 20, 255]], dtype=np.uint8)
     path = tmp_path / "labels" / "a.png"
     write_label_png(path, label_map)
     with Image.open(path) as image:
         assert (image.mode, image.size) == ("P", (3, 2))
         np.testing.assert_array_equal(np.asarray(image), label_map)
-        colours = np.asarray(image.convert("RGB"))
-    assert colours[0].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
-    assert colours[1].tolist() == [[192, 128, 128], [0, 64, 128], [224, 224, 192]]
+        colors = np.asarray(image.convert("RGB"))
+    assert colors[0].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+    assert colors[1].tolist() == [[192, 128, 128], [0, 64, 128], [224, 224, 192]]
     assert [file.name for file in path.parent.iterdir()] == ["a.png"]
 
 

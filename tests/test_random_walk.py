@@ -83,7 +83,7 @@ def test_the_walk_agrees_with_a_loop(beta: float, num_doublings: int):
         np.testing.assert_allclose(walked, expected, atol=1e-6)
 
 
-def test_columns_are_normalised_when_the_affinity_is_not_symmetric():
+def test_columns_are_normalized_when_the_affinity_is_not_symmetric():
     affinity = torch.rand(12, 12, generator=torch.Generator().manual_seed(3))
     cams = random_cams(2, 3, 4)
     expected = walk_by_loops(cams.numpy(), affinity.numpy(), 2.0, 2)

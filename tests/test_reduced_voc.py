@@ -15,7 +15,7 @@ from bitrans_hf.stages.prepare_voc import main as prepare_voc_main
 TRAINING = Path(__file__).resolve().parents[1] / "training"
 
 SIZES = {"2007_000001": (100, 75), "2007_000002": (33, 64), "2007_000003": (32, 20)}
-"""(width, height) of the pictures; the last is small enough for a longest side of 32."""
+"""(width, height) of the images; the last is small enough for a longest side of 32."""
 PALETTE = [number * factor % 256 for number in range(256) for factor in (3, 5, 7)]
 
 
@@ -63,7 +63,7 @@ def test_the_longest_side_is_as_asked_and_masks_keep_ids_and_palette(devkit: Pat
         with Image.open(target / "SegmentationClassAug" / f"{image_id}.png") as mask:
             assert (mask.format, mask.mode, mask.size) == ("PNG", "P", size)
             assert mask.getpalette()[: 3 * 16] == PALETTE[: 3 * 16]
-    # The nearest pixel to a small one's centre, by a loop.
+    # The nearest pixel to a small one's center, by a loop.
     large = open_mask(devkit / "SegmentationClassAug" / "2007_000001.png")
     small = open_mask(target / "SegmentationClassAug" / "2007_000001.png")
     for y, x in np.ndindex(24, 32):
@@ -100,7 +100,7 @@ def test_files_that_are_there_stay_and_missing_ones_are_added(devkit: Path, tmp_
 def test_damaged_files_are_named_after_the_others_are_written(devkit: Path, tmp_path: Path):
     picture = devkit / "JPEGImages" / "2007_000001.jpg"
     picture.write_bytes(picture.read_bytes()[:-200])
-    (devkit / "SegmentationClassAug" / "2007_000002.png").write_bytes(b"no picture")
+    (devkit / "SegmentationClassAug" / "2007_000002.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"2007_000001.jpg cannot be read .*\(2 such problems in 3 images\)"):
         write_reduced_voc(devkit, tmp_path / "small", 32)
     made = files_of(tmp_path / "small")

@@ -66,7 +66,7 @@ def assert_equal_bits(actual: dict[str, np.ndarray], expected: dict[str, np.ndar
 def test_a_folder_opens_without_the_package(folders: dict[str, Path], expected: dict[str, np.ndarray], tmp_path: Path):
     sources = {name: {"path": str(path)} for name, path in folders.items()}
     assert_equal_bits(open_without_the_package(sources, tmp_path, {}), expected)
-    # The comparison would see a change: all these differ between pictures, and none is constant.
+    # The comparison would see a change: all these differ between images, and none is constant.
     assert sum(value.size > 1 and value.min() < value.max() for value in expected.values()) > 30
 
 

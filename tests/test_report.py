@@ -59,7 +59,7 @@ class Page(HTMLParser):
         return " ".join(self.words)
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- images -------------------------------------------------------------------------------------------------------
 
 
 def test_heat_is_blended_over_the_grey_photo():
@@ -70,7 +70,7 @@ def test_heat_is_blended_over_the_grey_photo():
     np.testing.assert_allclose(overlay[0, 1], 0.75 * 90 + 0.25 * hot, atol=0.51)
 
 
-def test_labels_are_painted_in_voc_colours_and_ignored_pixels_white():
+def test_labels_are_painted_in_voc_colors_and_ignored_pixels_white():
     image = Image.new("L", (3, 1), 100)
     overlay = np.asarray(report.label_overlay(image, np.array([[0, 1, 255]], dtype=np.uint8), strength=0.5))
     # Label 1 is (128, 0, 0) in the VOC palette; background moves 40 % of the way to white.
@@ -88,8 +88,8 @@ def test_photos_of_any_mode_are_shown(mode):
     ("draw", "message"),
     [
         (lambda image: report.heat_overlay(image, np.zeros((4, 3))), r"class map has shape \(4, 3\) .* 3 x 4"),
-        (lambda image: report.heat_overlay(image, np.full((3, 4), 2.0)), r"values in \[2, 2\]; normalise"),
-        (lambda image: report.heat_overlay(image, np.full((3, 4), np.nan)), "normalise it to"),
+        (lambda image: report.heat_overlay(image, np.full((3, 4), 2.0)), r"values in \[2, 2\]; normalize"),
+        (lambda image: report.heat_overlay(image, np.full((3, 4), np.nan)), "normalize it to"),
         (lambda image: report.label_overlay(image, np.zeros((1, 4), np.uint8)), r"label map has shape \(1, 4\)"),
         (lambda image: report.figure_grid([]), "no rows"),
     ],
@@ -219,7 +219,7 @@ def test_all_text_is_escaped(tmp_path):
     )
     page = Page(path)
     assert "script" not in page.tags
-    assert page.tags.count("i") == 2  # the two colour chips, none from the class name "<i>cow</i>"
+    assert page.tags.count("i") == 2  # the two color chips, none from the class name "<i>cow</i>"
     assert "<i>cow</i>" in page.words
     assert page.words.count(hostile) >= 9
 
@@ -242,7 +242,7 @@ def test_the_page_says_where_ground_truth_is_missing(tmp_path, known, note):
     assert page.words.count("Ground truth") == (2 if any(known) else 0)
 
 
-def test_the_colour_of_every_shown_label_is_named(tmp_path):
+def test_the_color_of_every_shown_label_is_named(tmp_path):
     row = make_row(class_ids=(0,))
     row.target[0, 0] = 2  # another class in the truth alone
     row.target[0, 1] = 9  # a label that has no name here
@@ -261,7 +261,7 @@ def test_a_wrong_map_is_named_and_leaves_no_page(tmp_path):
 def test_a_page_without_pictures_can_hold_tables_alone(tmp_path):
     page = Page(report.write_report(tmp_path / "page.html", title="T", rows=[], tables=[Table("S", ["a"], [["b"]])]))
     assert "b" in page.words
-    assert "Pictures" not in page.words
+    assert "Images" not in page.words
     assert not (tmp_path / "page_pictures").exists()
 
 

@@ -16,7 +16,7 @@ MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
 
 
 def bilinear(grid: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resize (h, w) to (height, width) with pixel centres at half integers and edges repeated."""
+    """Resize (h, w) to (height, width) with pixel centers at half integers and edges repeated."""
     h, w = grid.shape
     out = np.empty((height, width))
     for row in range(height):

@@ -46,7 +46,7 @@ def generator(seed: int = 0) -> np.random.Generator:
 
 
 def slow_bilinear(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """OpenCV's bilinear resizing: centres of pixels, no smoothing."""
+    """OpenCV's bilinear resizing: centers of pixels, no smoothing."""
     result = np.zeros((height, width, values.shape[2]))
     for y in range(height):
         for x in range(width):
@@ -85,7 +85,7 @@ def test_scaling_and_padding_are_the_references(scale: float):
 
 
 def numbered_pair(height: int, width: int) -> tuple[Image.Image, np.ndarray]:
-    """A picture whose red and green say where a pixel is from, and a label map that repeats its column."""
+    """An image whose red and green say where a pixel is from, and a label map that repeats its column."""
     rows, columns = np.mgrid[:height, :width].astype(np.uint8)
     return Image.fromarray(np.stack([rows, columns, columns], axis=-1)), columns
 
@@ -108,7 +108,7 @@ def test_picture_and_label_map_are_cut_and_flipped_together():
 
 
 @pytest.mark.parametrize(("preset", "padding"), [("mctformer", 0), ("deeplab-v1", 255)])
-def test_padding_is_mean_colour_in_the_picture_and_the_presets_label(preset: str, padding: int):
+def test_padding_is_mean_color_in_the_picture_and_the_presets_label(preset: str, padding: int):
     augmentation = pair_augmentation(preset, crop_size=32, scale=(1.0, 1.0))
     label_map = np.full((20, 12), 3, dtype=np.uint8)
     pixel_values, labels = augment_pair(picture(20, 12), label_map, augmentation, 1.0, generator())
@@ -121,15 +121,15 @@ def test_padding_is_mean_colour_in_the_picture_and_the_presets_label(preset: str
 
 
 def test_the_jitter_shifts_hue_round_the_circle_and_leaves_labels_alone():
-    colour = (200, 60, 90)
-    image, label_map = Image.new("RGB", (8, 8), colour), np.ones((8, 8), dtype=np.uint8)
+    color = (200, 60, 90)
+    image, label_map = Image.new("RGB", (8, 8), color), np.ones((8, 8), dtype=np.uint8)
     hues, values = [], []
     for seed in range(40):
         augmentation = PairAugmentation(crop_size=8, hsv_jitter=10)
         pixel_values, labels = augment_pair(image, label_map, augmentation, 1.0, generator(seed))
         red, green, blue = pixel_values[:, 0, 0].numpy() * STD + MEAN
         hue, _, value = colorsys.rgb_to_hsv(red, green, blue)
-        hues.append((hue - colorsys.rgb_to_hsv(*(c / 255 for c in colour))[0] + 0.5) % 1 - 0.5)
+        hues.append((hue - colorsys.rgb_to_hsv(*(c / 255 for c in color))[0] + 0.5) % 1 - 0.5)
         values.append(255 * value - 200)
         assert (labels == 1).all()
     assert max(abs(hue) for hue in hues) <= 10 / 180 + 0.01

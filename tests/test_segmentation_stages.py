@@ -115,7 +115,7 @@ def test_a_network_is_trained_tested_and_scored(tmp_path: Path, capsys: pytest.C
     miou = 100 * metric.compute()["mean_iou"]
     assert tested["steps"]["multi_scale"] == pytest.approx(miou, abs=0.006)
     assert metrics(tmp_path, "predictions")["miou"] == tested["steps"]["multi_scale"]
-    # One scale, whole pictures: what training scored after its last epoch.
+    # One scale, whole images: what training scored after its last epoch.
     assert tested["steps"]["single_scale"] == trained["miou"]
 
     capsys.readouterr()
@@ -453,7 +453,7 @@ def test_a_wrong_recipe_is_refused(command: list[str], words: str, capsys: pytes
         ("deeplab-v1", 0.9, {(1.0, 5e-4), (1.0, 0.0), (2.0, 0.0), (10.0, 5e-4), (10.0, 0.0), (20.0, 0.0)}),
     ],
 )
-def test_the_optimiser_is_the_presets(preset: Any, momentum: float, groups: set[tuple[float, float]]):
+def test_the_optimizer_is_the_presets(preset: Any, momentum: float, groups: set[tuple[float, float]]):
     recipe, _ = parse_recipe("", TINY)
     settings = SegmentationRecipe(preset=preset, options={"backbone_config": {"width_multiplier": 0.03125}})
     model = build_network(Run(recipe, RunOptions(cpu=True), Accelerator(cpu=True)), settings, ["a", "b"])

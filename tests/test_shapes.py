@@ -126,8 +126,8 @@ def test_objects_stand_out_from_what_is_around_them(scenes: list[Scene]):
         row, column = np.mgrid[:64, :64]
         centre = scene.objects[0].centre
         near = np.hypot(row - centre[0], column - centre[1]) < scene.objects[0].radius + 3
-        colours = scene.image.astype(float)
-        contrasts.append(np.linalg.norm(colours[inside].mean(axis=0) - colours[near & ~inside].mean(axis=0)))
+        colors = scene.image.astype(float)
+        contrasts.append(np.linalg.norm(colors[inside].mean(axis=0) - colors[near & ~inside].mean(axis=0)))
     assert min(contrasts) > 50
     assert np.median(contrasts) > 90
 
@@ -144,7 +144,7 @@ def linear_accuracy(features: np.ndarray, classes: np.ndarray) -> float:
 
 
 def object_texture(scene: Scene, visible: np.ndarray, shape: DrawnShape) -> np.ndarray:
-    """Colour mean, spread and roughness of a window that every shape holds, and a histogram of the object's pixels."""
+    """Color mean, spread and roughness of a window that every shape holds, and a histogram of the object's pixels."""
     row, column = (round(value) for value in shape.centre)
     window = scene.image[row - 2 : row + 3, column - 2 : column + 3].astype(float)
     roughness = [np.abs(np.diff(window, axis=axis)).mean(axis=(0, 1)) for axis in (0, 1)]
@@ -160,7 +160,7 @@ def radial_profile(visible: np.ndarray) -> np.ndarray:
     return np.histogram(radii, bins=12, range=(0.0, 1.2))[0] / len(rows)
 
 
-def test_a_class_shows_in_the_silhouette_and_not_in_colour_texture_or_area(scenes: list[Scene]):
+def test_a_class_shows_in_the_silhouette_and_not_in_color_texture_or_area(scenes: list[Scene]):
     rows = [
         (object_texture(scene, visible, shape), radial_profile(visible), [full.sum()], shape.class_id)
         for scene in scenes[:1000]
@@ -173,7 +173,7 @@ def test_a_class_shows_in_the_silhouette_and_not_in_colour_texture_or_area(scene
     assert linear_accuracy(profile, classes) > 0.7, "the same classifier must see the shape, or the above says nothing"
 
 
-def test_the_colours_of_a_whole_scene_do_not_tell_its_class(scenes: list[Scene]):
+def test_the_colors_of_a_whole_scene_do_not_tell_its_class(scenes: list[Scene]):
     single = [scene for scene in scenes if len(scene.objects) == 1]
     bins = [(scene.image.reshape(-1, 3) // 64).astype(int) @ np.array([16, 4, 1]) for scene in single]
     histograms = np.array([np.bincount(scene_bins, minlength=64) / 4096 for scene_bins in bins])

@@ -206,7 +206,7 @@ def test_parquet_files_hold_pictures_and_masks(source: Dataset, tmp_path: Path, 
     assert content(loaded["validation"]) == expected
     assert content(loaded["test"]) == expected[2:3]
     assert class_names(loaded["test"]) == class_names(source)
-    # Pictures are still opened as they are stored, and no path of this machine went along.
+    # Images are still opened as they are stored, and no path of this machine went along.
     assert not loaded["validation"].features["image"].decode
     assert loaded["validation"].features["mask"].decode
     assert str(tmp_path) not in str(loaded["validation"].with_format("arrow")["image"][:].to_pylist())

@@ -31,7 +31,7 @@ def normalized(image: PILImage.Image) -> np.ndarray:
 
 
 def pixels(tensor: torch.Tensor) -> np.ndarray:
-    """Undo the normalisation: (H, W, 3) in [0, 255]."""
+    """Undo the normalization: (H, W, 3) in [0, 255]."""
     return (tensor.numpy().transpose(1, 2, 0) * STD + MEAN) * 255
 
 
@@ -72,7 +72,7 @@ def test_every_preset_gives_a_finite_square(preset: str, size: tuple[int, int]) 
 
 
 def test_crop_flip_keeps_the_share_of_the_picture_it_promises() -> None:
-    """On ramps the corners of a crop can be read off its colours."""
+    """On ramps the corners of a crop can be read off its colors."""
     ramp = np.linspace(0, 255, 256)
     red, green = np.meshgrid(ramp, ramp)
     image = PILImage.fromarray(np.stack([red, green, 0 * red], axis=2).astype(np.uint8))
@@ -80,7 +80,7 @@ def test_crop_flip_keeps_the_share_of_the_picture_it_promises() -> None:
     transform = training_transform(64, "crop_flip", scale=(0.5, 0.8))
     for _ in range(100):
         crop = pixels(transform(image))
-        # The first and last pixel centres of the crop are one sixty-fourth of it less apart than its edges.
+        # The first and last pixel centers of the crop are one sixty-fourth of it less apart than its edges.
         width, height = (np.ptp(crop[..., channel]) / 255 * 64 / 63 for channel in (0, 1))
         shares.append(width * height)
         flipped += crop[0, 0, 0] > crop[0, -1, 0]
@@ -230,7 +230,7 @@ def test_masks_are_never_decoded(shapes: Dataset) -> None:
     assert TrainingImages(broken, training_transform(32, "flip"))[0]["index"] == 0
 
 
-# ---- Pictures that cannot be read.
+# ---- Images that cannot be read.
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ GRIDS = [(3, 5), (4, 4), (1, 6), (5, 2)]
 
 
 def position_in_view(name: str, row: int, column: int, h: int, w: int) -> tuple[int, int]:
-    """Where the patch (row, column) of an h x w picture is found after the transform."""
+    """Where the patch (row, column) of an h x w image is found after the transform."""
     return {
         "hflip": (row, w - 1 - column),
         "vflip": (h - 1 - row, column),
@@ -83,16 +83,16 @@ def test_a_view_and_then_its_inverse_change_nothing(name: str, grid: tuple[int, 
 
 @pytest.mark.parametrize("name", VIEWS)
 def test_the_affinity_of_a_turned_picture_comes_back_as_that_of_the_picture(name: str):
-    """An affinity made from patch colours alone must not depend on how the picture lies."""
+    """An affinity made from patch colors alone must not depend on how the image lies."""
     h, w = 3, 5
-    colours = torch.randn(1, 4, h, w)
+    colors = torch.randn(1, 4, h, w)
 
     def affinity(features: torch.Tensor) -> torch.Tensor:
         flat = features.flatten(2)
         return (2.0 * flat.transpose(1, 2) @ flat).softmax(dim=-1)
 
-    back = invert_affinity(VIEWS[name], affinity(VIEWS[name].apply(colours)), grid_in_view(name, h, w))
-    torch.testing.assert_close(back, affinity(colours))
+    back = invert_affinity(VIEWS[name], affinity(VIEWS[name].apply(colors)), grid_in_view(name, h, w))
+    torch.testing.assert_close(back, affinity(colors))
 
 
 @pytest.mark.parametrize("name", VIEWS)

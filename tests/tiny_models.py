@@ -1,4 +1,4 @@
-"""Models and pictures that are small enough to run in milliseconds, for the tests."""
+"""Models and images that are small enough to run in milliseconds, for the tests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tiny_config(**overrides: Any) -> BiTransConfig:
 
 
 def tiny_model(seed: int = 0, **overrides: Any) -> BiTransModel:
-    """A randomly initialised `tiny_config` model in evaluation mode; equal seeds give equal weights."""
+    """A randomly initialized `tiny_config` model in evaluation mode; equal seeds give equal weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return BiTransModel(tiny_config(**overrides)).eval()
@@ -44,7 +44,7 @@ def pixels(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 def picture(height: int, width: int, seed: int = 0) -> Image.Image:
-    """An RGB picture of random blobs, smooth enough that resizing it makes sense."""
+    """An RGB image of random blobs, smooth enough that resizing it makes sense."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
     return coarse.resize((width, height), Image.Resampling.BICUBIC)

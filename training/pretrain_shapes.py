@@ -1,12 +1,12 @@
 """Train the small encoder that the shapes recipe starts from: the demo's stand-in for ImageNet weights.
 
-A plain timm vision transformer sees collages of four drawn pictures of one object each, cut around their object as
-ImageNet's are around theirs. Its patch tokens learn to name the picture that they lie in, its class token which shapes
+A plain timm vision transformer sees collages of four drawn images of one object each, cut around their object as
+ImageNet's are around theirs. Its patch tokens learn to name the image that they lie in, its class token which shapes
 the collage holds. So a token learns to speak of its own surroundings, which a network that is trained from scratch on
 whole scenes need not do: with attention over everything, any token can carry the evidence of any object.
 
-No mask is trained on; the labels are one word for each picture, and the place of the four pictures is known. No scene
-of a recipe comes from the streams of these pictures.
+No mask is trained on; the labels are one word for each image, and the place of the four images is known. No scene
+of a recipe comes from the streams of these images.
 
     python training/pretrain_shapes.py
 
@@ -46,10 +46,10 @@ SPLITS = (24, 32, 40)
 
 
 def main() -> None:
-    """Draw, train, score on fresh pictures, save."""
+    """Draw, train, score on fresh images, save."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--output", type=Path, default=Path("bitrans_hf/recipes/shapes_encoder.safetensors"))
-    parser.add_argument("--pictures", type=int, default=8000)
+    parser.add_argument("--images", type=int, default=8000)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -90,7 +90,7 @@ def main() -> None:
     }
     with atomic_write(options.output.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(f"{100 * accuracy:.1f} % of the pictures in fresh collages named right -> {options.output}")
+    print(f"{100 * accuracy:.1f} % of the images in fresh collages named right -> {options.output}")
 
 
 QUERY_GAIN = 1.3
@@ -99,11 +99,11 @@ QUERY_GAIN = 1.3
 
 @dataclass(frozen=True)
 class Pool:
-    """Pictures of one object each.
+    """Images of one object each.
 
     Attributes:
-        pictures: (n, 3, 64, 64) uint8.
-        centres: (n, 2) row and column of the object, in pixels.
+        images: (n, 3, 64, 64) uint8.
+        centers: (n, 2) row and column of the object, in pixels.
         classes: (n,) class ids.
     """
 
@@ -113,7 +113,7 @@ class Pool:
 
 
 def draw(count: int, seed: int) -> Pool:
-    """Draw `count` pictures of one object each."""
+    """Draw `count` images of one object each."""
     pictures = np.empty((count, 3, REFERENCE_SIZE, REFERENCE_SIZE), dtype=np.uint8)
     centres = np.empty((count, 2), dtype=np.float32)
     classes = np.empty(count, dtype=np.int64)
@@ -125,10 +125,10 @@ def draw(count: int, seed: int) -> Pool:
 
 
 def collages(pool: Pool, size: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
-    """Compose collages (size, 3, 64, 64) uint8 of four pictures, all divided at one random place.
+    """Compose collages (size, 3, 64, 64) uint8 of four images, all divided at one random place.
 
     Returns:
-        The collages, the class ids (size, 4) of the pictures (upper left, upper right, lower left, lower right), and
+        The collages, the class ids (size, 4) of the images (upper left, upper right, lower left, lower right), and
         the row and column of the division in pixels.
     """
     row, column = (SPLITS[int(torch.randint(len(SPLITS), ()))] for _ in range(2))
@@ -166,7 +166,7 @@ def logits_of_parts(
 
 
 def normalized(pictures: torch.Tensor) -> torch.Tensor:
-    """Scale pictures (B, 3, H, W) uint8 as the image processor does."""
+    """Scale images (B, 3, H, W) uint8 as the image processor does."""
     mean, std = (
         torch.tensor(values).view(3, 1, 1)
         for values in (BiTransImageProcessor.image_mean, BiTransImageProcessor.image_std)
@@ -176,9 +176,9 @@ def normalized(pictures: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def start_where_differences_show(encoder: VisionTransformer, pictures: torch.Tensor) -> None:
-    """Start from patch projections that whiten the pictures, sines of the position, and attention to what is alike.
+    """Start from patch projections that whiten the images, sines of the position, and attention to what is alike.
 
-    Random projections see little but a patch's mean colour, and random positions are drowned by it; both delay the
+    Random projections see little but a patch's mean color, and random positions are drowned by it; both delay the
     moment when a shape is first seen. Keys that equal the queries let a token attend to tokens that look like it and
     lie near it, as trained transformers do (Trockman & Kolter, "Mimetic initialization of self-attention layers", ICML
     2023); from random ones, attention stays nearly uniform and says nothing about which patches belong together.
@@ -223,7 +223,7 @@ def train(
     right: list[float] = []
     for step in progress(range(steps), desc="train", unit="step"):
         images, classes, (row, column) = collages(pool, batch_size)
-        # Each picture of the pool is met in many orientations: a shape is the same shape in all of them.
+        # Each image of the pool is met in many orientations: a shape is the same shape in all of them.
         if torch.rand(()) < 0.5:
             images, classes = images.flip(3), classes[:, [1, 0, 3, 2]]
             column = REFERENCE_SIZE - column
@@ -252,7 +252,7 @@ def train(
 
 @torch.no_grad()
 def score(encoder: VisionTransformer, patch_head: torch.nn.Module, pool: Pool) -> float:
-    """Return the share of pictures in 50 x 20 collages that their patch tokens name right."""
+    """Return the share of images in 50 x 20 collages that their patch tokens name right."""
     encoder.eval()
     right = []
     for _ in range(50):

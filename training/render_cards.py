@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def copy_numbers(folder: Path, cards: Path) -> None:
-    """Copy what a run measured, and its gallery where the pictures are drawn by us, beside its cards."""
+    """Copy what a run measured, and its gallery where the images are drawn by us, beside its cards."""
     run = RunRecord.from_folder(folder)
     with atomic_write(cards / run.name / "run.json") as temporary:
         temporary.write_text(run.to_json(), encoding="utf-8")

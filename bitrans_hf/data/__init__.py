@@ -6,7 +6,7 @@ from ..lazy import lazy_names
 
 if TYPE_CHECKING:
     from .coco import CocoMaskRule, load_coco, write_coco_masks
-    from .common import DataError, UnreadableImageError, colours_to_ids, image_size, open_image, open_mask
+    from .common import DataError, UnreadableImageError, colors_to_ids, image_size, open_image, open_mask
     from .folder import load_folder
     from .folder_report import FolderReport, check_folder
     from .mask_report import check_masks
@@ -27,7 +27,7 @@ __getattr__, __dir__ = lazy_names(
         "check_folder": "folder_report",
         "check_masks": "mask_report",
         "class_names": "rows",
-        "colours_to_ids": "common",
+        "colors_to_ids": "common",
         "image_size": "common",
         "load_coco": "coco",
         "load_folder": "folder",
@@ -53,7 +53,7 @@ __all__ = [
     "check_folder",
     "check_masks",
     "class_names",
-    "colours_to_ids",
+    "colors_to_ids",
     "image_size",
     "load_coco",
     "load_folder",

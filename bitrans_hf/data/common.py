@@ -1,4 +1,4 @@
-"""What every loader shares: pictures and masks opened safely, masks in another class order, names and paths."""
+"""What every loader shares: images and masks opened safely, masks in another class order, names and paths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..hub.labels import BACKGROUND, IGNORE_INDEX, palette
 from .mask_values import OPTION, MaskValueError, MaskValues, checked_ids, label_ids
 
 ImageCell: TypeAlias = Mapping[str, Any] | PILImage.Image | str | Path
-"""A picture as a row may hold it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
+"""An image as a row may hold it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
 
 
 class ImageRow(TypedDict):
@@ -64,7 +64,7 @@ class DataError(InputError):
     """A data set that cannot be used as it is: what was found, what was expected, what to do.
 
     Attributes:
-        kind: Of masks, what is wrong in a word: "unreadable", "colours", "size" or "ids"; "" otherwise.
+        kind: Of masks, what is wrong in a word: "unreadable", "colors", "size" or "ids"; "" otherwise.
     """
 
     kind = ""
@@ -76,7 +76,7 @@ class DataError(InputError):
 
 
 class UnreadableImageError(DataError):
-    """A picture or mask whose file is missing, damaged or no image; the message names the file."""
+    """An image or mask whose file is missing, damaged or no image; the message names the file."""
 
     kind = "unreadable"
 
@@ -97,11 +97,11 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-# ---- Pictures and masks.
+# ---- Images and masks.
 
 
 def open_image(cell: ImageCell) -> PILImage.Image:
-    """Open a picture as RGB, with the pixels as they are stored.
+    """Open an image as RGB, with the pixels as they are stored.
 
     An EXIF orientation tag is not applied: masks of VOC, COCO and of annotation tools belong to the stored pixels.
 
@@ -163,7 +163,7 @@ def look_at_file(path: Path) -> tuple[ImageFacts, bytes]:
 
 
 def image_size(cell: ImageCell) -> tuple[int, int]:
-    """Return the (height, width) of a picture as it is stored; a file is opened but not decoded.
+    """Return the (height, width) of an image as it is stored; a file is opened but not decoded.
 
     Raises:
         UnreadableImageError: the file is missing or no image. Damage further inside shows when it is opened.
@@ -184,7 +184,7 @@ def open_mask(
     Args:
         cell: The `mask` of a row, a path or a PIL image. Palette and gray images hold label ids as they are, also
             where they are saved with three equal channels, as 16 or 32-bit integers or with one bit.
-        image_size: (height, width) of the picture; given, the mask must have this size.
+        image_size: (height, width) of the image; given, the mask must have this size.
         num_classes: Number of object classes; given, other ids than 0 to `num_classes` and 255 are refused.
         values: What the pixel values mean where they are not label ids.
         values_option: How the caller says `values`, for the advice in errors; "{}" is where their form stands.
@@ -231,40 +231,40 @@ def open_mask_with_palette(
         raise DataError(f"mask {name} {error.advising(values_option)}").of_kind(error.kind) from error
 
 
-def colours_to_ids(
+def colors_to_ids(
     cell: ImageCell,
-    colours: Sequence[tuple[int, int, int]] | None = None,
+    colors: Sequence[tuple[int, int, int]] | None = None,
     *,
     ignore: tuple[int, int, int] | None = None,
 ) -> PILImage.Image:
-    """Turn a mask whose classes are colours into one whose pixels are label ids; save it as PNG.
+    """Turn a mask whose classes are colors into one whose pixels are label ids; save it as PNG.
 
     Args:
         cell: The mask, opened as RGB.
-        colours: (red, green, blue) from 0 to 255 of each label id, background first. Default: the VOC palette, whose
-            last colour (224, 224, 192) is 255.
-        ignore: Colour of pixels that do not count, which become 255.
+        colors: (red, green, blue) from 0 to 255 of each label id, background first. Default: the VOC palette, whose
+            last color (224, 224, 192) is 255.
+        ignore: Color of pixels that do not count, which become 255.
 
     Returns:
         An image of mode "P" with the VOC palette.
 
     Raises:
         UnreadableImageError: the file is missing, damaged or no image.
-        DataError: a pixel has another colour, as resized and JPEG masks have.
+        DataError: a pixel has another color, as resized and JPEG masks have.
     """
-    if colours is None:
-        colours = [tuple(_PALETTE[3 * label : 3 * label + 3]) for label in range(256)]  # type: ignore[misc]
+    if colors is None:
+        colors = [tuple(_PALETTE[3 * label : 3 * label + 3]) for label in range(256)]  # type: ignore[misc]
     pixels = np.asarray(open_image(cell)).astype(np.int32)
     packed = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
     ids = np.full(packed.shape, -1, dtype=np.int32)
-    for label, (red, green, blue) in [*enumerate(colours), *([(IGNORE_INDEX, ignore)] if ignore else [])]:
+    for label, (red, green, blue) in [*enumerate(colors), *([(IGNORE_INDEX, ignore)] if ignore else [])]:
         ids[packed == (red << 16 | green << 8 | blue)] = label
     if (ids < 0).any():
         row, column = (int(place) for place in np.argwhere(ids < 0)[0])
         raise DataError(
-            f"mask {_name(cell)} has the colour {tuple(pixels[row, column].tolist())} at row {row}, column {column}, "
-            f"expected one of {len(colours)} colours; was it resized with smoothing, or saved as JPEG?"
-        ).of_kind("colours")
+            f"mask {_name(cell)} has the color {tuple(pixels[row, column].tolist())} at row {row}, column {column}, "
+            f"expected one of {len(colors)} colors; was it resized with smoothing, or saved as JPEG?"
+        ).of_kind("colors")
     image = PILImage.fromarray(ids.astype(np.uint8))
     image.putpalette(_PALETTE)
     return image

@@ -1,4 +1,4 @@
-"""Your own pictures: a folder of images and a table, or folders named by class, that say what each of them shows."""
+"""Your own images: a folder of images and a table, or folders named by class, that say what each of them shows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ TABLE_NAMES = tuple(
 
 SPLIT_FOLDERS = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation", "holdout"}
-    | {"unlabeled", "unlabelled"}
+    | {"unlabeled"}
 )
 """Without a table, folders of these names hold class folders and are none; see `_is_split_name`."""
 
@@ -66,7 +66,7 @@ _MASK_ENDING = re.compile(
 _ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"})
 _OTHER_TABLES = frozenset({".xlsx", ".xls", ".ods", ".json", ".txt", ".xml"})
 
-_NOTHING = frozenset({"none", "nothing", "no", "empty", "negative", "n/a", "na", "unlabeled", "unlabelled", "unknown"})
+_NOTHING = frozenset({"none", "nothing", "no", "empty", "negative", "n/a", "na", "unlabeled", "unknown"})
 """Names by which people may mean that an image shows none of the classes."""
 
 _DENIAL = re.compile(r"(?:no|not|non|without)[\W_]+(.+)")
@@ -85,7 +85,7 @@ def load_folder(
     caller: Caller = "python",
     mask_values: str | None = None,
 ) -> Dataset:
-    """Load a folder of pictures with image labels from a table, or from the names of the folders they are in.
+    """Load a folder of images with image labels from a table, or from the names of the folders they are in.
 
     The table has a column `file_name` and either a column `labels` or one 0/1 column for each class. A cell of
     `labels` is text with a separator; a list of class names, or of class ids where the classes are given; the text of
@@ -93,7 +93,7 @@ def load_folder(
     Unicode form alone are one name; other names that look alike are refused, unless a list of classes says which
     spelling counts. Background is no class. A file name may lack the suffix of its image. Columns `split`,
     `image_id` and `mask_file_name` are optional; a `metadata.jsonl` for imagefolder is read as it is. Without a table,
-    pictures in `<class>/` or `<split>/<class>/` have that class. Pictures are not opened here. Pictures without a
+    images in `<class>/` or `<split>/<class>/` have that class. Images are not opened here. Images without a
     row are counted in a log message and left out. `check_folder` lists all that is wrong with a folder.
 
     Args:
@@ -101,9 +101,9 @@ def load_folder(
         table: CSV (comma, semicolon or tab), JSONL or Parquet; default: `labels` or `metadata` with such a suffix, in
             `root`, in the images folder, or one in each subfolder, whose name is then the split.
         split: Keep only rows of this split; None keeps all.
-        images: Folder of the pictures, relative to `root`; default: `images` if there, else `root` itself. Names that
+        images: Folder of the images, relative to `root`; default: `images` if there, else `root` itself. Names that
             are not there are looked for beside the table, as imagefolder does, and those of `metadata` there first.
-        masks: Folder of masks, relative to `root`, with the same names as the pictures but ending in `.png`, label ids
+        masks: Folder of masks, relative to `root`, with the same names as the images but ending in `.png`, label ids
             as pixels (0 background, 1 for the first class, 255 ignored); default: `masks` if there. Names that differ
             from those of the images all in one way are read too, and logged: see `match_masks`. A column
             `mask_file_name` comes before it. False: no masks.
@@ -183,7 +183,7 @@ class FolderContent:
         unmatched_masks: Masks that belong to no row, as paths within the folder of masks.
         names: Class names.
         kept: Positions of the rows of the split that was asked for.
-        unlisted: Pictures without a row.
+        unlisted: Images without a row.
         unused_columns: Columns of the tables that mean nothing here.
         notes: What was found and is no fault, in sentences.
     """
@@ -221,7 +221,7 @@ def look_through(
     caller: Caller = "python",
     mask_values: str | None = None,
 ) -> FolderContent:
-    """Find rows, classes, pictures and masks, for `load_folder` and `check_folder`, whose arguments these are.
+    """Find rows, classes, images and masks, for `load_folder` and `check_folder`, whose arguments these are.
 
     Raises:
         DataError: something is wrong with the folder, the table or the arguments as a whole.
@@ -407,9 +407,9 @@ def _rows_of_tables(tables: Mapping[Path, str | None], problems: list[Problem]) 
 
 
 def _folder_of_names(rows: Sequence[Row], tables: Mapping[Path, str | None], images_folder: Path, root: Path) -> Path:
-    """Return the folder that the names in a table are relative to, the one that has the first row's picture.
+    """Return the folder that the names in a table are relative to, the one that has the first row's image.
 
-    `metadata` is imagefolder's name for a table whose pictures lie beside it; ours lie in the images folder.
+    `metadata` is imagefolder's name for a table whose images lie beside it; ours lie in the images folder.
     """
     table, subfolder = next(iter(tables.items()))
     candidates = [images_folder, table.parent if subfolder is None else root]
@@ -589,7 +589,7 @@ def _find_ids(content: FolderContent, listing: ImageListing) -> None:
 
 
 def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) -> None:
-    """Fill in the masks: what a row names, else the file of the picture's name in the mask folder."""
+    """Fill in the masks: what a row names, else the file of the image's name in the mask folder."""
     folder, named_masks = content.folder, set()
     unnamed = [row.file_name for row in content.rows if wanted and not row.text("mask_file_name")]
     match = MaskMatch() if mask_folder is None else match_masks(list(dict.fromkeys(unnamed)), mask_folder)
@@ -664,7 +664,7 @@ def _check_labels(
                 f"{row.where} ({row.file_name}) names no class, expected one or more; fill it in, take the row "
                 f"out, or give {option(caller, 'allow_empty')} if empty cells mean that an image shows no class."
             )
-            content.problems.append(Problem("unlabelled", row.file_name, message))
+            content.problems.append(Problem("unlabeled", row.file_name, message))
 
 
 def notes_on_classes(content: FolderContent) -> list[str]:

@@ -1,4 +1,4 @@
-"""What a folder of your own pictures holds, and everything that is wrong with it, before anything is trained."""
+"""What a folder of your own images holds, and everything that is wrong with it, before anything is trained."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def check_folder(
         allow_empty: See there.
         caller: See there.
         mask_values: See there.
-        decode: Open every picture and mask completely. False: read the beginning of each picture, which is much
+        decode: Open every image and mask completely. False: read the beginning of each image, which is much
             faster and misses damage further inside, and touch no mask.
         progress: Wraps the iterator over checked images, given their number.
 

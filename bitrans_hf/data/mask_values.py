@@ -150,7 +150,7 @@ class MaskValues:
             raise MaskValueError(
                 f"holds {'the colors' if self.colors else 'the values'} {shown}, which have no meaning in mask values "
                 f"{self.text}; add them there.",
-                "colours" if self.colors else "values",
+                "colors" if self.colors else "values",
             )
         return np.array(labels, dtype=np.uint8)[places.reshape(pixels.shape)]
 
@@ -186,7 +186,7 @@ def stored_values(image: PILImage.Image) -> NDArray[Any]:
         raise MaskValueError(
             f"is a {image.mode} image with the colors {_shown(colors, _color_text)}{smoothed}, expected a palette or "
             f"gray image whose pixels are label ids; say which color means which label id, as in {{}}.",
-            "colours",
+            "colors",
             example,
         )
     if pixels.dtype.kind == "f" and not (whole := np.isfinite(pixels) & (pixels == np.rint(pixels))).all():

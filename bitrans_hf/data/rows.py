@@ -21,7 +21,7 @@ _MASK_RULE = "masks: "
 def row_features(classes: Sequence[str], *, decode_masks: bool = True) -> Features:
     """Return the columns of every loader, for object classes named in the order of their ids.
 
-    Pictures stay undecoded, because decoding by `datasets` would turn them upright by their EXIF tag, while masks are
+    Images stay undecoded, because decoding by `datasets` would turn them upright by their EXIF tag, while masks are
     drawn on the stored pixels: see `open_image`. Masks that are painted on demand only `open_mask` can open.
     """
     return Features(
@@ -44,12 +44,12 @@ def build_dataset(
     *,
     mask_rule: str | None = None,
 ) -> Dataset:
-    """Put rows together; pictures and masks given as paths are not opened.
+    """Put rows together; images and masks given as paths are not opened.
 
     Args:
         image_ids: One id per row.
-        images: Path of each picture.
-        labels: Ids of the object classes in each picture, in any order, repeats allowed; stored sorted and unique.
+        images: Path of each image.
+        labels: Ids of the object classes in each image, in any order, repeats allowed; stored sorted and unique.
             None where they are not known, which is not the same as none.
         masks: For each row the path of an index image, the bytes of a PNG, a reference (text) to what is painted on
             demand, or None where no mask is known.

@@ -1,7 +1,7 @@
 """SBD, the Semantic Boundaries Dataset (Hariharan et al., ICCV 2011): masks for more images of VOC.
 
 Its archive `benchmark.tgz` unpacks to `benchmark_RELEASE/dataset` with `train.txt` (8,498 ids), `val.txt` (2,857) and
-a MATLAB file for each image in `cls`. The pictures are VOC's own, and so are the 20 classes and their ids.
+a MATLAB file for each image in `cls`. The images are VOC's own, and so are the 20 classes and their ids.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Pictures with label maps for training a segmentation network: cut, scaled and flipped together."""
+"""Images with label maps for training a segmentation network: cut, scaled and flipped together."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ LABEL_MAP = "label_map"
 
 @dataclass(frozen=True)
 class PairAugmentation:
-    """How a picture and its label map become a training crop.
+    """How an image and its label map become a training crop.
 
     Attributes:
-        crop_size: Side S of the square crops in pixels. A picture that is smaller after scaling lies in the upper left
-            corner; the rest is 0 in the normalised picture and `padding_label` in the label map.
-        scale: Smallest and largest factor of the picture's sides, drawn uniformly.
-        one_scale_for_batch: All pictures of a batch get the same factor.
+        crop_size: Side S of the square crops in pixels. An image that is smaller after scaling lies in the upper left
+            corner; the rest is 0 in the normalized image and `padding_label` in the label map.
+        scale: Smallest and largest factor of the image's sides, drawn uniformly.
+        one_scale_for_batch: All images of a batch get the same factor.
         hflip: Probability of a horizontal flip.
         hsv_jitter: Largest shift of hue (of OpenCV's 180), saturation and value (of 255); 0 for none.
-        padding_label: Label id outside the picture.
+        padding_label: Label id outside the image.
     """
 
     crop_size: int
@@ -67,7 +67,7 @@ PAIR_PRESETS: Mapping[str, Mapping[str, Any]] = {
         "crop_size": 321,
         "scale": (0.7, 1.3),
         "one_scale_for_batch": True,
-        # The reference trains the border of small pictures as background.
+        # The reference trains the border of small images as background.
         "padding_label": BACKGROUND,
     },
     "deeplab-v1": {"crop_size": 448, "scale": (0.5, 1.5), "hsv_jitter": 10},
@@ -100,17 +100,17 @@ def augment_pair(
     scale: float,
     generator: np.random.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale, flip and cut a picture and its label map.
+    """Scale, flip and cut an image and its label map.
 
     Args:
         image: RGB.
-        label_map: Label ids (H, W) of the picture's size.
+        label_map: Label ids (H, W) of the image's size.
         augmentation: What to do.
         scale: Factor of the sides, drawn by the caller because a batch may share it.
         generator: Of the other draws.
 
     Returns:
-        Normalised pixel values (3, S, S) float32, and label ids (S, S) int64.
+        Normalized pixel values (3, S, S) float32, and label ids (S, S) int64.
     """
     size = augmentation.crop_size
     if augmentation.hsv_jitter:
@@ -144,7 +144,7 @@ def _bilinear(
     In NumPy, because torch's rounding depends on the number of threads, and a crop should not.
     """
     (above, below, down), (before, after, right) = (
-        _neighbours(places, new, old) for places, new, old in zip((rows, columns), size, pixels.shape, strict=False)
+        _neighbors(places, new, old) for places, new, old in zip((rows, columns), size, pixels.shape, strict=False)
     )
     nearby = pixels[:, before.min() : after.max() + 1]  # a crop needs a part of each line
     before, after = before - before.min(), after - before.min()
@@ -155,7 +155,7 @@ def _bilinear(
     return result
 
 
-def _neighbours(
+def _neighbors(
     places: NDArray[np.int64], new: int, old: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """Return, for places on a side of `new` pixels, the two pixels of `old` that they lie between, and how far."""
@@ -200,11 +200,11 @@ Pair: TypeAlias = tuple[PILImage.Image, NDArray[np.uint8]]
 
 
 class TrainingPairs(TrainingSet[Pair]):
-    """Augmented pictures with label maps.
+    """Augmented images with label maps.
 
     An item is `{"pixel_values": (3, S, S) float32, "labels": (S, S) int64, "index": int, "unreadable": str}` and a
     function of (seed, epoch, index) alone, a scale that a batch shares one of (seed, epoch, first index of the batch).
-    A picture or label map that cannot be read is replaced: see `TrainingSet`.
+    An image or label map that cannot be read is replaced: see `TrainingSet`.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class TrainingPairs(TrainingSet[Pair]):
             dataset: Made by `with_label_maps`.
             augmentation: How pairs become crops.
             seed: Of all random draws, 0 or greater.
-            strict: Raise `UnreadableImageError` instead of replacing a picture.
+            strict: Raise `UnreadableImageError` instead of replacing an image.
             max_side: Longest side in pixels; larger pairs are reduced to `bounded_size` before they are augmented.
 
         Raises:
@@ -278,11 +278,11 @@ def resized_label_map(label_map: NDArray[np.uint8], size: tuple[int, int]) -> ND
 
 
 def open_pair(row: Mapping[str, Any], num_classes: int) -> Pair:
-    """Open the picture and the label map of a row.
+    """Open the image and the label map of a row.
 
     Raises:
         UnreadableImageError: one of them cannot be read.
-        DataError: the label map does not have the picture's size, or holds an id above `num_classes` that is not 255.
+        DataError: the label map does not have the image's size, or holds an id above `num_classes` that is not 255.
     """
     image = open_image(row["image"])
     return image, open_mask(row[LABEL_MAP], image_size=(image.height, image.width), num_classes=num_classes)

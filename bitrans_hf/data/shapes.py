@@ -2,7 +2,7 @@
 
 A class is a silhouette and nothing else. Objects and clutter are drawn light, the background and its patches dark, all
 with the same textures and whatever the class, and silhouettes of one size have equal areas, so that only shape tells
-what a picture holds.
+what an image holds.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DrawnShape:
 
     Attributes:
         class_id: Index into `SHAPE_CLASSES`.
-        centre: (row, column) of the circumcentre in pixels, (0.0, 0.0) being the middle of the first pixel.
+        center: (row, column) of the circumcentre in pixels, (0.0, 0.0) being the middle of the first pixel.
         diameter: Diameter in pixels of the disc with the silhouette's area.
         rotation: Angle in radians, from the direction of growing columns towards growing rows.
     """
@@ -80,7 +80,7 @@ class DrawnShape:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture, its label map and what was drawn.
+    """An image, its label map and what was drawn.
 
     Attributes:
         image: (H, W, 3) uint8 RGB.
@@ -207,14 +207,14 @@ def draw_scene(
     # A spawn key keeps streams apart for every pair (seed, index); a plain list [seed, index] does not.
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(index, *_stream(objects))))
     shapes, mask = _place_objects(rng, image_size, objects)
-    canvas, used_colours = _draw_background(rng, image_size)
+    canvas, used_colors = _draw_background(rng, image_size)
     _draw_clutter(rng, canvas)
     for position, shape in enumerate(shapes):
-        distances = np.full(len(used_colours), _OBJECT_TO_SURROUNDINGS, dtype=np.float32)
-        distances[len(used_colours) - position :] = _OBJECT_TO_OBJECT
-        colour = _pick_colour(rng, _LIGHT_COLOURS, np.stack(used_colours), distances)
-        _draw_object(rng, canvas, shape, colour)
-        used_colours.append(colour)
+        distances = np.full(len(used_colors), _OBJECT_TO_SURROUNDINGS, dtype=np.float32)
+        distances[len(used_colors) - position :] = _OBJECT_TO_OBJECT
+        color = _pick_color(rng, _LIGHT_COLOURS, np.stack(used_colors), distances)
+        _draw_object(rng, canvas, shape, color)
+        used_colors.append(color)
     canvas += np.float32(rng.uniform(*_NOISE_LEVEL)) * rng.standard_normal(size=canvas.shape, dtype=np.float32)
     return Scene(np.clip(np.rint(canvas), 0, 255).astype(np.uint8), mask, tuple(shapes))
 
@@ -254,7 +254,7 @@ def _place_objects(
         for _ in range(_PLACEMENT_TRIES):
             diameter, rotation = scale * rng.uniform(*DIAMETER_RANGE_PX), rng.uniform(0.0, 2.0 * math.pi)
             shape = DrawnShape(class_id, (0.0, 0.0), diameter, rotation)
-            # The whole circumscribed circle lies inside the picture.
+            # The whole circumscribed circle lies inside the image.
             row, column = rng.uniform(shape.radius - 0.5, image_size - 0.5 - shape.radius, size=2).tolist()
             shape = replace(shape, centre=(row, column))
             if any(math.dist(shape.centre, other.centre) < 0.4 * (diameter + other.diameter) for other in objects):
@@ -274,7 +274,7 @@ def _place_objects(
 
 
 def _signed_distance(shape: DrawnShape, y: FloatArray, x: FloatArray) -> FloatArray:
-    """Return distances in pixels to the outline of `shape`, negative inside, for offsets from its centre."""
+    """Return distances in pixels to the outline of `shape`, negative inside, for offsets from its center."""
     cos, sin = math.cos(shape.rotation) / shape.radius, math.sin(shape.rotation) / shape.radius
     silhouette, _ = _SILHOUETTES[SHAPE_CLASSES[shape.class_id]]
     return np.float32(shape.radius) * silhouette(x * cos + y * sin, y * cos - x * sin)
@@ -283,8 +283,8 @@ def _signed_distance(shape: DrawnShape, y: FloatArray, x: FloatArray) -> FloatAr
 def _window(
     centre: tuple[float, float], reach: float, image_size: int
 ) -> tuple[tuple[slice, slice], FloatArray, FloatArray]:
-    """Return the square window of half side `reach` around `centre`, and (row, column) offsets from the centre."""
-    # Clamping both ends leaves an empty window, not a wrapped one, where a stroke has walked out of the picture.
+    """Return the square window of half side `reach` around `centre`, and (row, column) offsets from the center."""
+    # Clamping both ends leaves an empty window, not a wrapped one, where a stroke has walked out of the image.
     rows, columns = (
         slice(
             min(max(math.floor(value - reach), 0), image_size), min(max(math.ceil(value + reach) + 1, 0), image_size)
@@ -299,14 +299,14 @@ def _window(
 # ---- What it looks like: a dark and a light palette, one set of textures for all.
 
 
-def _pick_colour(
-    rng: np.random.Generator, colours: tuple[float, float], others: FloatArray, min_distances: FloatArray
+def _pick_color(
+    rng: np.random.Generator, colors: tuple[float, float], others: FloatArray, min_distances: FloatArray
 ) -> FloatArray:
-    """Return a random colour (3,) with channels in `colours`, at its distances from `others` (k, 3).
+    """Return a random color (3,) with channels in `colors`, at its distances from `others` (k, 3).
 
     Distances are Euclidean in RGB; of 64 tries the first that keeps all, else the one that comes closest.
     """
-    candidates = rng.uniform(*colours, size=(64, 3)).astype(np.float32)
+    candidates = rng.uniform(*colors, size=(64, 3)).astype(np.float32)
     room = (np.linalg.norm(candidates[:, None] - others[None], axis=2) / min_distances).min(axis=1)
     fitting = np.flatnonzero(room >= 1.0)
     choice: FloatArray = candidates[fitting[0] if len(fitting) else room.argmax()]
@@ -331,38 +331,38 @@ def _texture(rng: np.random.Generator, y: FloatArray, x: FloatArray, scale: floa
     return np.asarray(np.clip(3.0 * wave, -1.0, 1.0), dtype=np.float32)
 
 
-def _paint(rng: np.random.Generator, y: FloatArray, x: FloatArray, colour: FloatArray, scale: float) -> FloatArray:
-    """Return `colour` (3,) with a random texture for the places (h, 1), (1, w): (h, w, 3)."""
+def _paint(rng: np.random.Generator, y: FloatArray, x: FloatArray, color: FloatArray, scale: float) -> FloatArray:
+    """Return `color` (3,) with a random texture for the places (h, 1), (1, w): (h, w, 3)."""
     tint = (rng.uniform(*_TEXTURE_AMPLITUDE) * rng.uniform(0.4, 1.0, size=3)).astype(np.float32)
-    return colour + _texture(rng, y, x, scale)[:, :, None] * tint
+    return color + _texture(rng, y, x, scale)[:, :, None] * tint
 
 
 def _draw_background(rng: np.random.Generator, image_size: int) -> tuple[FloatArray, list[FloatArray]]:
-    """Return a shaded, textured canvas (H, W, 3) with up to two soft patches, and the colours used."""
+    """Return a shaded, textured canvas (H, W, 3) with up to two soft patches, and the colors used."""
     scale = image_size / REFERENCE_SIZE
     y = np.arange(image_size, dtype=np.float32)[:, None]
     x = y.T
-    colours = [rng.uniform(*_DARK_COLOURS, size=3).astype(np.float32)]
-    canvas = _paint(rng, y, x, colours[0], scale)
+    colors = [rng.uniform(*_DARK_COLOURS, size=3).astype(np.float32)]
+    canvas = _paint(rng, y, x, colors[0], scale)
     for _ in range(int(rng.integers(*_PATCH_COUNT, endpoint=True))):
         field = _smooth_field(rng, image_size)
         level = np.quantile(field[::4, ::4], rng.uniform(0.65, 0.9))
         # Patches end softly, over a few pixels, where objects end sharply.
         alpha = np.clip((field - level) * 8.0 + 0.5, 0.0, 1.0)[:, :, None]
-        distances = np.full(len(colours), _PATCH_TO_BACKGROUND, dtype=np.float32)
-        colour = _pick_colour(rng, _DARK_COLOURS, np.stack(colours), distances)
-        canvas += alpha * (_paint(rng, y, x, colour, scale) - canvas)
-        colours.append(colour)
+        distances = np.full(len(colors), _PATCH_TO_BACKGROUND, dtype=np.float32)
+        color = _pick_color(rng, _DARK_COLOURS, np.stack(colors), distances)
+        canvas += alpha * (_paint(rng, y, x, color, scale) - canvas)
+        colors.append(color)
     shade = _smooth_field(rng, image_size)
     canvas += (shade - shade.mean())[:, :, None] * rng.uniform(10.0, 30.0, size=3).astype(np.float32)
-    return canvas, colours
+    return canvas, colors
 
 
 def _smooth_field(rng: np.random.Generator, image_size: int) -> FloatArray:
-    """Return a random field (H, W) in [0, 1] that varies over about a third of the picture."""
+    """Return a random field (H, W) in [0, 1] that varies over about a third of the image."""
     knots = rng.uniform(size=(4, 4)).astype(np.float32)
     place = np.linspace(0.0, 3.0, image_size, dtype=np.float32)
-    # Cosine interpolation between neighbouring knots, as one matrix for rows and columns.
+    # Cosine interpolation between neighboring knots, as one matrix for rows and columns.
     gap = np.clip(np.abs(place[:, None] - np.arange(4, dtype=np.float32)), 0.0, 1.0)
     weights = 0.5 * (1.0 + np.cos(np.float32(math.pi) * gap))
     return np.asarray(weights @ knots @ weights.T, dtype=np.float32)
@@ -380,18 +380,18 @@ def _draw_clutter(rng: np.random.Generator, canvas: FloatArray) -> None:
             (4, rng.uniform(2.5, 5.0), rng.uniform(0.4, 0.9), 0.9),  # thin curve
             (3, rng.uniform(1.5, 3.0), rng.uniform(1.5, 2.6), 2.0),  # blob
         )[kind]
-        colour = rng.uniform(*_LIGHT_COLOURS, size=3).astype(np.float32)
+        color = rng.uniform(*_LIGHT_COLOURS, size=3).astype(np.float32)
         heading = rng.uniform(0.0, 2.0 * math.pi)
         bend = rng.uniform(-turn, turn)
         row, column = rng.uniform(0.0, image_size, size=2).tolist()
         for _ in range(strokes):
             step = (scale * length * math.sin(heading), scale * length * math.cos(heading))
-            _draw_stroke(canvas, (row, column), step, scale * half_width, colour)
+            _draw_stroke(canvas, (row, column), step, scale * half_width, color)
             row, column, heading = row + step[0], column + step[1], heading + bend
 
 
 def _draw_stroke(
-    canvas: FloatArray, start: tuple[float, float], step: tuple[float, float], half_width: float, colour: FloatArray
+    canvas: FloatArray, start: tuple[float, float], step: tuple[float, float], half_width: float, color: FloatArray
 ) -> None:
     """Draw a round-ended stroke from `start` to `start + step` (row, column) onto `canvas` in place."""
     middle = (start[0] + step[0] / 2.0, start[1] + step[1] / 2.0)
@@ -400,12 +400,12 @@ def _draw_stroke(
     along = np.clip((y * step[0] + x * step[1]) / max(squared_length, 1e-6), -0.5, 0.5)  # a dot has no length
     distance = np.hypot(y - along * step[0], x - along * step[1])
     alpha = np.clip(half_width + 0.5 - distance, 0.0, 1.0)[:, :, None]
-    canvas[window] += alpha * (colour - canvas[window])
+    canvas[window] += alpha * (color - canvas[window])
 
 
-def _draw_object(rng: np.random.Generator, canvas: FloatArray, shape: DrawnShape, colour: FloatArray) -> None:
+def _draw_object(rng: np.random.Generator, canvas: FloatArray, shape: DrawnShape, color: FloatArray) -> None:
     """Draw `shape` onto `canvas` (H, W, 3) in place, its outline smoothed over one pixel."""
     window, y, x = _window(shape.centre, shape.radius + 1.0, canvas.shape[0])
     alpha = np.clip(0.5 - _signed_distance(shape, y, x), 0.0, 1.0)[:, :, None]
-    paint = _paint(rng, y, x, colour, canvas.shape[0] / REFERENCE_SIZE)
+    paint = _paint(rng, y, x, color, canvas.shape[0] / REFERENCE_SIZE)
     canvas[window] += alpha * (paint - canvas[window])

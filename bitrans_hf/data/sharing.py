@@ -1,4 +1,4 @@
-"""Data sets for other machines: Parquet files that hold the pictures and masks themselves."""
+"""Data sets for other machines: Parquet files that hold the images and masks themselves."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def write_parquet(
     """Write a data set as `<folder>/data/<split>-00000-of-00001.parquet`, ..., with the bytes of its files inside.
 
     `Dataset.to_parquet` writes the paths of local files and nothing else. `datasets.load_dataset(folder)` reads the
-    result anywhere, `push_to_hub` on that publishes it, and so does uploading the folder. Pictures and masks keep
+    result anywhere, `push_to_hub` on that publishes it, and so does uploading the folder. Images and masks keep
     their bytes, masks that are painted on demand are painted, and of local paths only the file names stay. The files
     appear together, when all of them are complete. A hundred rows are in memory at a time.
 

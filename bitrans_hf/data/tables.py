@@ -72,9 +72,9 @@ class Problem:
     """One thing that is wrong with a folder.
 
     Attributes:
-        kind: "table" (a row that cannot be read, or names a file outside), "missing" (picture), "duplicate" (two rows
-            for one image), "labels", "unlabelled", "unlisted" (a picture without a row), "unreadable", "copy" (the
-            same file twice), "mask missing", "mask unreadable", "mask colours", "mask size", "mask ids", "mask values"
+        kind: "table" (a row that cannot be read, or names a file outside), "missing" (image), "duplicate" (two rows
+            for one image), "labels", "unlabeled", "unlisted" (an image without a row), "unreadable", "copy" (the
+            same file twice), "mask missing", "mask unreadable", "mask colors", "mask size", "mask ids", "mask values"
             (they may mean something else than they do here), "mask names" (which belongs to which image is not clear),
             "mask labels" (it shows a class that the labels do not).
         name: File or row that it is about.
@@ -92,7 +92,7 @@ class Row:
 
     Attributes:
         where: Its place in words: "labels.csv line 3".
-        file_name: Of the picture, with forward slashes, inside its folder.
+        file_name: Of the image, with forward slashes, inside its folder.
         cells: Column -> value.
     """
 

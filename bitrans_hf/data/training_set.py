@@ -1,4 +1,4 @@
-"""What all training data sets share: the epoch, and what becomes of pictures that cannot be read."""
+"""What all training data sets share: the epoch, and what becomes of images that cannot be read."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TrainingSet(torch.utils.data.Dataset[Item], Generic[Opened]):
     """Base of data sets whose items are augmented anew in every epoch.
 
     Item `index` of an epoch must be a function of (seed, epoch, index) alone: then the number of workers, of processes
-    and a resumed run change nothing. A picture that cannot be read is replaced by the next readable one: an item's
+    and a resumed run change nothing. An image that cannot be read is replaced by the next readable one: an item's
     `index` is then that of the replacement, and `unreadable` the `image_id` that was asked for, "" otherwise. It
     travels in the item so that the training loop learns of it from any worker process.
     """
@@ -43,7 +43,7 @@ class TrainingSet(torch.utils.data.Dataset[Item], Generic[Opened]):
             dataset: Rows of `image_id` and `columns`; other columns are not looked at.
             columns: What `_open` needs of a row.
             seed: Of all random draws, 0 or greater.
-            strict: Raise `UnreadableImageError` instead of replacing a picture.
+            strict: Raise `UnreadableImageError` instead of replacing an image.
 
         Raises:
             DataError: the dataset is empty, or the seed is negative.

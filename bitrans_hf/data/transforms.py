@@ -1,4 +1,4 @@
-"""From a stored picture to the tensor a model trains on, reproducibly whatever process asks for it."""
+"""From a stored image to the tensor a model trains on, reproducibly whatever process asks for it."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _BICUBIC = transforms.InterpolationMode.BICUBIC
 
 
 def training_transform(image_size: int, preset: str = "reference", **options: Any) -> Transform:
-    """Return an augmentation of RGB pictures for training on image labels.
+    """Return an augmentation of RGB images for training on image labels.
 
     Args:
         image_size: Side S of the square crops in pixels.
         preset: "reference" is MCTformer's: random resized crop, flip, RandAugment, random erasing. "crop_flip" leaves
-            out the last two and crops less tightly. "flip" resizes to the square and flips, for pictures whose
+            out the last two and crops less tightly. "flip" resizes to the square and flips, for images whose
             objects must stay in sight. "rescale_crop" is IRN's: the longer side is drawn, proportions stay, and what a
-            crop has beside a smaller picture is 0 once normalised.
+            crop has beside a smaller image is 0 once normalized.
         **options: Values that the preset lets one change:
             reference: `scale=(0.08, 1.0)`, `ratio=(3/4, 4/3)`, `hflip=0.5`, `rand_augment="rand-m9-mstd0.5-inc1"`
             (timm's grammar), `erasing=0.25` (probability);
@@ -45,7 +45,7 @@ def training_transform(image_size: int, preset: str = "reference", **options: An
             rescale_crop: `longer_side=(320, 640)` in pixels, both included, `hflip=0.5`.
 
     Returns:
-        A function from a PIL RGB picture to a normalised tensor (3, S, S). It draws from the generators of `random`,
+        A function from a PIL RGB image to a normalized tensor (3, S, S). It draws from the generators of `random`,
         numpy and torch.
 
     Raises:
@@ -66,7 +66,7 @@ def _reference(
     rand_augment: str = "rand-m9-mstd0.5-inc1",
     erasing: float = 0.25,
 ) -> Transform:
-    # The reference's colour jitter is missing on purpose: timm switches it off as soon as RandAugment is on.
+    # The reference's color jitter is missing on purpose: timm switches it off as soon as RandAugment is on.
     transform: Transform = create_transform(
         image_size,
         is_training=True,
@@ -110,7 +110,7 @@ def _rescale_crop(image_size: int, *, longer_side: tuple[int, int] = (320, 640),
         width, height = (max(1, round(side * factor)) for side in picture.size)
         return picture.resize((width, height), PILImage.Resampling.BICUBIC)
 
-    # Padded by as much as is missing on either side, a smaller picture lies anywhere in the crop.
+    # Padded by as much as is missing on either side, a smaller image lies anywhere in the crop.
     crop = transforms.RandomCrop(image_size, pad_if_needed=True)
     whole = _chain(rescale, transforms.RandomHorizontalFlip(hflip))
     chain: Transform = transforms.Compose([whole, crop])
@@ -118,7 +118,7 @@ def _rescale_crop(image_size: int, *, longer_side: tuple[int, int] = (320, 640),
 
 
 def _chain(*steps: Callable[[PILImage.Image], PILImage.Image]) -> Transform:
-    """Return `steps`, then the conversion to a normalised tensor, as one function."""
+    """Return `steps`, then the conversion to a normalized tensor, as one function."""
     normalize = transforms.Normalize(BiTransImageProcessor.image_mean, BiTransImageProcessor.image_std)
     chain: Transform = transforms.Compose([*steps, transforms.ToTensor(), normalize])
     return chain
@@ -133,15 +133,15 @@ PRESETS: Mapping[str, Callable[..., Transform]] = {
 """Augmentations by name; each takes the size of the crop and its own options."""
 
 
-# ---- Pictures of a data set, augmented.
+# ---- Images of a data set, augmented.
 
 
 class TrainingImages(TrainingSet[tuple[list[int], PILImage.Image]]):
-    """Augmented pictures with multi-hot image labels.
+    """Augmented images with multi-hot image labels.
 
     An item is `{"pixel_values": (3, S, S) float, "labels": (C,) float32 of 0 and 1, "index": int, "unreadable": str}`
     and a function of (seed, epoch, index) alone; the random generators of the caller stay as they were. The labels of
-    a picture that cannot be read are those of its replacement, too: see `TrainingSet`.
+    an image that cannot be read are those of its replacement, too: see `TrainingSet`.
     """
 
     def __init__(self, dataset: Dataset, transform: Transform, *, seed: int = 0, strict: bool = False) -> None:
@@ -149,9 +149,9 @@ class TrainingImages(TrainingSet[tuple[list[int], PILImage.Image]]):
 
         Args:
             dataset: Rows of `image_id`, `image` and `labels`; other columns, masks above all, are not looked at.
-            transform: From a PIL RGB picture to a tensor, e.g. a `training_transform`.
+            transform: From a PIL RGB image to a tensor, e.g. a `training_transform`.
             seed: Of all random draws, 0 or greater.
-            strict: Raise `UnreadableImageError` instead of replacing a picture.
+            strict: Raise `UnreadableImageError` instead of replacing an image.
 
         Raises:
             DataError: the dataset is empty, lacks labels of named classes for some row, or the seed is negative.

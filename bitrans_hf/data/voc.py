@@ -57,7 +57,7 @@ def load_voc(
 
     Image labels come from `label_file` if given, else from `Annotations/*.xml`, else from the masks (said aloud in the
     log, since this is more supervision than image labels). Of `test`, whose annotations are not public, both labels
-    and masks are None. Pictures are not opened here.
+    and masks are None. Images are not opened here.
 
     Args:
         root: The folder with `JPEGImages` and `ImageSets`, or one above it (`VOCdevkit`).
@@ -180,7 +180,7 @@ def prepare_voc(
     Args:
         root: The devkit folder or one above it.
         sbd: SBD's folder `benchmark_RELEASE`; not needed where `SegmentationClassAug` and `train_aug.txt` are ready.
-        partial: Accept a part of the data: other counts, pictures of SBD that are not there, no annotations. Each
+        partial: Accept a part of the data: other counts, images of SBD that are not there, no annotations. Each
             departure is a note of the report.
         progress: Wraps the image ids of a long loop, given the name of what is done.
 
@@ -229,7 +229,7 @@ def prepare_voc(
 
 
 def _checked_train_aug(root: Path, sbd: str | Path | None, report: VocReport, partial: bool) -> list[str]:
-    """Return the ids of train_aug whose pictures are there, and note the counts of SBD's lists."""
+    """Return the ids of train_aug whose images are there, and note the counts of SBD's lists."""
     path = _list_path(root, "train_aug")
     if sbd is None:
         if not path.is_file():

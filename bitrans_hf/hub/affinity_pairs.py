@@ -1,4 +1,4 @@
-"""Affinities between neighbouring grid cells, their labels and their loss, as in AffinityNet (PSA).
+"""Affinities between neighboring grid cells, their labels and their loss, as in AffinityNet (PSA).
 
 Ahn & Kwak, CVPR 2018 (arXiv:1803.10464), and the public code jiwoon-ahn/psa. Each pair is kept once: from a cell to
 the cells of the half disc below and to the right of it. B images, D feature channels, an h x w grid with N = h*w
@@ -62,7 +62,7 @@ def fitting_radius(size: tuple[int, int], radius: int = 5) -> int:
 
 
 def pair_affinity(features: torch.Tensor, radius: int = 5) -> torch.Tensor:
-    """Compare neighbouring cells: exp(-mean over D of |f_i - f_j|), PSA's Eq. for W_ij.
+    """Compare neighboring cells: exp(-mean over D of |f_i - f_j|), PSA's Eq. for W_ij.
 
     Args:
         features: (B, D, h, w), any range.

@@ -1,4 +1,4 @@
-"""Backbones by name, each giving feature maps, and what fine-tuning one takes: freezing, initialising, grouping.
+"""Backbones by name, each giving feature maps, and what fine-tuning one takes: freezing, initializing, grouping.
 
 AffinityNet and DeepLab choose among ResNet38, the encoder of a `BiTransModel`, and timm's networks, which
 transformers' `TimmBackbone` builds. B images of H x W pixels, D channels, h x w a grid.
@@ -75,7 +75,7 @@ class ResNet38Backbone(Backbone):
 class BiTransBackbone(Backbone):
     """The encoder of a `BiTransModel`, class tokens included; its maps are the patch tokens after each layer.
 
-    Tokens are layer-normalised without parameters: the residual stream of a pre-norm transformer grows with depth.
+    Tokens are layer-normalized without parameters: the residual stream of a pre-norm transformer grows with depth.
 
     An output stride below the patch size makes patches overlap (Amir et al., arXiv:2112.05814): a finer grid at the
     cost of more tokens, with the position embeddings resized to it.
@@ -125,7 +125,7 @@ class TimmFeatures(Backbone):
     """A timm network by name, built by transformers' `TimmBackbone`, without pretrained weights.
 
     Plain vision transformers take images of any size (timm's `dynamic_img_size`), and their tokens are
-    layer-normalised as those of `BiTransBackbone`; other networks' maps are given as they are.
+    layer-normalized as those of `BiTransBackbone`; other networks' maps are given as they are.
     """
 
     def __init__(
@@ -257,7 +257,7 @@ def timm_network(name: str, options: Mapping[str, Any], out_indices: Sequence[in
 
 
 def token_map(tokens: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Layer-normalise tokens (B, N, D), without parameters, and lay them out as (B, D, h, w)."""
+    """Layer-normalize tokens (B, N, D), without parameters, and lay them out as (B, D, h, w)."""
     normalized = F.layer_norm(tokens.float(), tokens.shape[-1:]).to(tokens.dtype)
     grid: torch.Tensor = normalized.transpose(1, 2).unflatten(2, tuple(size))
     return grid.contiguous()
@@ -313,7 +313,7 @@ def apply_freezing(backbone: Backbone, num_frozen_stages: int, freeze_batch_norm
 def parameter_groups(
     model: nn.Module, rates: Mapping[str, float], *, bias_rate: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Sort the trained parameters into groups for an optimiser, as PSA and DeepLab do.
+    """Sort the trained parameters into groups for an optimizer, as PSA and DeepLab do.
 
     Args:
         model: Its parameters without `requires_grad` are left out.

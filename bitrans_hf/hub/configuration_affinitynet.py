@@ -10,7 +10,7 @@ from .errors import InputError
 
 @dataclass(frozen=True)
 class Relation:
-    """What a published system does with one way of relating neighbouring cells.
+    """What a published system does with one way of relating neighboring cells.
 
     Attributes:
         radius: Pairs closer than this, in cells, are trained on.
@@ -42,7 +42,7 @@ RELATIONS: dict[str, Relation] = {
 
 @strict
 class AffinityNetConfig(PreTrainedConfig):
-    r"""Backbone and relation of a network that tells which neighbouring cells of an image belong together.
+    r"""Backbone and relation of a network that tells which neighboring cells of an image belong together.
 
     The defaults are PSA's network on ResNet38.
 
@@ -55,7 +55,7 @@ class AffinityNetConfig(PreTrainedConfig):
             boundary lies between them.
         radius (`int`, *optional*): Pairs of cells closer than this are trained on; 5 for psa, 10 for irn.
         walk_radius (`int`, *optional*): Pairs closer than this make the matrix of the random walk; 5.
-        displacement (`bool`, defaults to `False`): Also train IRN's field of displacements to the object's centre,
+        displacement (`bool`, defaults to `False`): Also train IRN's field of displacements to the object's center,
             which tells instances apart; the class boundaries do not depend on it.
         out_indices (`list`, *optional*): Which feature maps of the backbone are read. By default psa reads three
             and irn five: the last ones of a network with several strides, evenly spread layers of a transformer.

@@ -32,8 +32,8 @@ class BiTransConfig(PreTrainedConfig):
         layer_norm_eps (`float`, defaults to 1e-6): Epsilon of LayerNorm; DeiT weights need 1e-6.
         drop_path_rate (`float`, defaults to 0.1): Stochastic depth of the last layer while training, rising
             linearly from 0 at the first.
-        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialisation.
-        final_layer_norm (`bool`, defaults to `False`): Normalise the encoder's output tokens as DeiT does before both
+        initializer_range (`float`, defaults to 0.02): Standard deviation of the truncated normal initialization.
+        final_layer_norm (`bool`, defaults to `False`): Normalize the encoder's output tokens as DeiT does before both
             branches read them; MCTformer loads that layer and never applies it.
         share_drop_path (`bool`, defaults to `False`): Drop the same branches in both views of an image, so that the
             consistency losses do not compare two different sub-networks.

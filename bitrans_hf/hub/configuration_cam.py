@@ -22,7 +22,7 @@ class CamConfig(PreTrainedConfig):
         image_size (`int`, defaults to 512): Side in pixels of the square training images; other sizes work too.
         num_frozen_stages (`int`, defaults to 0): Stages of the backbone, from the pixels on, that are not trained; -1
             for all. IRN freezes 3 of ResNet50: the stem and two stages.
-        freeze_batch_statistics (`bool`, defaults to `False`): Let the backbone's BatchNorm normalise with the
+        freeze_batch_statistics (`bool`, defaults to `False`): Let the backbone's BatchNorm normalize with the
             statistics that were loaded, while its scale and shift are trained, as IRN.
         stride (`int`, *optional*): Pixels per cell of the map; the model fills it in.
 

@@ -19,7 +19,7 @@ class DeepLabPreset:
         freeze_batch_norm: Whether the backbone's BatchNorm stays as it was loaded.
         num_frozen_resnet38_stages: Stages of resnet38 that are not trained.
         bias_rate: How many times the learning rate biases get.
-        weight_decay: Of the optimiser.
+        weight_decay: Of the optimizer.
     """
 
     head: str
@@ -31,7 +31,7 @@ class DeepLabPreset:
 
 
 PRESETS: dict[str, DeepLabPreset] = {
-    # MCTformer's `seg/`, literally: its weight decay lands in the optimiser's momentum.
+    # MCTformer's `seg/`, literally: its weight decay lands in the optimizer's momentum.
     "mctformer": DeepLabPreset("large_fov", False, True, 1, 1.0, 0.0),
     # YudeWang/semantic-segmentation-codebase, with which SEAM was retrained.
     "deeplab-v1": DeepLabPreset("normalized", True, False, 0, 2.0, 5e-4),

@@ -1,4 +1,4 @@
-"""Pictures in, normalised tensors out; scores of a network in, label maps at the picture's size out."""
+"""Images in, normalized tensors out; scores of a network in, label maps at the image's size out."""
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -36,9 +36,9 @@ class BiTransImageProcessorKwargs(ImagesKwargs, total=False):
     """What may be given to `BiTransImageProcessor` and its calls, besides the usual options of image processors.
 
     Attributes:
-        max_side: Longest side, in pixels, of pictures that are not resized to `size`: larger ones are reduced to it,
+        max_side: Longest side, in pixels, of images that are not resized to `size`: larger ones are reduced to it,
             so that the memory of attention maps (quadratic in the number of patches) stays bounded. It says how large
-            a picture `bounded`, and with it the pseudo-mask pipeline, works on, and counts in a call with
+            an image `bounded`, and with it the pseudo-mask pipeline, works on, and counts in a call with
             `do_resize=False`. None: no bound.
     """
 
@@ -46,15 +46,15 @@ class BiTransImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class BiTransImageProcessor(TorchvisionBackend):
-    """Resize to the training square and normalise as ImageNet; `scaled_views` gives the sizes that seeds need.
+    """Resize to the training square and normalize as ImageNet; `scaled_views` gives the sizes that seeds need.
 
-    A call takes pictures of any PIL mode, stored pixels, and with `segmentation_maps` also label maps of the same
+    A call takes images of any PIL mode, stored pixels, and with `segmentation_maps` also label maps of the same
     sizes (palette or gray PIL images, or arrays (H, W)), which come back as `labels` (B, h, w) int64, resized to the
     nearest pixel, every id kept: 0 background, class id + 1, 255 ignored.
 
     Args:
-        max_side: Longest side in pixels of pictures that keep their own size, see `BiTransImageProcessorKwargs`; the
-            default lets VOC and COCO pictures through as they are. The other arguments are those of every image
+        max_side: Longest side in pixels of images that keep their own size, see `BiTransImageProcessorKwargs`; the
+            default lets VOC and COCO images through as they are. The other arguments are those of every image
             processor of transformers: `size`, `do_resize`, `do_normalize`, `image_mean`, `image_std`, ...
 
     Example:
@@ -81,7 +81,7 @@ class BiTransImageProcessor(TorchvisionBackend):
     def __init__(self, **kwargs: Unpack[BiTransImageProcessorKwargs]):
         super().__init__(**kwargs)  # type: ignore[misc]  # the base class is typed for its own options alone
 
-    # ---- Pictures to tensors.
+    # ---- Images to tensors.
 
     def preprocess(
         self,
@@ -89,11 +89,11 @@ class BiTransImageProcessor(TorchvisionBackend):
         segmentation_maps: ImageInput | None = None,
         **kwargs: Unpack[BiTransImageProcessorKwargs],
     ) -> BatchFeature:
-        """Prepare pictures, and label maps if given, for a network.
+        """Prepare images, and label maps if given, for a network.
 
         Args:
-            images: One picture or a list of them: PIL images of any mode, or arrays.
-            segmentation_maps: As many label maps (H, W), each of its picture's size.
+            images: One image or a list of them: PIL images of any mode, or arrays.
+            segmentation_maps: As many label maps (H, W), each of its image's size.
             **kwargs: Replace the processor's own settings for this call.
 
         Returns:
@@ -101,7 +101,7 @@ class BiTransImageProcessor(TorchvisionBackend):
             unless `return_tensors="pt"`, which needs equal sizes.
 
         Raises:
-            ValueError: numbers or sizes of pictures and label maps differ, or a label map has several channels.
+            ValueError: numbers or sizes of images and label maps differ, or a label map has several channels.
         """
         batch: BatchFeature = super().preprocess(images, segmentation_maps, **kwargs)
         return batch
@@ -133,7 +133,7 @@ class BiTransImageProcessor(TorchvisionBackend):
     def process_image(  # type: ignore[override]  # the rest is passed on
         self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """Turn one picture into a tensor (C, H, W); PIL images become RGB as `to_rgb` does it."""
+        """Turn one image into a tensor (C, H, W); PIL images become RGB as `to_rgb` does it."""
         if do_convert_rgb and isinstance(image, Image.Image):
             image = to_rgb(image)
         if isinstance(image, np.ndarray) and not image.flags.writeable:
@@ -155,7 +155,7 @@ class BiTransImageProcessor(TorchvisionBackend):
         return batch
 
     def bounded(self, image: Image.Image, max_side: int | None = None) -> Image.Image:
-        """Return a picture as RGB, reduced with PIL's bicubic filter if its longer side exceeds `max_side`.
+        """Return an image as RGB, reduced with PIL's bicubic filter if its longer side exceeds `max_side`.
 
         Args:
             image: PIL image of any mode; its stored pixels are used.
@@ -166,7 +166,7 @@ class BiTransImageProcessor(TorchvisionBackend):
         return image if max_side is None else bounded_image(image, max_side)
 
     def scaled_views(self, image: Image.Image, scales: Sequence[float] = (1.0,)) -> list[torch.Tensor]:
-        """Return the whole image at every scale, normalised: (1, 3, round(H * s), round(W * s)) float32 each.
+        """Return the whole image at every scale, normalized: (1, 3, round(H * s), round(W * s)) float32 each.
 
         Sizes are not rounded to the patch size and PIL resizes, as the reference does, so that seeds agree with it.
 
@@ -178,7 +178,7 @@ class BiTransImageProcessor(TorchvisionBackend):
         return [self.normalized(scaled(image, scale)).unsqueeze(0) for scale in scales]
 
     def normalized(self, image: Image.Image) -> torch.Tensor:
-        """Turn an RGB PIL image into a normalised tensor (3, H, W) float32 without resizing."""
+        """Turn an RGB PIL image into a normalized tensor (3, H, W) float32 without resizing."""
         pixels = torch.from_numpy(np.array(image, dtype=np.float32) / 255.0).permute(2, 0, 1)
         mean = torch.tensor(self.image_mean).view(3, 1, 1)
         return (pixels - mean) / torch.tensor(self.image_std).view(3, 1, 1)
@@ -192,14 +192,14 @@ class BiTransImageProcessor(TorchvisionBackend):
 
         Args:
             outputs: With `logits` (B, L, h, w), row 0 being the background.
-            target_sizes: (H, W) of each picture; the logits are resized to it bilinearly, one row at a time. None
+            target_sizes: (H, W) of each image; the logits are resized to it bilinearly, one row at a time. None
                 leaves the label maps at (h, w).
 
         Returns:
             B label maps (H, W) int64 with values in [0, L).
 
         Raises:
-            ValueError: not as many sizes as pictures.
+            ValueError: not as many sizes as images.
         """
         logits = outputs.logits
         sizes = sizes_of_batch(target_sizes, logits)
@@ -220,14 +220,14 @@ class BiTransImageProcessor(TorchvisionBackend):
     ) -> list[torch.Tensor]:
         """Turn the maps of one forward pass of a `BiTransModel` into pseudo masks of the classes that are present.
 
-        Each present class' map is fused (Eq. 8), refined (Eq. 10), resized to the picture and min-max normalised; a
+        Each present class' map is fused (Eq. 8), refined (Eq. 10), resized to the image and min-max normalized; a
         pixel takes the class with the highest value above the threshold. The pseudo-mask pipeline adds scales, flips
         and stronger refinement to this.
 
         Args:
-            outputs: A `BiTransOutput` of B pictures.
+            outputs: A `BiTransOutput` of B images.
             labels: Multi-hot image-level labels (B, C), 0 or 1.
-            target_sizes: (H, W) of each picture; None leaves the masks on the token grid.
+            target_sizes: (H, W) of each image; None leaves the masks on the token grid.
             threshold: Background score in [0, 1].
             mode: "fused" (SC-CAM x ReLU(Coarse-CAM)), its root "fused_sqrt", "sc_cam" or "coarse_cam".
             refine: Spread the maps along the patch affinity once.
@@ -237,7 +237,7 @@ class BiTransImageProcessor(TorchvisionBackend):
             classes.
 
         Raises:
-            ValueError: threshold or mode out of range, labels that are not (B, C), not as many sizes as pictures.
+            ValueError: threshold or mode out of range, labels that are not (B, C), not as many sizes as images.
         """
         if not 0 <= threshold <= 1:
             raise InputError(f"threshold must be in [0, 1], got {threshold}.")
@@ -264,35 +264,33 @@ class BiTransImageProcessor(TorchvisionBackend):
 def sizes_of_batch(
     target_sizes: Sequence[tuple[int, int]] | torch.Tensor | None, maps: torch.Tensor
 ) -> Iterator[tuple[int, int]]:
-    """Return (H, W) of each picture of a batch of maps (B, C, h, w): the given sizes, or (h, w) for all."""
+    """Return (H, W) of each image of a batch of maps (B, C, h, w): the given sizes, or (h, w) for all."""
     batch, (h, w) = len(maps), maps.shape[-2:]
     if target_sizes is None:
         return iter([(h, w)] * batch)
     if len(target_sizes) != batch:
-        raise InputError(
-            f"target_sizes must hold one (height, width) for each of {batch} pictures, got {target_sizes}."
-        )
+        raise InputError(f"target_sizes must hold one (height, width) for each of {batch} images, got {target_sizes}.")
     return ((int(height), int(width)) for height, width in target_sizes)
 
 
 def check_label_maps(pictures: Sequence[torch.Tensor], label_maps: Sequence[torch.Tensor]) -> None:
-    """Check that label maps (1, H, W) belong to pictures (3, H, W).
+    """Check that label maps (1, H, W) belong to images (3, H, W).
 
     Raises:
         ValueError: their numbers or sizes differ, or a label map has several channels.
     """
     if len(pictures) != len(label_maps):
-        raise InputError(f"got {len(label_maps)} segmentation maps for {len(pictures)} pictures, expected as many.")
+        raise InputError(f"got {len(label_maps)} segmentation maps for {len(pictures)} images, expected as many.")
     for index, (picture, label_map) in enumerate(zip(pictures, label_maps, strict=True)):
         if len(label_map) != 1:
             raise InputError(
                 f"segmentation map {index} has {len(label_map)} channels, expected one of label ids; "
-                "convert its colours to ids (0 background, 1 for the first class)."
+                "convert its colors to ids (0 background, 1 for the first class)."
             )
         if label_map.shape[-2:] != picture.shape[-2:]:
             raise InputError(
                 f"segmentation map {index} is {label_map.shape[-2]} x {label_map.shape[-1]} (height x width) and its "
-                f"picture {picture.shape[-2]} x {picture.shape[-1]}; give both at the same size and orientation."
+                f"image {picture.shape[-2]} x {picture.shape[-1]}; give both at the same size and orientation."
             )
 
 

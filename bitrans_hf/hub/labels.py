@@ -33,24 +33,24 @@ COCO_CLASSES: tuple[str, ...] = (
 
 
 def palette() -> list[int]:
-    """Return the VOC colour map as PIL wants it: 256 RGB triples in one flat list of 768 values in [0, 255].
+    """Return the VOC color map as PIL wants it: 256 RGB triples in one flat list of 768 values in [0, 255].
 
     The bits of a label id are dealt out to red, green and blue, most significant first (`VOClabelcolormap` of the
-    VOC devkit), so that neighbouring ids differ strongly.
+    VOC devkit), so that neighboring ids differ strongly.
     """
     return list(_palette())
 
 
 @functools.cache  # it goes into every mask that is written
 def _palette() -> tuple[int, ...]:
-    colours = []
+    colors = []
     for label in range(256):
         rgb = [0, 0, 0]
         for bit in range(8):
             for channel in range(3):
                 rgb[channel] |= ((label >> (3 * bit + channel)) & 1) << (7 - bit)
-        colours.extend(rgb)
-    return tuple(colours)
+        colors.extend(rgb)
+    return tuple(colors)
 
 
 def class_ids_to_multi_hot(class_ids: list[int], num_classes: int) -> np.ndarray:

@@ -55,7 +55,7 @@ def class_consistency_loss(
 def affinity_consistency_loss(affinity: torch.Tensor, affinity_second: torch.Tensor) -> torch.Tensor:
     """Pair-wise affinity consistency, PAC (Eq. 11): L1 distance of the two views' patch affinities.
 
-    The paper gives no normalisation. Rows are parts of probability distributions, so: sum over keys, mean over
+    The paper gives no normalization. Rows are parts of probability distributions, so: sum over keys, mean over
     queries and batch, which lies in [0, 2] for any grid. It is the literal sum over entries divided by N.
 
     Args:

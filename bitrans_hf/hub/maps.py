@@ -192,7 +192,7 @@ def interpolated(maps: torch.Tensor, dim: int, length: int, start: int, stop: in
 def strongest_row(label_ids: Sequence[int], rows: Iterable[torch.Tensor]) -> torch.Tensor:
     """Give every pixel the label id of its highest score, as `argmax` over stacked rows does: of equals the first.
 
-    Rows are taken one at a time, so that a picture of 48 million pixels and 80 classes needs two of them in memory.
+    Rows are taken one at a time, so that an image of 48 million pixels and 80 classes needs two of them in memory.
 
     Args:
         label_ids: Label id of each row, in [0, 255].

@@ -1,4 +1,4 @@
-"""AffinityNet: a network that tells which neighbouring cells of an image belong to the same object.
+"""AffinityNet: a network that tells which neighboring cells of an image belong to the same object.
 
 Two relations behind one interface: PSA compares the features of two cells (Ahn & Kwak, CVPR 2018, arXiv:1803.10464);
 IRN asks whether a class boundary lies between them (Ahn, Cho & Kwak, CVPR 2019, arXiv:1904.05044). Either gives the
@@ -71,7 +71,7 @@ class AffinityNetOutput(ModelOutput):
         pair_affinity: (B, P, M) in [0, 1], as `affinity_pairs.pair_affinity` orders pairs of the training radius.
         features: (B, D, h, w) that psa compares; None for irn.
         boundary: (B, 1, h, w) logits of a class boundary; None for psa.
-        displacement: (B, 2, h, w) steps (dy, dx) in cells to the object's centre; only with a displacement field.
+        displacement: (B, 2, h, w) steps (dy, dx) in cells to the object's center; only with a displacement field.
     """
 
     # ModelOutput wants None as the default, also of what is always set.
@@ -189,7 +189,7 @@ def normalized_convolution(in_channels: int, out_channels: int, groups: int) -> 
 def path_cells(offset: tuple[int, int]) -> list[tuple[int, int]]:
     """Return the cells (dy, dx) on the way from (0, 0) to `offset`, both included.
 
-    These are the cells of the rectangle between them whose centre is closer than 1 to the line (IRN's `PathIndex`).
+    These are the cells of the rectangle between them whose center is closer than 1 to the line (IRN's `PathIndex`).
 
     Example:
         >>> path_cells((2, 2))
@@ -253,7 +253,7 @@ def displacement_losses(displacement: torch.Tensor, labels: AffinityLabels, radi
 
 
 class AffinityNetModel(PreTrainedModel):
-    """Affinities of neighbouring cells from a backbone's feature maps.
+    """Affinities of neighboring cells from a backbone's feature maps.
 
     Args:
         config: Backbone and relation. `out_indices` and `stride` are filled in.
@@ -334,7 +334,7 @@ class AffinityNetModel(PreTrainedModel):
         return self
 
     def parameter_groups(self, weight_decay: float = 5e-4) -> list[dict[str, Any]]:
-        """Return what is trained as optimiser groups, with the published multiples of the learning rate.
+        """Return what is trained as optimizer groups, with the published multiples of the learning rate.
 
         PSA: the head at 10x the rate, biases at twice their part's, without decay. IRN: displacements at 10x.
 
@@ -354,10 +354,10 @@ class AffinityNetModel(PreTrainedModel):
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, return_dict: bool | None = None
     ) -> AffinityNetOutput | tuple[Any, ...]:
-        """Relate neighbouring cells; with labels, also compute the loss.
+        """Relate neighboring cells; with labels, also compute the loss.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images of any size; zeros are added at the right and the bottom up to
+            pixel_values: (B, 3, H, W) normalized images of any size; zeros are added at the right and the bottom up to
                 whole cells, as PSA does.
             labels: (B, h, w) label ids of the cells, 0 background, 255 unsure; (h, w) = `grid_size(H, W)`.
             return_dict: False for a plain tuple of the fields that are not None.

@@ -21,7 +21,7 @@ from .maps import fuse
 from .views import VIEWS, invert_affinity
 
 AUTO_CLASSES = ("AutoModel", "AutoModelForImageClassification")
-"""Classes of transformers that open a saved model; the second lets the stock pipeline tag pictures by `logits`."""
+"""Classes of transformers that open a saved model; the second lets the stock pipeline tag images by `logits`."""
 
 
 @dataclass
@@ -134,13 +134,13 @@ class BiTransModel(ClassTokenEncoder):
         return_dict: bool | None = None,
         consistency_scale: torch.Tensor | float = 1.0,
     ) -> BiTransOutput | tuple[Any, ...]:
-        """Tag images and localise every class in them; with labels, also compute the training loss.
+        """Tag images and localize every class in them; with labels, also compute the training loss.
 
         With labels and a `config.view` other than "none" the second view is built here and both views run as one
         batch of 2B images through the shared weights.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images; H and W at least one patch. Up to `patch_size - 1` pixels at
+            pixel_values: (B, 3, H, W) normalized images; H and W at least one patch. Up to `patch_size - 1` pixels at
                 the right and the bottom are not seen when a side is no multiple of the patch size.
             labels: (B, C) multi-hot image-level labels, 0 or 1.
             output_hidden_states: Also return every layer's tokens.

@@ -102,7 +102,7 @@ class CamModel(PreTrainedModel):
         return self
 
     def parameter_groups(self, weight_decay: float = 1e-4) -> list[dict[str, Any]]:
-        """Return what is trained as optimiser groups, the classifier at 10x the rate.
+        """Return what is trained as optimizer groups, the classifier at 10x the rate.
 
         Args:
             weight_decay: IRN's 1e-4, which it also applies to the scales of norms.
@@ -119,7 +119,7 @@ class CamModel(PreTrainedModel):
         """Tag images and map every class; with labels, also compute the loss.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images of any size. Where a side is no multiple of the stride, the
+            pixel_values: (B, 3, H, W) normalized images of any size. Where a side is no multiple of the stride, the
                 last cells of a ResNet reach over the edge, and a ConvNeXt does not see up to `stride - 1` pixels.
             labels: (B, C) multi-hot image-level labels, 0 or 1.
             return_dict: False for a plain tuple of the fields that are not None.

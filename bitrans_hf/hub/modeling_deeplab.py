@@ -153,7 +153,7 @@ class DeepLabForSemanticSegmentation(PreTrainedModel):
         return self
 
     def parameter_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
-        """Return what is trained as optimiser groups: the head at 10x the rate, biases as the preset has it.
+        """Return what is trained as optimizer groups: the head at 10x the rate, biases as the preset has it.
 
         Args:
             weight_decay: None for the preset's: 0 for "mctformer", 5e-4 for "deeplab-v1".
@@ -175,7 +175,7 @@ class DeepLabForSemanticSegmentation(PreTrainedModel):
         """Score every label in every cell; with labels, also compute the loss.
 
         Args:
-            pixel_values: (B, 3, H, W) normalised images of any size. For a backbone that sees whole cells only, an
+            pixel_values: (B, 3, H, W) normalized images of any size. For a backbone that sees whole cells only, an
                 image between two sizes is enlarged bilinearly to the next.
             labels: (B, H, W) label ids, 0 background, `semantic_loss_ignore_index` not counted.
             return_dict: False for a plain tuple of the fields that are not None.
@@ -219,7 +219,7 @@ class DeepLabForSemanticSegmentation(PreTrainedModel):
         if labels.shape != expected:
             raise InputError(
                 f"labels must be {tuple(expected)}, one for each pixel, got {tuple(labels.shape)}; resize label maps "
-                "with the nearest-neighbour filter."
+                "with the nearest-neighbor filter."
             )
         if torch.compiler.is_compiling():
             return  # what follows depends on values, which a compiled graph does not branch on

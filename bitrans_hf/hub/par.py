@@ -1,4 +1,4 @@
-"""Pixel-adaptive refinement (PAR): scores follow the edges of the picture. Plain torch, batched, on any device.
+"""Pixel-adaptive refinement (PAR): scores follow the edges of the image. Plain torch, batched, on any device.
 
 Ru et al., "Learning Affinity from Attention" (AFA), CVPR 2022, arXiv:2203.02664. A second refiner beside the dense
 CRF, without anything to compile.
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from .errors import InputError
 
 DILATIONS = (1, 2, 4, 8, 12, 24)
-"""Distances in pixels of the eight neighbours, as in AFA."""
+"""Distances in pixels of the eight neighbors, as in AFA."""
 
 _COLOUR_SCALE, _POSITION_SCALE, _POSITION_WEIGHT = 0.3, 0.3, 0.01  # AFA's w1 (used twice) and w2
 
@@ -20,16 +20,16 @@ _COLOUR_SCALE, _POSITION_SCALE, _POSITION_WEIGHT = 0.3, 0.3, 0.01  # AFA's w1 (u
 def pixel_adaptive_refinement(
     images: torch.Tensor, scores: torch.Tensor, *, dilations: Sequence[int] = DILATIONS, iterations: int = 10
 ) -> torch.Tensor:
-    """Replace each pixel's scores by a weighted mean of its neighbours' scores, again and again.
+    """Replace each pixel's scores by a weighted mean of its neighbors' scores, again and again.
 
-    A pixel has eight neighbours for each dilation; beyond the border the border's pixel stands in. The neighbours'
-    weights are softmax(-((|difference of colour| / s) / 0.3)^2, mean over the three channels) plus
-    0.01 softmax(-((distance / s') / 0.3)^2), with s and s' the standard deviations over the neighbours. They sum to
+    A pixel has eight neighbors for each dilation; beyond the border the border's pixel stands in. The neighbors'
+    weights are softmax(-((|difference of color| / s) / 0.3)^2, mean over the three channels) plus
+    0.01 softmax(-((distance / s') / 0.3)^2), with s and s' the standard deviations over the neighbors. They sum to
     1.01 and are divided by that here, so that scores keep their range: the result is AFA's divided by
     1.01 ** iterations, with the same argmax.
 
     Args:
-        images: (B, 3, H, W); colours relative to each other matter, not their scale, so [0, 1], [0, 255] and float or
+        images: (B, 3, H, W); colors relative to each other matter, not their scale, so [0, 1], [0, 255] and float or
             uint8 are alike.
         scores: (B, L, H, W) of the same size, any range. Give present classes only: time is in proportion to L.
         dilations: Distances in pixels, each at least 1.
@@ -46,36 +46,36 @@ def pixel_adaptive_refinement(
     if scores.numel() == 0:
         return scores.clone()
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    weights = _neighbour_weights(images.to(dtype), dilations)
+    weights = _neighbor_weights(images.to(dtype), dilations)
     refined = scores.to(dtype)
     padded = _padded(refined, dilations)
     # Made once: for small images, taking slices would cost as much as working with them.
-    pairs = list(zip(weights.split(1, dim=1), _neighbours(padded, dilations), strict=True))
+    pairs = list(zip(weights.split(1, dim=1), _neighbors(padded, dilations), strict=True))
     for iteration in range(iterations):
         if iteration:
             padded.copy_(_padded(refined, dilations))
         refined = torch.zeros_like(refined)
-        # One neighbour after the other: all 8 x len(dilations) shifted copies at once would not fit for large batches.
-        for weight, neighbour in pairs:
-            refined.addcmul_(weight, neighbour)
+        # One neighbor after the other: all 8 x len(dilations) shifted copies at once would not fit for large batches.
+        for weight, neighbor in pairs:
+            refined.addcmul_(weight, neighbor)
     return refined.to(scores.dtype)
 
 
-def _neighbour_weights(images: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:
-    """(B, 3, H, W) -> (B, P, H, W), sum 1 over the P = 8 * len(dilations) neighbours."""
-    neighbours = list(_neighbours(_padded(images, dilations), dilations))  # views of one padded copy
+def _neighbor_weights(images: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, P, H, W), sum 1 over the P = 8 * len(dilations) neighbors."""
+    neighbors = list(_neighbors(_padded(images, dilations), dilations))  # views of one padded copy
     mean = torch.zeros_like(images)
-    for neighbour in neighbours:
-        mean += neighbour / len(neighbours)
+    for neighbor in neighbors:
+        mean += neighbor / len(neighbors)
     variance = torch.zeros_like(images)
-    for neighbour in neighbours:
-        variance += (neighbour - mean).square_() / (len(neighbours) - 1)
+    for neighbor in neighbors:
+        variance += (neighbor - mean).square_() / (len(neighbors) - 1)
     scale = 1 / ((variance.sqrt_() + 1e-8) * _COLOUR_SCALE)
-    colour = torch.stack([-((each - images) * scale).square_().mean(dim=1) for each in neighbours], dim=1)
+    color = torch.stack([-((each - images) * scale).square_().mean(dim=1) for each in neighbors], dim=1)
     distances = images.new_tensor([d * (dy * dy + dx * dx) ** 0.5 for d in dilations for dy, dx in _DIRECTIONS])
     position = -((distances / (distances.std() + 1e-8) / _POSITION_SCALE) ** 2)
     position_weights = _POSITION_WEIGHT * position.softmax(dim=0).reshape(1, -1, 1, 1)
-    return (colour.softmax(dim=1) + position_weights) / (1.0 + _POSITION_WEIGHT)
+    return (color.softmax(dim=1) + position_weights) / (1.0 + _POSITION_WEIGHT)
 
 
 _DIRECTIONS = tuple((dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1) if (dy, dx) != (0, 0))
@@ -86,7 +86,7 @@ def _padded(maps: torch.Tensor, dilations: Sequence[int]) -> torch.Tensor:
     return F.pad(maps, [max(dilations)] * 4, mode="replicate")
 
 
-def _neighbours(padded: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
+def _neighbors(padded: torch.Tensor, dilations: Sequence[int]) -> Iterator[torch.Tensor]:
     """Yield views (B, C, H, W) of padded maps, shifted by each direction at each dilation."""
     reach = max(dilations)
     height, width = (side - 2 * reach for side in padded.shape[2:])

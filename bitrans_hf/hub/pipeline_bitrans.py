@@ -1,4 +1,4 @@
-"""The pipeline `pseudo-mask-generation`: pictures and their image-level labels in, one mask per class out."""
+"""The pipeline `pseudo-mask-generation`: images and their image-level labels in, one mask per class out."""
 
 import base64
 import binascii
@@ -54,21 +54,21 @@ class PseudoMask(TypedDict):
     mask: Image.Image
 
 
-# ---- Pictures from anywhere.
+# ---- Images from anywhere.
 
 
 def open_picture(source: Any, *, upright: bool = True, timeout: float | None = None) -> Image.Image:
-    """Open a picture as RGB.
+    """Open an image as RGB.
 
     Args:
         source: A PIL image of any mode, a path, an http(s) URL, a base64 text (also "data:image/...;base64,..."), the
-            bytes of a file, or `{"bytes", "path"}` as `datasets` holds undecoded pictures.
-        upright: Turn the picture as its EXIF orientation says, which is how viewers show it. False keeps the pixels as
+            bytes of a file, or `{"bytes", "path"}` as `datasets` holds undecoded images.
+        upright: Turn the image as its EXIF orientation says, which is how viewers show it. False keeps the pixels as
             they are stored, on which masks of VOC, COCO and of training folders are drawn.
         timeout: Seconds to wait for a URL; None waits for ever.
 
     Raises:
-        ValueError: the picture is missing, damaged, no image, or larger than PIL agrees to open (179 million pixels);
+        ValueError: the image is missing, damaged, no image, or larger than PIL agrees to open (179 million pixels);
             the message names it.
         TypeError: `source` is none of the above.
     """
@@ -78,8 +78,8 @@ def open_picture(source: Any, *, upright: bool = True, timeout: float | None = N
         source = content if content is not None else source.get("path")
     if not isinstance(source, str | PathLike | bytes | Image.Image):
         raise TypeError(
-            f"got {type(source).__name__} as a picture, expected a PIL image, a path, a URL, base64 text or bytes; "
-            "turn arrays into pictures with PIL.Image.fromarray."
+            f"got {type(source).__name__} as an image, expected a PIL image, a path, a URL, base64 text or bytes; "
+            "turn arrays into images with PIL.Image.fromarray."
         )
     try:
         if isinstance(source, Image.Image):
@@ -90,23 +90,23 @@ def open_picture(source: Any, *, upright: bool = True, timeout: float | None = N
         elif isinstance(source, str) and not Path(source[:4096]).exists() and _looks_like_base64(source):
             source = base64.b64decode(source.partition("base64,")[2] or source, validate=True)
         if not isinstance(source, bytes) and Path(source).is_dir():
-            raise IsADirectoryError("it is a folder; give its pictures one by one or use `bitrans masks`")
+            raise IsADirectoryError("it is a folder; give its images one by one or use `bitrans masks`")
         with opened(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return _as_rgb(image, upright)
     except FileNotFoundError as error:
-        raise InputError(f"picture {name} is not there; was it moved or deleted?") from error
+        raise InputError(f"image {name} is not there; was it moved or deleted?") from error
     except UnidentifiedImageError as error:
         raise InputError(
-            f"picture {name} cannot be read: it is no image file, or a damaged one; give a PNG, JPEG or the like."
+            f"image {name} cannot be read: it is no image file, or a damaged one; give a PNG, JPEG or the like."
         ) from error
     except Image.DecompressionBombError as error:
-        raise InputError(f"picture {name} {TOO_LARGE}.") from error
+        raise InputError(f"image {name} {TOO_LARGE}.") from error
     except (*DECODING_ERRORS, urllib.error.URLError, binascii.Error) as error:
-        raise InputError(f"picture {name} cannot be read ({type(error).__name__}: {error}).") from error
+        raise InputError(f"image {name} cannot be read ({type(error).__name__}: {error}).") from error
 
 
 def name_of(source: Any) -> str:
-    """Return what a picture is called in messages."""
+    """Return what an image is called in messages."""
     if isinstance(source, Mapping):
         return str(source.get("path") or "held in memory")
     if isinstance(source, Image.Image):
@@ -120,7 +120,7 @@ def _as_rgb(image: Image.Image, upright: bool) -> Image.Image:
     if upright:
         image = ImageOps.exif_transpose(image)
     rgb = to_rgb(image)
-    # A picture that needed no change must not die with the file that it was opened from.
+    # An image that needed no change must not die with the file that it was opened from.
     return rgb.copy() if rgb is image and not upright else rgb
 
 
@@ -133,12 +133,12 @@ def _looks_like_base64(text: str) -> bool:
 
 @dataclass(frozen=True)
 class PreparedPicture:
-    """A picture on its way into the network.
+    """An image on its way into the network.
 
     Attributes:
-        size: (H, W) of the picture as it was given, and of its masks.
-        pixels: (H', W', 3) uint8, the RGB picture that is worked on: `size`, or less where `max_side` bounds it.
-        views: One normalised (1, 3, H_s, W_s) float32 for each scale.
+        size: (H, W) of the image as it was given, and of its masks.
+        pixels: (H', W', 3) uint8, the RGB image that is worked on: `size`, or less where `max_side` bounds it.
+        views: One normalized (1, 3, H_s, W_s) float32 for each scale.
         class_ids: (K,) ids of the classes it is known to show; None where nothing is known.
     """
 
@@ -150,10 +150,10 @@ class PreparedPicture:
 
 @dataclass(frozen=True)
 class LocalisedPicture:
-    """What the network made of a picture.
+    """What the network made of an image.
 
     Attributes:
-        picture: Without its views.
+        image: Without its views.
         maps: (C, h_s, w_s) for each scale, fused, refined, summed over the flip; on the CPU, any range.
         probabilities: (C,) probability of each class' presence in [0, 1], averaged over scales and flips.
     """
@@ -164,7 +164,7 @@ class LocalisedPicture:
 
 
 class PseudoMaskPipeline(Pipeline):
-    """Segment pictures by their image-level labels with a `BiTransModel` (task `pseudo-mask-generation`).
+    """Segment images by their image-level labels with a `BiTransModel` (task `pseudo-mask-generation`).
 
     ```python
     pipe = pipeline(model=folder_or_repo, trust_remote_code=True)
@@ -174,39 +174,39 @@ class PseudoMaskPipeline(Pipeline):
     pipe(load_folder("photos"))                            # a data set with `image` and `labels`; answers one by one
     ```
 
-    A picture is a PIL image, path, URL, base64 text or the bytes of a file, of any mode and size from one patch up to
+    An image is a PIL image, path, URL, base64 text or the bytes of a file, of any mode and size from one patch up to
     PIL's limit of 179 million pixels. It is turned upright by its EXIF tag, as all pipelines do, and its masks have
-    the size and the orientation of the upright picture. A picture whose longer side exceeds `max_side` is reduced for
+    the size and the orientation of the upright image. An image whose longer side exceeds `max_side` is reduced for
     the network and the refiner, so that memory is bounded, and the scores are enlarged before they are cut: masks
-    always have the picture's own size.
+    always have the image's own size.
 
-    A single picture gives a list with one dictionary for each class, ascending by class id:
+    A single image gives a list with one dictionary for each class, ascending by class id:
 
     - `label`: name of the class;
-    - `score`: the model's probability, in [0, 1], that the picture shows the class (the sigmoid of `logits`, averaged
+    - `score`: the model's probability, in [0, 1], that the image shows the class (the sigmoid of `logits`, averaged
       over scales and flips). It judges the label, not the outline;
-    - `mask`: PIL image of mode "L", 255 where the class is and 0 elsewhere. Masks of a picture do not overlap; a
+    - `mask`: PIL image of mode "L", 255 where the class is and 0 elsewhere. Masks of an image do not overlap; a
       candidate label that no pixel prefers has an empty mask.
 
-    Several pictures give a list of such lists; generators and data sets give an iterator. Every picture passes through
+    Several images give a list of such lists; generators and data sets give an iterator. Every image passes through
     the network by itself, together with its flip, so that its masks do not depend on the batch size or on its
-    neighbours.
+    neighbors.
 
     Options, at construction or at a call:
 
-    - `candidate_labels`: names of the classes that are present, or a multi-hot vector (C,); of all pictures of the
+    - `candidate_labels`: names of the classes that are present, or a multi-hot vector (C,); of all images of the
       call that do not bring their own. None: the classes whose probability exceeds `label_threshold`.
     - `threshold` (0.4): background score in [0, 1]; higher values give smaller masks.
     - `label_threshold` (0.5): in [0, 1], used where no labels are given.
-    - `scales` ((1.0,)): sizes to average over, relative to the picture, for example (1.0, 0.75, 1.25).
+    - `scales` ((1.0,)): sizes to average over, relative to the image, for example (1.0, 0.75, 1.25).
     - `flip` (True): average over the horizontal flip too.
     - `mode` ("fused"): "fused", its root "fused_sqrt", "sc_cam" or "coarse_cam".
     - `refine` (True): spread the maps along the patch affinity (Eq. 10).
     - `refine_steps` (1): how often; `normalize_affinity` (False): give every row of the affinity the sum 1 first.
-    - `refiner` (None): what sharpens the scores on the picture's colours before they are cut: None, "par"
+    - `refiner` (None): what sharpens the scores on the image's colors before they are cut: None, "par"
       (pixel-adaptive refinement), "crf" (dense CRF; needs bitrans-hf[crf]) or a function (image (H, W, 3) uint8,
       scores (1 + K, H, W) in [0, 1], background first) -> scores of the same shape.
-    - `max_side`: instead of the image processor's (640, which lets VOC and COCO pictures pass as they are).
+    - `max_side`: instead of the image processor's (640, which lets VOC and COCO images pass as they are).
     - `upright` (True): False answers in the orientation of the stored pixels, on which training masks are drawn.
     - `timeout` (None): seconds to wait for a URL.
 
@@ -270,12 +270,12 @@ class PseudoMaskPipeline(Pipeline):
         )
 
     def __call__(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Segment one picture, a list of them, a generator or a data set; see the class for options and answers.
+        """Segment one image, a list of them, a generator or a data set; see the class for options and answers.
 
         Raises:
-            ValueError: a picture that cannot be read or is smaller than a patch (the message names it), an unknown
+            ValueError: an image that cannot be read or is smaller than a patch (the message names it), an unknown
                 class name, an option out of its range.
-            TypeError: an unknown option, or something that is no picture.
+            TypeError: an unknown option, or something that is no image.
         """
         if isinstance(inputs, tuple):
             inputs = list(inputs)
@@ -288,7 +288,7 @@ class PseudoMaskPipeline(Pipeline):
                 raise InputError(
                     f"got the splits {', '.join(inputs)} of a data set, expected one of them, such as data[{first!r}]."
                 )
-            # transformers would take a datasets.Dataset for one picture, and hand on its rows as they are if streamed.
+            # transformers would take a datasets.Dataset for one image, and hand on its rows as they are if streamed.
             inputs = DatasetRows(inputs) if hasattr(inputs, "__len__") else _items_of_rows(inputs)
         elif isinstance(inputs, Iterator):
             inputs = (item for item in inputs)  # transformers knows generators alone, not map() and the like
@@ -303,7 +303,7 @@ class PseudoMaskPipeline(Pipeline):
                 raise TypeError(f"{TASK} has no option {name!r}; {hint}")
         check_options(options)
         if options.get("candidate_labels") is not None:
-            self.class_ids_of(options["candidate_labels"])  # a misspelt label shows before the first picture
+            self.class_ids_of(options["candidate_labels"])  # a misspelt label shows before the first image
         return (
             {name: options[name] for name in PREPROCESS_OPTIONS if name in options},
             {name: options[name] for name in FORWARD_OPTIONS if name in options},
@@ -319,13 +319,13 @@ class PseudoMaskPipeline(Pipeline):
         upright: bool = True,
         timeout: float | None = None,
     ) -> dict[str, list[PreparedPicture]]:
-        """Open a picture, look up its labels and make its scaled views."""
+        """Open an image, look up its labels and make its scaled views."""
         source = item
         if isinstance(item, Mapping) and "image" in item:
             source, candidate_labels = item["image"], item.get("candidate_labels", candidate_labels)
             if unknown := sorted(set(item) - {"image", "candidate_labels"}):
                 raise InputError(
-                    f"got a picture with {', '.join(map(repr, unknown))}, expected 'image' and 'candidate_labels' "
+                    f"got an image with {', '.join(map(repr, unknown))}, expected 'image' and 'candidate_labels' "
                     "(names of classes); rows of a data set are read as such when the whole data set is given."
                 )
         class_ids = None if candidate_labels is None else self.class_ids_of(candidate_labels)
@@ -338,7 +338,7 @@ class PseudoMaskPipeline(Pipeline):
             raise InputError(f"image {name_of(source)} is {problem}")
         views = processor.scaled_views(image, scales)
         # In a list, or the loader would look for tensors to pad.
-        return {"pictures": [PreparedPicture(size, np.asarray(image), views, class_ids)]}
+        return {"images": [PreparedPicture(size, np.asarray(image), views, class_ids)]}
 
     def _forward(  # type: ignore[override]
         self,
@@ -350,7 +350,7 @@ class PseudoMaskPipeline(Pipeline):
         normalize_affinity: bool = False,
     ) -> dict[str, list[LocalisedPicture]]:
         localised = []
-        for entry in inputs["pictures"]:  # a batch of several comes as a list of lists of one
+        for entry in inputs["images"]:  # a batch of several comes as a list of lists of one
             picture = entry[0] if isinstance(entry, list) else entry
             maps, probabilities = [], []
             for view in picture.views:
@@ -368,7 +368,7 @@ class PseudoMaskPipeline(Pipeline):
                 probabilities.append(output.logits.float().sigmoid().mean(dim=0).cpu())
             kept = PreparedPicture(picture.size, picture.pixels, [], picture.class_ids)
             localised.append(LocalisedPicture(kept, maps, torch.stack(probabilities).mean(dim=0)))
-        return {"pictures": localised}
+        return {"images": localised}
 
     def postprocess(  # type: ignore[override]
         self,
@@ -377,8 +377,8 @@ class PseudoMaskPipeline(Pipeline):
         label_threshold: float = 0.5,
         refiner: str | Refiner | None = None,
     ) -> list[PseudoMask]:
-        """Cut one picture's maps into masks."""
-        entry = outputs["pictures"]
+        """Cut one image's maps into masks."""
+        entry = outputs["images"]
         localised: LocalisedPicture = entry[0] if isinstance(entry, list) else entry
         picture, probabilities = localised.picture, localised.probabilities
         class_ids = picture.class_ids
@@ -406,17 +406,17 @@ class PseudoMaskPipeline(Pipeline):
         ]
 
     def class_ids_of(self, candidate_labels: Any) -> np.ndarray:
-        """Turn a picture's labels (names or a multi-hot vector) into ascending class ids (K,) int64.
+        """Turn an image's labels (names or a multi-hot vector) into ascending class ids (K,) int64.
 
         Raises:
-            ValueError: an unknown class name, a wrong number of values, or labels of several pictures.
+            ValueError: an unknown class name, a wrong number of values, or labels of several images.
         """
         if isinstance(candidate_labels, str):
             candidate_labels = [candidate_labels]
         labels = list(candidate_labels)
         if any(isinstance(label, list | tuple | set) for label in labels):
             raise InputError(
-                f"candidate_labels must be the class names of one picture, got {candidate_labels!r}; give pictures "
+                f"candidate_labels must be the class names of one image, got {candidate_labels!r}; give images "
                 'with different labels as [{"image": ..., "candidate_labels": [...]}, ...].'
             )
         return present_class_ids(labels, cast("Mapping[int, str]", self.model.config.id2label))
@@ -428,7 +428,7 @@ POSTPROCESS_OPTIONS = ("threshold", "label_threshold", "refiner")
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Check the pipeline's options before the first picture is opened.
+    """Check the pipeline's options before the first image is opened.
 
     Raises:
         ValueError: an option is out of its range; the message says which and what is allowed.
@@ -453,7 +453,7 @@ def check_options(options: Mapping[str, Any]) -> None:
 
 
 class DatasetRows(Dataset[PipelineItem]):
-    """The rows of a `datasets.Dataset` as the pipeline reads them: pictures with the names of their classes.
+    """The rows of a `datasets.Dataset` as the pipeline reads them: images with the names of their classes.
 
     Args:
         rows: With a column `image`, and labels in a column `candidate_labels`, `labels` or `label`: class names or ids

@@ -59,7 +59,7 @@ class ResidualBlock(nn.Module):
         self.conv_branch1 = None if same_shape else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the block's output and its normalised and rectified input, which the taps are made of."""
+        """Return the block's output and its normalized and rectified input, which the taps are made of."""
         activated = F.relu(self.bn_branch2a(features))
         shortcut = features if self.conv_branch1 is None else self.conv_branch1(activated)
         branch = self.conv_branch2b1(F.relu(self.bn_branch2b1(self.conv_branch2a(activated))))
@@ -90,7 +90,7 @@ class BottleneckBlock(nn.Module):
         self.conv_branch1 = nn.Conv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the block's output and its normalised and rectified input."""
+        """Return the block's output and its normalized and rectified input."""
         activated = F.relu(self.bn_branch2a(features))
         branch = F.relu(self.bn_branch2b1(self.conv_branch2a(activated)))
         branch = F.relu(self.bn_branch2b2(self.conv_branch2b1(self.dropout_2b1(branch))))

@@ -1,7 +1,7 @@
 """Class seeds: a trained model and an image with its labels in, one map per present class out (Eqs. 2, 8, 10).
 
 The procedure is MCTformer's: every scale and its horizontal flip is passed through the network, each view's maps are
-fused, refined and resized to the image, summed, and min-max normalised for each present class.
+fused, refined and resized to the image, summed, and min-max normalized for each present class.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,11 +55,11 @@ def sum_over_views(
     refine_steps: int = 1,
     normalize_affinity: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Sum the maps of every scale and its flip, before normalisation.
+    """Sum the maps of every scale and its flip, before normalization.
 
     Args:
         model: In evaluation mode; its output holds the maps that the variants are made of.
-        scaled_views: One normalised batch (B, 3, H_s, W_s) for each scale, on the model's device.
+        scaled_views: One normalized batch (B, 3, H_s, W_s) for each scale, on the model's device.
         variants: Names of the results -> (mode, refine), see `SEED_VARIANTS`. All come from the same forward passes.
         flip: Add the horizontally flipped image of each scale; image and flip run as one batch.
         size: (H, W) to resize every view's maps to before summing; None leaves them on the token grid, which needs a
@@ -86,7 +86,7 @@ def sum_over_views(
 
 
 def normalized_seeds(class_ids: np.ndarray, maps: torch.Tensor, size: tuple[int, int]) -> Seeds:
-    """Resize the maps of the present classes to the image and min-max normalise each.
+    """Resize the maps of the present classes to the image and min-max normalize each.
 
     Args:
         class_ids: (K,) ids that belong to `maps`.
@@ -118,13 +118,13 @@ def extract_seeds(
     refine_steps: int = 1,
     normalize_affinity: bool = False,
 ) -> Seeds:
-    """Localise the classes that an image is known to hold.
+    """Localize the classes that an image is known to hold.
 
     Args:
         model: A trained model; it runs in evaluation mode and is left in the mode it was in.
         image: PIL image of any mode, at least one patch in height and width.
         image_labels: Names of the present classes, or a multi-hot vector (C,).
-        processor: Resizes and normalises; an image with a longer side than its `max_side` is worked on at that size.
+        processor: Resizes and normalizes; an image with a longer side than its `max_side` is worked on at that size.
         scales: Sizes to average over, relative to the image; the first must be 1.0.
         flip: Average over the horizontal flip of each size too.
         mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), its root "fused_sqrt", "sc_cam" or "coarse_cam".

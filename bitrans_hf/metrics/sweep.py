@@ -43,7 +43,7 @@ class SweepResult:
 
 
 class ThresholdSweep:
-    """Mean IoU of seeds at every background threshold, each picture looked at once.
+    """Mean IoU of seeds at every background threshold, each image looked at once.
 
     At threshold t a pixel is background unless a map exceeds t there; then it is the class with the highest map, the
     lower class id on a tie. That is `argmax([t, v_1, v_2 ...])`. Which class can win does not depend on t, and whether
@@ -95,7 +95,7 @@ class ThresholdSweep:
         self._levels = np.append(levels, np.float32(np.inf))
 
     def add(self, seeds: Seeds, target: npt.ArrayLike) -> None:
-        """Count one picture.
+        """Count one image.
 
         Args:
             seeds: `class_ids` (K,) without repeats and `maps` (K, H, W) in [0, 1]; with K = 0 all is background.
@@ -126,7 +126,7 @@ class ThresholdSweep:
         # Written so that nan fails too.
         if maps.size and not (maps.min() >= 0 and maps.max() <= 1):
             raise InputError(
-                f"seeds have map values in [{maps.min():g}, {maps.max():g}]; expected [0, 1], normalise the maps of "
+                f"seeds have map values in [{maps.min():g}, {maps.max():g}]; expected [0, 1], normalize the maps of "
                 "each class first."
             )
         class_ids, strongest, value = _strongest_class(class_ids, maps)
@@ -166,7 +166,7 @@ class ThresholdSweep:
             ValueError: nothing was counted.
         """
         if not self.counts.any():
-            raise InputError("the sweep has counted no pixel; add pictures with known masks first.")
+            raise InputError("the sweep has counted no pixel; add images with known masks first.")
         confusions = [self.confusion(index) for index in range(self.thresholds.size)]
         miou = np.array([100.0 * miou_from_counts(counts, absent) for counts in confusions])
         best = int(miou.argmax())
@@ -195,7 +195,7 @@ def threshold_sweep(
     """Score seeds against masks at every background threshold, in one pass.
 
     Args:
-        seeds: One `Seeds` for each picture; a generator is fine, one picture is held at a time.
+        seeds: One `Seeds` for each image; a generator is fine, one image is held at a time.
         masks: Their true label maps (H, W), in the same order.
         thresholds: As in `ThresholdSweep`.
         num_classes: Number of object classes, without background.

@@ -137,7 +137,7 @@ def render_card(
         repo: Repository, or folder, that the examples open.
         version: Tag of the version.
         package_version: Of bitrans_hf.
-        picture: File name of a picture beside the card; None for none.
+        picture: File name of an image beside the card; None for none.
         licence: Of the weights, as the Hub spells it.
 
     Returns:
@@ -349,7 +349,7 @@ def licence_note(licence: str, source: str, weights: str) -> str:
     notes = [f"Code and weights: `{licence}`."]
     if source in ("voc", "coco"):
         notes.append(
-            "The training pictures are photographs from Flickr under their owners' terms; they are not part of this "
+            "The training images are photographs from Flickr under their owners' terms; they are not part of this "
             "repository."
         )
     if weights.startswith("timm:"):

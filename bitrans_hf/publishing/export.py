@@ -51,7 +51,7 @@ class ExportError(InputError):
 
 
 def cubic_weights(num_out: int, step: torch.Tensor, num_in: int) -> torch.Tensor:
-    """Weights of bicubic resizing along one axis, in torch's convention (A = -0.75, half-pixel centres).
+    """Weights of bicubic resizing along one axis, in torch's convention (A = -0.75, half-pixel centers).
 
     Args:
         num_out: Length after resizing.
@@ -60,7 +60,7 @@ def cubic_weights(num_out: int, step: torch.Tensor, num_in: int) -> torch.Tensor
 
     Returns:
         (num_out, num_in + 4), for an axis that was padded by its border values, two at each end: a sample's four
-        neighbours reach that far.
+        neighbors reach that far.
     """
     source = (torch.arange(num_out, dtype=torch.float32) + 0.5) * step - 0.5
     distance = (source.unsqueeze(1) - torch.arange(-2, num_in + 2, dtype=torch.float32)).abs()
@@ -114,7 +114,7 @@ class SeedNetwork(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, pixel_values: torch.Tensor) -> Outputs:
-        """Map normalised images (B, 3, H, W) to the three outputs.
+        """Map normalized images (B, 3, H, W) to the three outputs.
 
         Returns:
             logits (B, C), whose sigmoid is the tag score; seeds (B, C, H, W) in [0, 1], for class c what

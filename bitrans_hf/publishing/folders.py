@@ -77,7 +77,7 @@ def write_model_folder(
         model: A `BiTransModel`, `AffinityNetModel` or `DeepLabForSemanticSegmentation`.
         processor: Its image processor.
         card: Text of README.md.
-        picture: A picture that the card shows by its file name; copied.
+        picture: An image that the card shows by its file name; copied.
 
     Raises:
         PublishError: the model was loaded from this folder; or the folder, opened in a clean process, does not compute
@@ -136,7 +136,7 @@ def files_of(folder: str | Path) -> dict[str, int]:
 
 
 def outputs_of(model: Any, processor: Any, pipe: Any, labels: Any) -> dict[str, Any]:
-    """Return all that a network and its pipeline compute for two pictures, by name; it also runs where we are not.
+    """Return all that a network and its pipeline compute for two images, by name; it also runs where we are not.
 
     Args:
         model: Any of the three networks, in evaluation mode.

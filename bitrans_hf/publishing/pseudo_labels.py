@@ -23,7 +23,7 @@ def pseudo_label_dataset(folder: str | Path, *, image_ids: list[str] | None = No
 
     Returns:
         Columns `image_id` and `pseudo_label`, an Image of mode "P" whose values are label ids and whose palette is
-        kept by `save_to_disk` and `push_to_hub`. No pictures: their licences are their owners'.
+        kept by `save_to_disk` and `push_to_hub`. No images: their licences are their owners'.
 
     Raises:
         MissingFileError: an image without a label map, or a folder without any.

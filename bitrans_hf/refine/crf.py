@@ -31,7 +31,7 @@ class CrfPreset:
         gaussian_sxy: Standard deviation of the smoothness kernel in pixels.
         gaussian_compat: Its weight.
         bilateral_sxy: Standard deviation of the appearance kernel in pixels.
-        bilateral_srgb: Its standard deviation in colour, of [0, 255].
+        bilateral_srgb: Its standard deviation in color, of [0, 255].
         bilateral_compat: Its weight.
         hard_label_probability: None takes -log(score) as unary term. A number takes only each pixel's best label and
             gives it this probability, the others share the rest.
@@ -76,7 +76,7 @@ def check_crf_installed() -> None:
 
 
 def dense_crf(image: np.ndarray, scores: np.ndarray, *, preset: str | CrfPreset = "psa") -> np.ndarray:
-    """Refine label scores by a fully connected CRF over the picture's pixels.
+    """Refine label scores by a fully connected CRF over the image's pixels.
 
     Args:
         image: (H, W, 3) uint8, stored pixels in RGB. Read-only and strided arrays are fine.
@@ -152,7 +152,7 @@ def _check(image: np.ndarray, scores: np.ndarray) -> None:
     if not np.isfinite([low, high]).all():  # NaN anywhere makes both NaN
         raise InputError("the scores hold NaN or infinity; look at the network that made them.")
     if low < -1e-3 or high > 1 + 1e-3:
-        raise InputError(f"scores must be in [0, 1], got values from {low:.4g} to {high:.4g}; normalise them first.")
+        raise InputError(f"scores must be in [0, 1], got values from {low:.4g} to {high:.4g}; normalize them first.")
 
 
 def _unary_energy(scores: np.ndarray, hard_label_probability: float | None) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""The page of a run: its layout, pictures, charts and tables."""
+"""The page of a run: its layout, images, charts and tables."""

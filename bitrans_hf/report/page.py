@@ -1,4 +1,4 @@
-"""A page to judge a run by: pictures, curves and scores in one HTML file, and the same pictures as PNGs beside it."""
+"""A page to judge a run by: images, curves and scores in one HTML file, and the same images as PNGs beside it."""
 
 from __future__ import annotations
 
@@ -75,11 +75,11 @@ class GalleryRow:
 
 @dataclass(frozen=True)
 class GalleryLine:
-    """One line of pictures: the maps of one class; photo, ground truth and mask stand in an image's first line only.
+    """One line of images: the maps of one class; photo, ground truth and mask stand in an image's first line only.
 
     Attributes:
         class_name: The class whose maps are shown, "" in an image without classes.
-        cells: Column heading -> picture at the photo's size.
+        cells: Column heading -> image at the photo's size.
     """
 
     class_name: str
@@ -117,7 +117,7 @@ class Table:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# Images
 
 
 def heat_overlay(image: Image.Image, cam: npt.NDArray[np.floating], strength: float = 0.5) -> Image.Image:
@@ -126,10 +126,10 @@ def heat_overlay(image: Image.Image, cam: npt.NDArray[np.floating], strength: fl
     Args:
         image: Photo of any mode, W x H.
         cam: Map (H, W) in [0, 1].
-        strength: Weight of the colours in [0, 1].
+        strength: Weight of the colors in [0, 1].
 
     Returns:
-        An RGB picture of the photo's size. The photo beneath is grey, so that its colours are not taken for heat.
+        An RGB image of the photo's size. The photo beneath is gray, so that its colors are not taken for heat.
 
     Raises:
         ValueError: the sizes differ or the map leaves [0, 1].
@@ -137,38 +137,38 @@ def heat_overlay(image: Image.Image, cam: npt.NDArray[np.floating], strength: fl
     _check_size(image, cam, "class map")
     # Written so that nan fails too.
     if cam.size and not (cam.min() >= 0 and cam.max() <= 1):
-        raise InputError(f"class map has values in [{cam.min():g}, {cam.max():g}]; normalise it to [0, 1] first.")
+        raise InputError(f"class map has values in [{cam.min():g}, {cam.max():g}]; normalize it to [0, 1] first.")
     grey = np.asarray(image.convert("L"), dtype=np.float32)[..., None]
     heat = matplotlib.colormaps["jet"](cam)[..., :3] * 255
     return _to_image((1 - strength) * grey + strength * heat)
 
 
 def label_overlay(image: Image.Image, label_map: npt.NDArray[np.uint8], strength: float = 0.7) -> Image.Image:
-    """Paint a label map over its photo in the VOC colours.
+    """Paint a label map over its photo in the VOC colors.
 
     Args:
         image: Photo of any mode, W x H.
         label_map: Label ids (H, W): background leaves a paler photo, ignored pixels become white.
-        strength: Weight of the colours in [0, 1].
+        strength: Weight of the colors in [0, 1].
 
     Returns:
-        An RGB picture of the photo's size.
+        An RGB image of the photo's size.
 
     Raises:
         ValueError: the sizes differ.
     """
     _check_size(image, label_map, "label map")
-    colours = np.array(palette(), dtype=np.float32).reshape(256, 3)
-    # Most palette colours are dark, so that they stand out on a pale photo.
-    colours[[BACKGROUND, IGNORE_INDEX]] = 255
+    colors = np.array(palette(), dtype=np.float32).reshape(256, 3)
+    # Most palette colors are dark, so that they stand out on a pale photo.
+    colors[[BACKGROUND, IGNORE_INDEX]] = 255
     weights = np.full(256, strength, dtype=np.float32)
     weights[[BACKGROUND, IGNORE_INDEX]] = (0.4, 1.0)
     weight = weights[label_map][..., None]
-    return _to_image((1 - weight) * np.asarray(image.convert("RGB")) + weight * colours[label_map])
+    return _to_image((1 - weight) * np.asarray(image.convert("RGB")) + weight * colors[label_map])
 
 
 def gallery_row(row: GalleryRow) -> list[GalleryLine]:
-    """Draw one image's pictures, a line for each present class.
+    """Draw the gallery's lines of one image, one for each present class.
 
     Raises:
         ValueError: a map or label map does not have the photo's size (the image id is named).
@@ -197,11 +197,11 @@ def gallery_row(row: GalleryRow) -> list[GalleryLine]:
 
 
 def figure_grid(rows: Sequence[GalleryRow], height: int = 160) -> Image.Image:
-    """Set images into one picture with column headings, as Figure 3 of the paper.
+    """Set a grid of images with column headings, as Figure 3 of the paper.
 
     Args:
         rows: Images to show, top to bottom.
-        height: Largest height of one picture in pixels.
+        height: Largest height of one image in pixels.
 
     Raises:
         ValueError: there are no rows.
@@ -316,7 +316,7 @@ def confusion_picture(counts: npt.NDArray[np.integer], rows: Sequence[str], colu
         columns: Names of the C predicted labels.
 
     Returns:
-        An RGB picture. With up to 25 labels the shares stand in the cells, in percent; a label that is in no target
+        An RGB image. With up to 25 labels the shares stand in the cells, in percent; a label that is in no target
         has an empty row.
 
     Raises:
@@ -341,8 +341,8 @@ def confusion_picture(counts: npt.NDArray[np.integer], rows: Sequence[str], colu
     axes.set_title("Share of each true label, %", loc="left", fontsize=size + 2, fontweight="bold")
     for (row, column), share in np.ndenumerate(shares):
         if few and share >= 0.5:
-            colour = "white" if share > 40 else "#1d2329"
-            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=colour)
+            color = "white" if share > 40 else "#1d2329"
+            axes.text(column, row, f"{share:.0f}", ha="center", va="center", fontsize=7, color=color)
     for edge in axes.spines.values():
         edge.set_visible(False)
     buffer = io.BytesIO()
@@ -364,7 +364,7 @@ def write_report(
     notes: Sequence[str] = (),
     figures: Mapping[str, Image.Image] | None = None,
 ) -> Path:
-    """Write one HTML page that needs no other file, and the pictures as PNGs in a folder beside it.
+    """Write one HTML page that needs no other file, and the images as PNGs in a folder beside it.
 
     The folder is called as the page, with `_pictures`: `gallery.png` (the first rows as one figure), one PNG for each
     image and one for each chart. The page says where ground truth is missing.
@@ -376,7 +376,7 @@ def write_report(
         curves: Charts, see `charts_from_log`.
         tables: Tables, see `score_table` and `recipe_table`.
         notes: Sentences to stand at the top, one paragraph each.
-        figures: Heading -> a picture about all images, below the tables.
+        figures: Heading -> a figure about all images, below the tables.
 
     Returns:
         `path`.
@@ -398,7 +398,7 @@ def write_report(
             f'<img src="{_data_uri(picture)}" alt="{escape(heading)}"></figure>'
         )
     if rows:
-        parts.append("<h2>Pictures</h2>")
+        parts.append("<h2>Images</h2>")
         parts += [_picture_html(row, lines, columns) for row, lines in zip(rows, images, strict=True)]
         _save_png(_draw_grid(images[:_NUM_ROWS_IN_GRID], columns, 160), pictures / "gallery.png")
         for number, (row, lines) in enumerate(zip(rows, images, strict=True), start=1):
@@ -436,7 +436,7 @@ _PAGE = """<!doctype html>
 </html>
 """
 
-# On a wide screen every picture stands in its column; on a narrow one they flow, two side by side.
+# On a wide screen every image stands in its column; on a narrow one they flow, two side by side.
 _STYLE = """
 :root { --ink: #1d2329; --soft: #66707a; --line: #e2e6ea; --paper: #ffffff; --card: #f6f8fa; --accent: #2f6fde; }
 @media (prefers-color-scheme: dark) {
@@ -505,16 +505,16 @@ def _picture_html(row: GalleryRow, lines: Sequence[GalleryLine], columns: Sequen
 
 
 def _legend_html(row: GalleryRow) -> str:
-    """Name the colour of every label id that the row shows."""
+    """Name the color of every label id that the row shows."""
     labels = {int(class_id) + 1 for seeds in row.maps.values() for class_id in seeds.class_ids}
     for label_map in (row.target, row.label_map, *row.steps.values()):
         if label_map is not None:
             labels |= set(np.unique(label_map).tolist())
-    colours = palette()
+    colors = palette()
     chips = []
     for label in sorted(labels - {BACKGROUND, IGNORE_INDEX}):
         name = row.class_names[label - 1] if label <= len(row.class_names) else f"label {label}"
-        rgb = ", ".join(map(str, colours[3 * label : 3 * label + 3]))
+        rgb = ", ".join(map(str, colors[3 * label : 3 * label + 3]))
         chips.append(f'<span class="chip"><i style="background: rgb({rgb})"></i>{escape(name)}</span>')
     return "".join(chips)
 
@@ -540,7 +540,7 @@ def _ground_truth_notes(rows: Sequence[GalleryRow]) -> list[str]:
     if num_unknown == 0:
         return []
     which = "all" if num_unknown == len(rows) else f"{num_unknown} of {len(rows)}"
-    return [f"Pictures without a ground-truth mask: {which}. These can be judged by eye only."]
+    return [f"Images without a ground-truth mask: {which}. These can be judged by eye only."]
 
 
 def _columns(rows: Sequence[GalleryRow]) -> list[str]:
@@ -567,7 +567,7 @@ def _variant_title(variant: str) -> str:
 
 
 def _draw_grid(images: Sequence[Sequence[GalleryLine]], columns: Sequence[str], height: int) -> Image.Image:
-    """Set the lines of images into one picture; the class name stands left of each line."""
+    """Set the lines into one figure; the class name stands left of each line."""
     gap, head = 6, 30
     font = ImageFont.truetype(_font_file(), 14)
     lines = [
@@ -601,7 +601,7 @@ def _draw_grid(images: Sequence[Sequence[GalleryLine]], columns: Sequence[str], 
 
 
 def drawable(text: str) -> str:
-    """Write characters that the font of pictures lacks by their numbers: names stay different, and are no boxes."""
+    """Write characters that the font of images lacks by their numbers: names stay different, and are no boxes."""
     known = _font_characters()
     return "".join(
         sign if ord(sign) in known else sign.encode("ascii", "backslashreplace").decode("ascii") for sign in text
@@ -625,18 +625,18 @@ def _font_characters() -> frozenset[int]:
 def _draw_chart(chart: Chart, *, dark: bool) -> Image.Image:
     """Draw a chart, 800 x 480 pixels, by the object interface: pyplot keeps global state and may want a display."""
     ink, soft, paper = ("#e6e9ec", "#3a424a", "#14171a") if dark else ("#1d2329", "#e2e6ea", "#ffffff")
-    colours = ["#4c86f0", "#e8853a", "#2fa577", "#c05fb0"]
+    colors = ["#4c86f0", "#e8853a", "#2fa577", "#c05fb0"]
     figure = Figure(figsize=(5, 3), dpi=160, facecolor=paper, layout="constrained")
     axes = figure.add_subplot(facecolor=paper)
     for index, curve in enumerate(chart.curves):
-        colour = colours[index % len(colours)]
+        color = colors[index % len(colors)]
         steps, values = np.asarray(curve.steps, dtype=float), np.asarray(curve.values, dtype=float)
         window = max(1, values.size // 30)
         if chart.smooth and window > 1:
-            axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.35)
+            axes.plot(steps, values, color=color, linewidth=0.6, alpha=0.35)
             steps, values = (np.convolve(a, np.full(window, 1 / window), "valid") for a in (steps, values))
         marker = "o" if values.size <= 30 and not chart.smooth else ""
-        axes.plot(steps, values, color=colour, linewidth=1.6, marker=marker, markersize=3.5, label=curve.name)
+        axes.plot(steps, values, color=color, linewidth=1.6, marker=marker, markersize=3.5, label=curve.name)
     if chart.log_scale and any(value > 0 for curve in chart.curves for value in curve.values):
         axes.set_yscale("log")
     axes.set_title(chart.title, loc="left", fontsize=10, fontweight="bold", color=ink)
@@ -653,7 +653,7 @@ def _draw_chart(chart: Chart, *, dark: bool) -> Image.Image:
 
 
 def _display(image: Image.Image, height: int) -> Image.Image:
-    """Bring a picture near a height: large ones shrink, small ones grow by a whole factor, pixels visible."""
+    """Bring an image near a height: large ones shrink, small ones grow by a whole factor, pixels visible."""
     if image.height > height:
         return image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS)
     factor = height // image.height
@@ -661,7 +661,7 @@ def _display(image: Image.Image, height: int) -> Image.Image:
 
 
 def _data_uri(image: Image.Image) -> str:
-    """Encode a picture for the page: PNG, but JPEG where that would be heavy, as for photographs."""
+    """Encode an image for the page: PNG, but JPEG where that would be heavy, as for photographs."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     kind = "png"

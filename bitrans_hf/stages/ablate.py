@@ -58,7 +58,7 @@ FIXED_FOR_ALL = (
 LATER_STAGES = ("affinity", "pseudo_labels", "segmentation", "prediction", "publish")
 """Recipe sections that a table of seeds leaves out."""
 MOST_GALLERY_ROWS = 8
-"""Rows that the page shows pictures of when `gallery_rows` names none: more would be too small to look at."""
+"""Rows that the page shows images of when `gallery_rows` names none: more would be too small to look at."""
 CHOSEN = "chosen"
 """Name, beside those of the seed variants, of the variant that a row's own recipe names."""
 
@@ -90,7 +90,7 @@ class Ablation:
         output_dir: Folder of all runs.
         parallel: Runs at the same time, on one GPU or on the CPU's cores.
         num_images: Images that the page shows under every variant.
-        gallery_rows: Rows that the page shows pictures of; null for all, but at most the first eight.
+        gallery_rows: Rows that the page shows images of; null for all, but at most the first eight.
         cpu: Run on the CPU even where there is a GPU.
         quiet: Print results alone: no plan, no progress.
     """
@@ -529,7 +529,7 @@ def deviation(values: Sequence[float]) -> float | None:
 def write_page(ablation: Ablation, recipes: Mapping[Cell, Recipe], tables: Sequence[Table], wall_time: str) -> Path:
     """Write the tables, and the same images under every variant."""
     page = ablation.folder / "report" / "index.html"
-    shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
+    shutil.rmtree(page.parent, ignore_errors=True)  # images of an earlier choice of images
     count = f"{len(ablation.seeds)} seeds" if len(ablation.seeds) > 1 else "one seed, so without deviations"
     settings = {"recipe": ablation.recipe, "changes": ablation.changes, "variants": ablation.variants}
     write_report(
@@ -651,5 +651,5 @@ def gallery(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> Iterator[Gall
 
 
 def shown_rows(ablation: Ablation) -> list[str]:
-    """Return the rows that the page shows pictures of."""
+    """Return the rows that the page shows images of."""
     return list(ablation.variants)[:MOST_GALLERY_ROWS] if ablation.gallery_rows is None else ablation.gallery_rows

@@ -4,7 +4,7 @@ accelerate launch training/train_affinity.py --config voc_deit_small
 
 Seeds with much and with little background are refined (dense CRF or pixel-adaptive refinement) and stored as two label
 maps for each image: what is an object in the first is trusted, and what is background in the second. The network
-learns which neighbouring cells have the same label. Label maps that are already there are not made again, and training
+learns which neighboring cells have the same label. Label maps that are already there are not made again, and training
 goes on from its newest checkpoint. Pixel labels score the label maps where they are known; training never sees them.
 """
 
@@ -53,7 +53,7 @@ from .run import Run, Stage, StageError
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity")
 
 SGD_MOMENTUM = {"literal": 5e-4, "momentum": 0.9}
-"""Presets of the optimiser. PSA's gives its weight decay, 0.0005, where SGD takes the momentum."""
+"""Presets of the optimizer. PSA's gives its weight decay, 0.0005, where SGD takes the momentum."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -85,7 +85,7 @@ def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     usable = [number for number, image_id in enumerate(images["image_id"]) if image_id not in left_out]
     images = images.select(usable)
 
-    # ---- Network and optimiser
+    # ---- Network and optimizer
     with run.working("affinity: building the network"):
         model = build_network(run, settings, dict(enumerate(class_names(images))))
     processor = BiTransImageProcessor(
@@ -192,21 +192,21 @@ def score_labels(run: Run, images: Dataset, folder: Path) -> StepScores:
 
 
 class AffinityCrops(TrainingSet[Image.Image]):
-    """Random crops of pictures with the labels of their cells: what the loop trains on.
+    """Random crops of images with the labels of their cells: what the loop trains on.
 
-    As PSA: pictures are cropped without scaling (but for the processor's bound on large ones), padded where they are
-    smaller, flipped, and their colours jittered.
+    As PSA: images are cropped without scaling (but for the processor's bound on large ones), padded where they are
+    smaller, flipped, and their colors jittered.
     An item is `{"pixel_values": (3, S, S) float, "labels": (S // stride, S // stride) int64, "index", "unreadable"}`
-    and a function of (seed, epoch, index) alone. A picture that cannot be read is replaced: see `TrainingSet`.
+    and a function of (seed, epoch, index) alone. An image that cannot be read is replaced: see `TrainingSet`.
 
     Args:
         images: Rows of `image_id` and `image`.
         labels: Folder with `low/` and `high/`.
         stride: Pixels of a cell.
-        processor: Normalises.
+        processor: Normalizes.
         settings: The recipe's section.
         seed: Of all random draws.
-        strict: Raise instead of replacing a picture.
+        strict: Raise instead of replacing an image.
 
     Raises:
         StageError: there are no images, or a crop is not a whole number of cells.
@@ -275,9 +275,9 @@ class AffinityCrops(TrainingSet[Image.Image]):
 
 
 def random_window(side: int, size: int) -> tuple[int, slice]:
-    """Draw where a crop of `size` lies on a picture's side: (start in the crop, slice of the picture).
+    """Draw where a crop of `size` lies on an image's side: (start in the crop, slice of the image).
 
-    A picture that is smaller than the crop is taken whole and put at a random place of it.
+    An image that is smaller than the crop is taken whole and put at a random place of it.
     """
     start = int(torch.randint(abs(side - size) + 1, ()))
     return (0, slice(start, start + size)) if side >= size else (start, slice(0, side))

@@ -111,7 +111,7 @@ def check_later_splits(recipe: Recipe) -> None:
 def describe_folder(data: DataRecipe, split: str | None) -> str | None:
     """Say what a folder of somebody's own images holds and what is wrong with it; None for other sources.
 
-    This comes before a training: of pictures the beginning is read, and of the masks in all splits, against which
+    This comes before a training: of images the beginning is read, and of the masks in all splits, against which
     later stages score, up to a hundred. Training gets none of them.
 
     Raises:

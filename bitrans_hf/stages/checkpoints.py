@@ -21,14 +21,14 @@ class Checkpoints:
 
     Args:
         folder: Of the checkpoints.
-        accelerator: Saves and restores model, optimiser and random states of all processes.
+        accelerator: Saves and restores model, optimizer and random states of all processes.
     """
 
     def __init__(self, folder: Path, accelerator: Accelerator):
         self.folder, self.accelerator = folder, accelerator
 
     def save(self, step: int, progress_state: Mapping[str, Any]) -> None:
-        """Save after optimiser step `step`, then delete older ones."""
+        """Save after optimizer step `step`, then delete older ones."""
         target = self.folder / f"step_{step:08d}"
         unfinished = self.folder / "unfinished"
         if self.accelerator.is_main_process:

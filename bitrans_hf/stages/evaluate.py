@@ -1,4 +1,4 @@
-"""Score a folder of label maps or seeds against ground truth: a table, JSON, a confusion picture, worst images first.
+"""Score a folder of label maps or seeds against ground truth: a table, JSON, a confusion image, worst images first.
 
 accelerate launch training/evaluate_masks.py --predictions runs/voc_deit_small/predictions/val/crf \
     --config voc_deit_small --data.root VOCdevkit/VOC2012 --split val
@@ -194,7 +194,7 @@ class GroundTruth:
         )
 
     def photo(self, position: int, size: tuple[int, int]) -> Image.Image:
-        """Open the image at `position`; a white picture of `size` (height, width) where there is none."""
+        """Open the image at `position`; a white image of `size` (height, width) where there is none."""
         cell = self.rows[position].get("image")
         return Image.new("RGB", size[::-1], "white") if cell is None else open_image(cell)
 
@@ -734,7 +734,7 @@ def write_result(
         figures={"Confusion": picture},
         notes=[
             f"{scores.images} images against {record['ground_truth']}: {'; '.join(record['rules'].values())}.",
-            "The pictures are those with the lowest mean IoU over the labels that occur in them.",
+            "The images are those with the lowest mean IoU over the labels that occur in them.",
             *(f"Note: {note}." for note in record["notes"]),
             f"Made at commit {record['made_with']['commit']}.",
         ],

@@ -51,16 +51,16 @@ class LabelMapJob:
 
     Attributes:
         image_id: Name of the image.
-        image: The picture.
+        image: As a row of the data holds it.
         labels: (K,) ids of the classes that the image holds.
         outputs: Files to write, each with its background score. Those that are there already are left as they are.
         refiner: "crf", "par" or "none".
         crf_preset: Of the CRF.
         seeds: Folder of the seeds and their variant; None with `class_ids` and `scores`.
         class_ids: (K,) 0-based ids of the classes of `scores`.
-        scores: (1 + K, h, w) with background first, at the picture's bounded size; the outputs' background scores then
+        scores: (1 + K, h, w) with background first, at the image's bounded size; the outputs' background scores then
             mean nothing.
-        max_side: Longest side that the picture is refined at; label maps have the picture's size.
+        max_side: Longest side that the image is refined at; label maps have the image's size.
         strict: Raise what makes an image unusable.
     """
 
@@ -81,11 +81,11 @@ def write_label_maps(job: LabelMapJob) -> bool:
     """Refine the scores of one image and write its label maps.
 
     Returns:
-        False where the picture cannot be read.
+        False where the image cannot be read.
 
     Raises:
-        UnreadableImageError: the picture cannot be read, and the job is strict.
-        StageError: the seeds do not fit the picture.
+        UnreadableImageError: the image cannot be read, and the job is strict.
+        StageError: the seeds do not fit the image.
         DiskFullError: there is no room for a label map.
     """
     try:
@@ -121,13 +121,13 @@ def read_seeds(
     """Read the seeds of an image of (H, W) pixels that holds the classes `labels`, at its bounded size.
 
     Raises:
-        StageError: they do not belong to this picture or to these classes, or are broken.
+        StageError: they do not belong to this image or to these classes, or are broken.
     """
     seeds = store.read(image_id, variant, max_side=max_side)
     height, width = store.size(image_id)
     if (height, width) != size:
         raise StageError(
-            f"the seeds of image {image_id} are for {height} x {width} pixels (height x width), the picture has "
+            f"the seeds of image {image_id} are for {height} x {width} pixels (height x width), the image has "
             f"{size[0]} x {size[1]}: it was changed since. Delete the seeds stage and make the seeds again."
         )
     if seeds.class_ids.tolist() != sorted(labels):
@@ -166,7 +166,7 @@ def cell_labels(low: LabelMap, high: LabelMap, stride: int) -> LabelMap:
     """Reduce two label maps (S, S) to labels on a grid of cells of `stride` pixels, by PSA's rule.
 
     A cell has the label that most of its pixels have in each map: it is background if it is in the "high" map, else it
-    is what the "low" map says, and unsure (255) where that is background. Pixels beyond the picture (255) have no say,
+    is what the "low" map says, and unsure (255) where that is background. Pixels beyond the image (255) have no say,
     and a cell of nothing else is unsure. PSA averages the scores of a cell before it takes the strongest; here label
     maps are stored in place of scores, and pixels vote.
 
@@ -247,7 +247,7 @@ def result_of(outcome: Outcome[Result]) -> Result:
     """Return what the work on an image gave.
 
     Raises:
-        StageError: it failed. Pictures that cannot be read are left out before this, so that a score never covers
+        StageError: it failed. Images that cannot be read are left out before this, so that a score never covers
             fewer images without a word.
     """
     if outcome.error is not None:

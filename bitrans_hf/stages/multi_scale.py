@@ -17,7 +17,7 @@ class ViewOptions(TypedDict):
         scales: Factors of the image's height and width.
         flip: Pass the horizontal flip of every scale too.
         fusion: A name of `FUSIONS`.
-        align_image: Resize the image with its corner pixels' centres kept in place (`align_corners` of torch).
+        align_image: Resize the image with its corner pixels' centers kept in place (`align_corners` of torch).
         align_logits: The same for the resizing of logits to the image.
     """
 
@@ -91,7 +91,7 @@ FUSIONS: Mapping[str, Callable[[Iterable[torch.Tensor]], torch.Tensor]] = {
     "mean": _mean_of_logits,
 }
 """How the logits (1 + C, H, W) of all views become scores: "max", the largest probability of each class over the
-views, not normalised again; "mean", the softmax of the mean logit. A fusion takes views one by one and keeps none."""
+views, not normalized again; "mean", the softmax of the mean logit. A fusion takes views one by one and keeps none."""
 
 
 def multi_scale_scores(
@@ -113,13 +113,13 @@ def multi_scale_scores(
     Args:
         model: Gives `.logits` (B, 1 + C, h, w) for pixel values (B, 3, H, W) of any size, as
             `DeepLabForSemanticSegmentation` does.
-        pixel_values: The normalised image (3, H, W), on the model's device.
+        pixel_values: The normalized image (3, H, W), on the model's device.
         scales: Factors of height and width, above 0.
         flip: See the horizontal flip of every scale too; image and flip run as one batch.
         fusion: A name of `FUSIONS`.
         align_image: See `ViewOptions`.
         align_logits: See `ViewOptions`.
-        window: Side in pixels of square windows that slide over each scaled image that is larger, for pictures that
+        window: Side in pixels of square windows that slide over each scaled image that is larger, for images that
             do not fit in memory at once; logits are averaged where windows overlap. None, or a window that covers the
             scaled image, sees the image whole.
         stride: Pixels from one window to the next; None for two thirds of the window.

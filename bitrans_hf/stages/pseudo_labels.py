@@ -144,7 +144,7 @@ class RandomWalk:
 
     Args:
         model: In evaluation mode.
-        processor: Normalises.
+        processor: Normalizes.
         settings: The recipe's section.
         accelerator: Of the run.
     """
@@ -191,19 +191,19 @@ class RandomWalk:
 
     @torch.no_grad()
     def __call__(
-        self, pictures: Sequence[Any], scores: Sequence[npt.NDArray[np.float32]]
+        self, images: Sequence[Any], scores: Sequence[npt.NDArray[np.float32]]
     ) -> list[npt.NDArray[np.float32]]:
-        """Walk with the scores of pictures of one size.
+        """Walk with the scores of images of one size.
 
         Args:
-            pictures: B RGB pictures of W x H pixels.
-            scores: For each picture (1 + K, H, W), background first.
+            images: B RGB images of W x H pixels.
+            scores: For each image (1 + K, H, W), background first.
 
         Returns:
-            For each picture (1 + K, H, W) walked scores.
+            For each image (1 + K, H, W) walked scores.
         """
         device = self.accelerator.device
-        pixel_values = torch.stack([self.processor.normalized(picture) for picture in pictures]).to(device)
+        pixel_values = torch.stack([self.processor.normalized(image) for image in images]).to(device)
         with self.accelerator.autocast():
             affinities, boundaries = self.model.affinity_and_boundary(pixel_values)
         walked = []
@@ -365,10 +365,10 @@ class SplitLabels:
                 rows = [self.images[index] for index in indices[start : start + self.settings.batch_size]]
                 if all(map(self._is_done, rows)):
                     continue
-                pictures, seeds, readable = [], [], []
+                opened, seeds, readable = [], [], []
                 for row in rows:
                     try:
-                        pictures.append(bounded_image(open_image(row["image"]), self.max_side))
+                        opened.append(bounded_image(open_image(row["image"]), self.max_side))
                     except UnreadableImageError:
                         if self.run.options.strict:
                             raise
@@ -380,7 +380,7 @@ class SplitLabels:
                     readable.append(row)
                 if not readable:
                     continue
-                walked = self.walk(pictures, [self.background.scores(each.maps) for each in seeds])
+                walked = self.walk(opened, [self.background.scores(each.maps) for each in seeds])
                 for row, each, scores in zip(readable, seeds, walked, strict=True):
                     if self._is_done(row):
                         continue

@@ -225,7 +225,7 @@ def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part
 
 
 def picture_of(recipe: Recipe, settings: PublishRecipe, folder: Path) -> Path | None:
-    """Return the picture of the card: the recipe's, or the report's gallery where its pictures are our own."""
+    """Return the image of the card: the recipe's, or the report's gallery where its images are our own."""
     if settings.picture is not None:
         picture = Path(settings.picture)
         if not picture.is_file():

@@ -389,7 +389,7 @@ class SegmentationRecipe(TrainingRecipe):
         val_split: Split with masks for the mIoU while training, at one scale; null to leave it out. Nothing is chosen
             by it: the last weights are kept.
         val_every: Epochs between these scores; the last epoch is always scored.
-        preset: "mctformer" or "deeplab-v1" (SEAM's retraining): head, frozen parts, optimiser and augmentation.
+        preset: "mctformer" or "deeplab-v1" (SEAM's retraining): head, frozen parts, optimizer and augmentation.
         backbone: "resnet38", "bitrans" (the run's own encoder) or the name of a timm network.
         weights: What the backbone starts from. "trained": bitrans, the run's own model; "scratch" or null; "timm": a
             timm network's weights from the Hub; a file: the public ResNet38 `.pth`, MXNet's `.params`, a timm
@@ -466,7 +466,7 @@ class ReportRecipe:
     """What the page shows.
 
     Attributes:
-        split: Split that the pictures are from, one of seeds.splits.
+        split: Split that the images are from, one of seeds.splits.
         num_images: How many; images with several classes come first.
     """
 
@@ -489,7 +489,7 @@ class PublishRecipe:
         create: Make repositories that are not there.
         branch: Where to commit.
         licence: Of the weights, as the Hub spells it.
-        picture: Picture for the model's card; null for the report's gallery where the pictures are drawn by us, and
+        image: Image for the model's card; null for the report's gallery where the images are drawn by us, and
             none where they are photographs.
     """
 
@@ -505,7 +505,7 @@ class PublishRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One run, from images to a page of pictures.
+    """One run, from images to a page of images.
 
     Attributes:
         name: Results go to <output_dir>/<name>/<stage>/.

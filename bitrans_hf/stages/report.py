@@ -1,4 +1,4 @@
-"""Write a page to look at: pictures of seeds and label maps, loss curves and scores of a run.
+"""Write a page to look at: images of seeds and label maps, loss curves and scores of a run.
 
 python training/make_report.py --config voc_deit_small
 """
@@ -37,7 +37,7 @@ PREDICTION_STEPS = {
     "crf": "Segmentation network, CRF",
     "par": "Segmentation network, PAR",
 }
-"""Headings of the pictures of the last stage."""
+"""Headings of the images of the last stage."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -66,7 +66,7 @@ def write_page(run: Run, page: Path) -> None:
     recipe, trained, seeds = run.recipe, run.metrics("train"), run.metrics("seeds")
     later = {stage: StepsRecord.from_json(run.metrics(stage)).splits for stage in ("pseudo_labels", "predictions")}
     rows = list(gallery(run))
-    shutil.rmtree(page.parent, ignore_errors=True)  # pictures of an earlier choice of images
+    shutil.rmtree(page.parent, ignore_errors=True)  # images of an earlier choice of images
     write_report(
         page,
         title=f"Bi-Trans: {recipe.name}",
@@ -113,7 +113,7 @@ def resolved_recipe(run: Run) -> PlainRecipe:
 
 
 def gallery(run: Run) -> Iterator[GalleryRow]:
-    """Give the pictures of a split: images with several classes first, then spread over the split."""
+    """Give the images of a split: images with several classes first, then spread over the split."""
     recipe = run.recipe
     split = recipe.report.split or ALL_IMAGES
     images = run.images(recipe.report.split, masks=True)

@@ -2,7 +2,7 @@
 
 accelerate launch training/train_segmentation.py --config voc_deit_small
 
-Label maps are looked through before the first step: all are there, fit their pictures, hold known ids, and are not the
+Label maps are looked through before the first step: all are there, fit their images, hold known ids, and are not the
 ground truth by mistake. A run that was killed goes on from its newest checkpoint. Ground truth scores the network
 on another split; it is trained on where the recipe says `segmentation.labels: ground_truth`, and then only.
 """
@@ -41,7 +41,7 @@ from .run import Run, Stage, StageError, how_to_run
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation")
 
 SGD_MOMENTUM = {"mctformer": 1e-5, "deeplab-v1": 0.9}
-"""MCTformer's optimiser gets its weight decay, 0.00001, where SGD takes the momentum."""
+"""MCTformer's optimizer gets its weight decay, 0.00001, where SGD takes the momentum."""
 
 LEARNING_RATE = {"mctformer": 7e-4, "deeplab-v1": 1e-3}
 """First rate of the presets: for 4 images a step, and for 10."""
@@ -66,7 +66,7 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
         return stage.folder
     run.say_precision("segmentation")
 
-    # ---- Pictures and label maps
+    # ---- Images and label maps
     with run.working("segmentation: reading the list of images"):
         pairs = labelled_images(run, settings)
     own_crop = {} if settings.crop_size is None else {"crop_size": settings.crop_size}
@@ -77,7 +77,7 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     if settings.val_split is not None:
         validation = run.images(settings.val_split, masks=True)
 
-    # ---- Network and optimiser
+    # ---- Network and optimizer
     with run.working("segmentation: building the network"):
         model = build_network(run, settings, class_names(pairs))
     if settings.batch_norm == "sync":
@@ -85,7 +85,7 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-arg]  # transformers hides the overloads
     optimizer = make_optimizer(model, settings)
-    # Pictures up to the bound keep their size: the network sees them whole.
+    # Images up to the bound keep their size: the network sees them whole.
     processor = BiTransImageProcessor(do_resize=False, max_side=run.max_side)
 
     # ---- Loop and result
@@ -117,7 +117,7 @@ def train_segmentation(recipe: Recipe, options: RunOptions) -> Path:
 
 
 def labelled_images(run: Run, settings: SegmentationRecipe) -> Dataset:
-    """Load the pictures of the recipe's split with the label maps that it names.
+    """Load the images of the recipe's split with the label maps that it names.
 
     Raises:
         StageError: label maps are missing, or are the ground truth without the recipe saying so.
@@ -195,22 +195,22 @@ def refuse_ground_truth(folder: Path, pairs: Dataset, truth: Dataset) -> None:
 
 
 def check_label_maps(run: Run, pairs: Dataset, largest_crop: float) -> None:
-    """Open every picture and label map once, before hours of training depend on them.
+    """Open every image and label map once, before hours of training depend on them.
 
     Args:
         run: Each process works on its share.
-        pairs: Pictures with label maps.
-        largest_crop: Longest side in pixels, before scaling, that a picture must have for a crop to fit in at all.
+        pairs: Images with label maps.
+        largest_crop: Longest side in pixels, before scaling, that an image must have for a crop to fit in at all.
 
     Raises:
         StageError: some label maps do not fit (how many, and what is wrong with the first), or a crop is larger than
-            every picture.
+            every image.
     """
     num_classes = len(class_names(pairs))
     own = run.own(len(pairs))
 
     def look(index: int) -> tuple[str, int]:
-        """Return what is wrong with a pair, and the longest side of the picture."""
+        """Return what is wrong with a pair, and the longest side of the image."""
         row = pairs[index]
         try:
             image, _ = open_pair(row, num_classes)
@@ -237,7 +237,7 @@ def check_label_maps(run: Run, pairs: Dataset, largest_crop: float) -> None:
         )
 
 
-# ---- Network and optimiser.
+# ---- Network and optimizer.
 
 
 def build_network(run: Run, settings: SegmentationRecipe, classes: Sequence[str]) -> DeepLabForSemanticSegmentation:
@@ -293,7 +293,7 @@ def synchronized(model: DeepLabForSemanticSegmentation, accelerator: Accelerator
 
 
 def make_optimizer(model: DeepLabForSemanticSegmentation, settings: SegmentationRecipe) -> torch.optim.Optimizer:
-    """Make the recipe's optimiser; the learning rate of each step is the loop's."""
+    """Make the recipe's optimizer; the learning rate of each step is the loop's."""
     groups = model.parameter_groups(settings.weight_decay)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups)

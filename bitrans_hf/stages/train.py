@@ -60,7 +60,7 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     if recipe.data.source != "folder" and (note := describe_contrast(images)):
         run.say(f"note: {note}")
 
-    # ---- Model and optimiser
+    # ---- Model and optimizer
     with run.working("train: building the network"):
         model: PreTrainedModel = build_network(recipe.model, id2label, recipe.seed)
     if recipe.train.activation_checkpointing:
@@ -99,7 +99,7 @@ def keep_only_layer_inputs(model: PreTrainedModel) -> None:
 
 
 def make_optimizer(model: PreTrainedModel, train: TrainRecipe) -> torch.optim.Optimizer:
-    """Make the recipe's optimiser; the learning rate of each step is the loop's."""
+    """Make the recipe's optimizer; the learning rate of each step is the loop's."""
     if isinstance(model, CamModel):
         groups = model.parameter_groups(train.weight_decay)
     else:
@@ -120,7 +120,7 @@ def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[s
 
 
 def learning_rate(train: TrainRecipe, step: int, steps_per_epoch: int, images_per_step: int) -> float:
-    """Return the rate of optimiser step `step` (from 0); the peak is scaled with the images of a step."""
+    """Return the rate of optimizer step `step` (from 0); the peak is scaled with the images of a step."""
     schedule = RateSchedule(
         kind=train.schedule,
         peak=train.learning_rate * images_per_step / 512,

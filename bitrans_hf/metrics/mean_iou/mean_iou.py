@@ -1,4 +1,4 @@
-"""Mean IoU over a stream of label maps, an `evaluate.Metric` that keeps counts instead of pictures."""
+"""Mean IoU over a stream of label maps, an `evaluate.Metric` that keeps counts instead of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .confusion import AbsentRule, Counts, LabelRules, OutOfRangeRule, PairCount
 _DESCRIPTION = """\
 IoU is the intersection of the predicted and the true pixels of a label over their union, summed over all images; mean
 IoU averages it over the labels (PASCAL VOC's definition). This metric has the keywords and keys of the community's
-`mean_iou` and gives the same numbers. It counts each batch when it comes, in 512 KiB, and keeps no picture.
+`mean_iou` and gives the same numbers. It counts each batch when it comes, in 512 KiB, and keeps no image.
 """
 
 _INPUTS = """
@@ -55,11 +55,11 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
     that settings may be given to the constructor or, as with the community metric, to `compute`.
 
     Each process counts its own images; `gathered` adds the counts up. Let no sampler pad the last batch, because a
-    picture that two processes count is counted twice: `Accelerator(dataloader_config=
+    image that two processes count is counted twice: `Accelerator(dataloader_config=
     DataLoaderConfiguration(even_batches=False))`, or give each process `range(index, n, num_processes)`.
 
     Unlike in the community metric, an id out of range is an error and not a silent miss (`out_of_range="miss"` gives
-    its behaviour), `label_map` works, and there is one more key, `frequency_weighted_iou`.
+    its behavior), `label_map` works, and there is one more key, `frequency_weighted_iou`.
 
     Attributes:
         rules: Which ids are labels; None while the number of labels is not known.
@@ -135,7 +135,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         )
 
     def _build_data_dir(self) -> str:
-        # evaluate would make a folder for pictures here; this metric writes no file.
+        # evaluate would make a folder for images here; this metric writes no file.
         return str(self._data_dir_root)
 
     def __len__(self) -> int:
@@ -232,7 +232,7 @@ class MeanIoU(evaluate.Metric):  # type: ignore[misc]  # evaluate ships no types
         if num_images is not None and total.num_images != num_images:
             raise ValueError(
                 f"all processes together counted {total.num_images} images, expected {num_images}; a loader that "
-                "fills up the last batch counts pictures twice (accelerate: even_batches=False), one that drops it "
+                "fills up the last batch counts images twice (accelerate: even_batches=False), one that drops it "
                 "leaves some out."
             )
         return total
