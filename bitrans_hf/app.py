@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import gradio as gr
 import numpy as np
@@ -210,238 +210,336 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
     Args:
         pipe: Model and image processor, see `PseudoMaskPipeline.from_pretrained`.
     """
-    id2label = cast("Mapping[int, str]", pipe.model.config.id2label)
-    names = [id2label[class_id] for class_id in range(len(id2label))]
-    num_layers, seed_layers = pipe.model.config.num_hidden_layers, pipe.model.config.num_seed_layers
+    with gr.Blocks(title="Masks from labels", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as app:
+        gr.Markdown(INTRODUCTION)
+        current = gr.State(None)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280):
+                question = lay_out_question(pipe)
+            with gr.Column(scale=3, min_width=280):
+                result = lay_out_result()
+                affinity = lay_out_affinity()
+        page = Page(pipe, current, question, result, affinity)
+        page.connect(app)
+    return cast("gr.Blocks", app)
 
-    @functools.lru_cache(maxsize=PICTURES_KEPT)
-    def maps_of(path: str) -> PictureMaps:
-        return PictureMaps(pipe, path)
 
-    def ids_of(chosen: list[str]) -> list[int]:
-        return sorted(names.index(name) for name in chosen)
+@dataclass(frozen=True)
+class QuestionControls:
+    """Where the visitor gives an image and says what it shows."""
 
-    masks_folder = tempfile.TemporaryDirectory(prefix="bitrans_app_")
+    file: gr.File
+    status: gr.HTML
+    labels: gr.Dropdown
+    guess: gr.Button
+    scales: gr.Slider
+    layers: gr.Slider
 
-    # ---- What the controls do.
 
-    def read_picture(path: str | None) -> dict[Any, Any]:
+def lay_out_question(pipe: PseudoMaskPipeline) -> QuestionControls:
+    """Lay out the left column."""
+    config = pipe.model.config
+    return QuestionControls(
+        file=gr.File(label="Image (drop it here)", type="filepath", height=110, elem_id="image"),
+        status=gr.HTML(say("Drop an image to begin."), elem_id="status"),
+        labels=gr.Dropdown(names_of(pipe), value=[], multiselect=True, label="Labels", elem_id="labels"),
+        guess=gr.Button("Guess the labels", elem_id="guess"),
+        scales=gr.Slider(
+            1, len(SCALES), 1, step=1, label="Scales", elem_id="scales",
+            info=f"how many of {', '.join(f'{scale:g}' for scale in SCALES)} are averaged",
+        ),
+        layers=gr.Slider(
+            1, config.num_hidden_layers, config.num_seed_layers, step=1, label="Layers", elem_id="layers",
+            info="how many of the last ones give the SC-CAM",
+        ),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ResultControls:
+    """The maps of one class, by seed variant, and the mask of all classes."""
+
+    shown_class: gr.Radio
+    plain: gr.Image
+    panels: Mapping[str, gr.Image]
+    mask: gr.Image
+    threshold: gr.Slider
+    legend: gr.HTML
+    download: gr.DownloadButton
+
+
+def lay_out_result() -> ResultControls:
+    """Lay out the maps, and below them the threshold and the mask's legend."""
+    shown_class = gr.Radio([], label="Class whose maps are shown", elem_id="shown")
+    with gr.Row(elem_id="panels"):
+        plain = still("Image", "The image, upright")
+        panels = {
+            variant: still(title, f"{title} of the chosen class over the image: blue low, red high")
+            for variant, title in VARIANT_TITLES.items()
+        }
+        mask = still("Mask", "The mask of all labels over the image")
+    with gr.Row():
+        with gr.Column(min_width=200):
+            threshold = gr.Slider(
+                0, 1, THRESHOLD, step=0.01, label="Threshold", info="higher: smaller masks", elem_id="threshold"
+            )
+            legend = gr.HTML("", elem_id="legend", min_height=40)
+        download = gr.DownloadButton(
+            "Download the mask (PNG)", variant="primary", interactive=False, elem_id="download"
+        )
+    return ResultControls(shown_class, plain, panels, mask, threshold, legend, download)
+
+
+@dataclass(frozen=True)
+class AffinityControls:
+    """One patch's affinity, and which patch."""
+
+    image: gr.Image
+    row: gr.Slider
+    column: gr.Slider
+
+
+def lay_out_affinity() -> AffinityControls:
+    """Lay out the image to click on."""
+    with gr.Row():
+        image = gr.Image(
+            label="Affinity: click a patch", interactive=False, buttons=[], format="jpeg", scale=1,
+            min_width=240, elem_id="affinity",
+            alt_text="How much the chosen patch attends to the others: blue low, red high",
+        )  # fmt: skip
+        with gr.Column(scale=1, min_width=200):
+            row = gr.Slider(1, 2, 1, step=1, label="Patch row", elem_id="row")
+            column = gr.Slider(
+                1, 2, 1, step=1, label="Patch column", elem_id="column", info="the arrow keys do what a click does"
+            )
+    return AffinityControls(image, row, column)
+
+
+Changes: TypeAlias = dict[Any, Any]
+"""Component -> its new value, as gradio takes the answer of a listener."""
+
+
+class Page:
+    """What the controls do.
+
+    The methods with a name of their own listen to a control: gradio calls them with the values of the components that
+    `connect` names, the path of the current image first.
+
+    Args:
+        pipe: Model and image processor.
+        current: Holds the path of the image that is shown.
+        question: The left column.
+        result: The maps and the mask.
+        affinity: The patch's affinity.
+    """
+
+    def __init__(
+        self,
+        pipe: PseudoMaskPipeline,
+        current: gr.State,
+        question: QuestionControls,
+        result: ResultControls,
+        affinity: AffinityControls,
+    ):
+        self.current, self.question, self.result, self.affinity = current, question, result, affinity
+        self.names = names_of(pipe)
+        self.maps_of = functools.lru_cache(maxsize=PICTURES_KEPT)(functools.partial(PictureMaps, pipe))
+        self.masks_folder = tempfile.TemporaryDirectory(prefix="bitrans_app_")
+
+    def ids_of(self, chosen: Sequence[str]) -> list[int]:
+        """Return the ids of classes, ascending."""
+        return sorted(self.names.index(name) for name in chosen)
+
+    def connect(self, app: gr.Blocks) -> None:
+        """Say which method listens to which control."""
+        ask, result, affinity = self.question, self.result, self.affinity
+        mask_inputs = [self.current, ask.labels, ask.scales, ask.layers, result.threshold]
+        panel_inputs = [self.current, ask.labels, result.shown_class, ask.scales, ask.layers, result.threshold]
+        mask_outputs = [result.mask, result.legend, result.download]
+        panel_outputs = [*result.panels.values(), *mask_outputs]
+        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        latest = {**quiet, "trigger_mode": "always_last"}
+
+        label_outputs = [ask.status, ask.labels, result.shown_class]
+        read = ask.file.change(
+            self.read_picture,
+            ask.file,
+            [self.current, *label_outputs, result.plain, affinity.row, affinity.column, affinity.image],
+            show_progress_on=ask.status,
+            api_visibility="private",
+        )
+        guessed = ask.guess.click(self.guess_again, self.current, label_outputs, **quiet)
+        chosen = ask.labels.input(
+            self.choose_labels,
+            [self.current, ask.labels, result.shown_class],
+            [ask.status, result.shown_class],
+            **latest,
+        )
+        for event in (read, guessed, chosen):
+            event.then(self.draw_panels, panel_inputs, panel_outputs, **quiet).then(
+                self.write_mask, mask_inputs, result.download, **quiet
+            )
+        for control in (ask.scales, ask.layers, result.shown_class):
+            # A new scale takes the network's time, the others none: a clock runs where one waits.
+            shown = {**latest, "show_progress": "minimal" if control is ask.scales else "hidden"}
+            control.input(self.draw_panels, panel_inputs, panel_outputs, **shown).then(
+                self.write_mask, mask_inputs, result.download, **quiet
+            )
+        result.threshold.input(self.draw_mask, mask_inputs, mask_outputs, **latest).then(
+            self.write_mask, mask_inputs, result.download, **quiet
+        )
+        patch = [affinity.row, affinity.column]
+        affinity.image.select(self.click_patch, self.current, [*patch, affinity.image], **quiet)
+        for control in patch:
+            control.input(self.move_patch, [self.current, *patch], affinity.image, **latest)
+        app.unload(self.forget_visitor)
+
+    # ---- An image and its labels.
+
+    def read_picture(self, path: str | None) -> Changes:
         """Look at a new image, guess its labels, and forget what was shown before."""
-        cleared: dict[Any, Any] = {
-            shown_class: gr.Radio(choices=[], value=None),
-            labels: gr.Dropdown(value=[]),
-            plain: None,
-            affinity: None,
-            current: None,
+        ask, result, affinity = self.question, self.result, self.affinity
+        cleared: Changes = {
+            result.shown_class: gr.Radio(choices=[], value=None),
+            ask.labels: gr.Dropdown(value=[]),
+            result.plain: None,
+            affinity.image: None,
+            self.current: None,
         }
         if path is None:
-            return {**cleared, status: say("Drop an image to begin.")}
+            return {**cleared, ask.status: say("Drop an image to begin.")}
         try:
-            maps = maps_of(path)
-            guessed, sentence = guess(maps, names)
+            maps = self.maps_of(path)
+            changes = self._guessed(maps)
         except InputError as error:
-            return {**cleared, status: say(without_path(str(error), path), bad=True)}
+            return {**cleared, ask.status: say(without_path(str(error), path), bad=True)}
         h, w = maps.grid
         row, column = h // 2, w // 2
         return {
-            current: path,
-            status: say(sentence),
-            plain: maps.image,
-            labels: gr.Dropdown(value=guessed),
-            shown_class: gr.Radio(choices=guessed, value=guessed[0]),
-            patch_row: gr.Slider(maximum=h, value=row + 1),
-            patch_column: gr.Slider(maximum=w, value=column + 1),
-            affinity: draw_affinity(maps, row, column),
+            **changes,
+            self.current: path,
+            result.plain: maps.image,
+            affinity.row: gr.Slider(maximum=h, value=row + 1),
+            affinity.column: gr.Slider(maximum=w, value=column + 1),
+            affinity.image: draw_affinity(maps, row, column),
         }
 
-    def guess_again(path: str | None) -> dict[Any, Any]:
+    def guess_again(self, path: str | None) -> Changes:
+        """Guess the labels."""
         if path is None:
-            return {status: say("Drop an image to begin.")}
-        guessed, sentence = guess(maps_of(path), names)
+            return {self.question.status: say("Drop an image to begin.")}
+        return self._guessed(self.maps_of(path))
+
+    def _guessed(self, maps: PictureMaps) -> Changes:
+        guessed, sentence = guess(maps, self.names)
         return {
-            status: say(sentence),
-            labels: gr.Dropdown(value=guessed),
-            shown_class: gr.Radio(choices=guessed, value=guessed[0]),
+            self.question.status: say(sentence),
+            self.question.labels: gr.Dropdown(value=guessed),
+            self.result.shown_class: gr.Radio(choices=guessed, value=guessed[0]),
         }
 
-    def choose_labels(path: str | None, chosen: list[str], shown: str | None) -> dict[Any, Any]:
+    def choose_labels(self, path: str | None, chosen: list[str], shown: str | None) -> Changes:
         """Keep the class that is shown if it is still among the labels."""
-        chosen = [name for name in names if name in chosen]
+        chosen = [name for name in self.names if name in chosen]
         sentence = "Choose what the image shows, or let the model guess."
         if path is None:
             sentence = "Drop an image to begin."
         elif chosen:
-            shares = maps_of(path).probabilities
+            shares = self.maps_of(path).probabilities
             sentence = "The model's own opinion: " + ", ".join(
-                f"{name} {percent(shares[names.index(name)])}" for name in chosen
+                f"{name} {percent(shares[self.names.index(name)])}" for name in chosen
             )
         value = shown if shown in chosen else next(iter(chosen), None)
-        return {status: say(sentence), shown_class: gr.Radio(choices=chosen, value=value)}
+        return {
+            self.question.status: say(sentence),
+            self.result.shown_class: gr.Radio(choices=chosen, value=value),
+        }
+
+    # ---- Maps and mask.
 
     def draw_panels(
-        path: str | None, chosen: list[str], shown: str | None, num_scales: int, layers: int, cut: float
-    ) -> dict[Any, Any]:
+        self, path: str | None, chosen: list[str], shown: str | None, num_scales: int, layers: int, cut: float
+    ) -> Changes:
         """Draw the maps of the class that is shown and the mask of all."""
         if path is None or not chosen:
-            return {
-                **dict.fromkeys(panels.values()),
-                mask: None,
-                legend: "",
-                download: gr.DownloadButton(interactive=False),
-            }
-        maps = maps_of(path)
-        class_ids = ids_of(chosen)
+            return {**dict.fromkeys(self.result.panels.values()), **self._no_mask()}
+        maps, class_ids = self.maps_of(path), self.ids_of(chosen)
         seeds = maps.seeds(class_ids, num_scales, layers)
-        position = class_ids.index(names.index(shown)) if shown in chosen else 0
+        position = class_ids.index(self.names.index(shown)) if shown in chosen else 0
         drawn = {
-            panels[variant]: heat_overlay(maps.image, values[position].numpy()) for variant, values in seeds.items()
+            self.result.panels[variant]: heat_overlay(maps.image, values[position].numpy())
+            for variant, values in seeds.items()
         }
-        return {**drawn, **cut_mask(maps, class_ids, seeds["refined"], cut)}
+        return {**drawn, **self._mask(maps, class_ids, seeds["refined"], cut)}
 
-    def draw_mask(path: str | None, chosen: list[str], num_scales: int, layers: int, cut: float) -> dict[Any, Any]:
+    def draw_mask(self, path: str | None, chosen: list[str], num_scales: int, layers: int, cut: float) -> Changes:
         """Cut the mask again: nothing else depends on the threshold."""
         if path is None or not chosen:
-            return {mask: None, legend: "", download: gr.DownloadButton(interactive=False)}
-        maps = maps_of(path)
-        class_ids = ids_of(chosen)
-        return cut_mask(maps, class_ids, maps.seeds(class_ids, num_scales, layers)["refined"], cut)
+            return self._no_mask()
+        maps, class_ids = self.maps_of(path), self.ids_of(chosen)
+        return self._mask(maps, class_ids, maps.seeds(class_ids, num_scales, layers)["refined"], cut)
 
-    def cut_mask(maps: PictureMaps, class_ids: list[int], seeds: torch.Tensor, cut: float) -> dict[Any, Any]:
+    def _no_mask(self) -> Changes:
+        return {
+            self.result.mask: None,
+            self.result.legend: "",
+            self.result.download: gr.DownloadButton(interactive=False),
+        }
+
+    def _mask(self, maps: PictureMaps, class_ids: list[int], seeds: torch.Tensor, cut: float) -> Changes:
         label_map = maps.label_map(class_ids, seeds, cut, (maps.image.height, maps.image.width))
         return {
-            mask: label_overlay(maps.image, label_map),
-            legend: legend_of(label_map, class_ids, names),
-            download: gr.DownloadButton(interactive=False),  # until the file of this very mask is there
+            self.result.mask: label_overlay(maps.image, label_map),
+            self.result.legend: legend_of(label_map, class_ids, self.names),
+            self.result.download: gr.DownloadButton(interactive=False),  # until the file of this very mask is there
         }
 
     def write_mask(
-        path: str | None, chosen: list[str], num_scales: int, layers: int, cut: float, request: gr.Request
+        self, path: str | None, chosen: list[str], num_scales: int, layers: int, cut: float, request: gr.Request
     ) -> gr.DownloadButton:
         """Write the mask at the image's own size, in the visitor's own folder."""
         if path is None or not chosen:
             return gr.DownloadButton(interactive=False)
-        maps = maps_of(path)
-        class_ids = ids_of(chosen)
+        maps, class_ids = self.maps_of(path), self.ids_of(chosen)
         seeds = maps.seeds(class_ids, num_scales, layers)["refined"]
-        file = label_path(Path(masks_folder.name) / str(request.session_hash), f"{Path(path).stem}_mask")
+        file = label_path(self._folder_of(request), f"{Path(path).stem}_mask")
         write_label_png(file, maps.label_map(class_ids, seeds, cut, maps.size))
         return gr.DownloadButton(value=str(file), interactive=True)
 
-    def click_patch(path: str | None, event: gr.SelectData) -> dict[Any, Any]:
+    def forget_visitor(self, request: gr.Request) -> None:
+        """Delete the masks of a visitor who left."""
+        shutil.rmtree(self._folder_of(request), ignore_errors=True)
+
+    def _folder_of(self, request: gr.Request) -> Path:
+        return Path(self.masks_folder.name) / str(request.session_hash)
+
+    # ---- Affinity.
+
+    def click_patch(self, path: str | None, event: gr.SelectData) -> Changes:
         """Move the query to the patch under the pointer."""
+        affinity = self.affinity
         if path is None:
-            return {affinity: None}
-        maps = maps_of(path)
+            return {affinity.image: None}
+        maps = self.maps_of(path)
         h, w = maps.grid
         x, y = event.index
         height, width = clickable_size(maps)
         row, column = min(int(y * h / height), h - 1), min(int(x * w / width), w - 1)
         return {
-            patch_row: row + 1,
-            patch_column: column + 1,
-            affinity: draw_affinity(maps, row, column),
+            affinity.row: row + 1,
+            affinity.column: column + 1,
+            affinity.image: draw_affinity(maps, row, column),
         }
 
-    def move_patch(path: str | None, row: int, column: int) -> Image.Image | None:
-        return None if path is None else draw_affinity(maps_of(path), int(row) - 1, int(column) - 1)
+    def move_patch(self, path: str | None, row: int, column: int) -> Image.Image | None:
+        """Move the query to the patch that the sliders name."""
+        return None if path is None else draw_affinity(self.maps_of(path), int(row) - 1, int(column) - 1)
 
-    def forget_visitor(request: gr.Request) -> None:
-        shutil.rmtree(Path(masks_folder.name) / str(request.session_hash), ignore_errors=True)
 
-    # ---- What stands where.
-
-    with gr.Blocks(title="Masks from labels", analytics_enabled=False, delete_cache=(3600, 24 * 3600)) as app:
-        gr.Markdown(INTRODUCTION)
-        current = gr.State(None)  # the file of the image that is shown
-        with gr.Row():
-            with gr.Column(scale=1, min_width=280):
-                file = gr.File(label="Image (drop it here)", type="filepath", height=110, elem_id="image")
-                status = gr.HTML(say("Drop an image to begin."), elem_id="status")
-                labels = gr.Dropdown(names, value=[], multiselect=True, label="Labels", elem_id="labels")
-                guess_button = gr.Button("Guess the labels", elem_id="guess")
-                scales = gr.Slider(
-                    1, len(SCALES), 1, step=1, label="Scales", elem_id="scales",
-                    info=f"how many of {', '.join(f'{scale:g}' for scale in SCALES)} are averaged",
-                )  # fmt: skip
-                layers = gr.Slider(
-                    1, num_layers, seed_layers, step=1, label="Layers", elem_id="layers",
-                    info="how many of the last ones give the SC-CAM",
-                )  # fmt: skip
-            with gr.Column(scale=3, min_width=280):
-                shown_class = gr.Radio([], label="Class whose maps are shown", elem_id="shown")
-                with gr.Row(elem_id="panels"):
-                    plain = still("Image", "The image, upright")
-                    panels = {
-                        variant: still(title, f"{title} of the chosen class over the image: blue low, red high")
-                        for variant, title in VARIANT_TITLES.items()
-                    }
-                    mask = still("Mask", "The mask of all labels over the image")
-                with gr.Row():
-                    with gr.Column(min_width=200):
-                        threshold = gr.Slider(
-                            0,
-                            1,
-                            THRESHOLD,
-                            step=0.01,
-                            label="Threshold",
-                            info="higher: smaller masks",
-                            elem_id="threshold",
-                        )
-                        legend = gr.HTML("", elem_id="legend", min_height=40)
-                    download = gr.DownloadButton(
-                        "Download the mask (PNG)", variant="primary", interactive=False, elem_id="download"
-                    )
-                with gr.Row():
-                    affinity = gr.Image(
-                        label="Affinity: click a patch", interactive=False, buttons=[], format="jpeg", scale=1,
-                        min_width=240, elem_id="affinity",
-                        alt_text="How much the chosen patch attends to the others: blue low, red high",
-                    )  # fmt: skip
-                    with gr.Column(scale=1, min_width=200):
-                        patch_row = gr.Slider(1, 2, 1, step=1, label="Patch row", elem_id="row")
-                        patch_column = gr.Slider(
-                            1, 2, 1, step=1, label="Patch column", elem_id="column",
-                            info="the arrow keys do what a click does",
-                        )  # fmt: skip
-
-        # ---- What happens when.
-
-        mask_inputs = [current, labels, scales, layers, threshold]
-        panel_inputs = [current, labels, shown_class, scales, layers, threshold]
-        panel_outputs = [*panels.values(), mask, legend, download]
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-        read = file.change(
-            read_picture,
-            file,
-            [current, status, labels, shown_class, plain, patch_row, patch_column, affinity],
-            show_progress_on=status,
-            api_visibility="private",
-        )
-        guessed = guess_button.click(guess_again, current, [status, labels, shown_class], **quiet)
-        relabelled = labels.input(
-            choose_labels, [current, labels, shown_class], [status, shown_class], trigger_mode="always_last", **quiet
-        )
-        for event in (read, guessed, relabelled):
-            event.then(draw_panels, panel_inputs, panel_outputs, **quiet).then(
-                write_mask, mask_inputs, download, **quiet
-            )
-        for control in (scales, layers, shown_class):
-            # A new scale takes the network's time, the others none: a clock runs where one waits.
-            shown = {**quiet, "show_progress": "minimal" if control is scales else "hidden"}
-            control.input(draw_panels, panel_inputs, panel_outputs, trigger_mode="always_last", **shown).then(
-                write_mask, mask_inputs, download, **quiet
-            )
-        threshold.input(draw_mask, mask_inputs, [mask, legend, download], trigger_mode="always_last", **quiet).then(
-            write_mask, mask_inputs, download, **quiet
-        )
-        affinity.select(click_patch, current, [patch_row, patch_column, affinity], **quiet)
-        for control in (patch_row, patch_column):
-            control.input(
-                move_patch, [current, patch_row, patch_column], affinity, trigger_mode="always_last", **quiet
-            )
-        app.unload(forget_visitor)
-    return cast("gr.Blocks", app)
+def names_of(pipe: PseudoMaskPipeline) -> list[str]:
+    """Return the names of the model's classes in the order of their ids."""
+    id2label = cast("Mapping[int, str]", pipe.model.config.id2label)
+    return [id2label[class_id] for class_id in range(len(id2label))]
 
 
 def still(label: str, alt_text: str) -> gr.Image:
