@@ -49,57 +49,81 @@ def run_masks(options: argparse.Namespace) -> None:
         )
     with working(f"masks: reading the list of images in {options.images}", quiet=options.quiet):
         pictures = pictures_with_labels(options.images, options.labels, pipe.class_names, options.separator)
-    settings = {
+    prepare_output(options, pictures, pipe.class_names)
+    todo = [picture for picture in pictures if options.overwrite or not mask_path(options.out, picture).is_file()]
+    refused = write_masks(options, pipe, todo, len(pictures))
+    for reason in refused:
+        say_progress(f"left out: {reason}")
+    say_result(
+        f"masks: {len(pictures):,} images, {len(todo) - len(refused):,} written, {len(pictures) - len(todo):,} "
+        f"there before, {len(refused):,} left out -> {options.out}"
+    )
+
+
+def pipeline_options(options: argparse.Namespace) -> Mapping[str, Any]:
+    """Return the options of the pipeline that the command gives."""
+    return {
         "threshold": options.threshold,
         "label_threshold": options.label_threshold,
-        "scales": tuple(options.scales),
+        "scales": options.scales,
         "flip": not options.no_flip,
         "refine": not options.no_refine,
         "refiner": options.refiner,
         "max_side": options.max_side,
         "upright": not options.stored_pixels,
     }
-    record = {
-        "model": options.model,
-        "labels": str(options.labels or "predicted"),
-        **settings,
-        "scales": options.scales,
-    }
-    record["label_ids"] = {"background": 0, **{name: index + 1 for index, name in enumerate(pipe.class_names)}}
+
+
+def prepare_output(options: argparse.Namespace, pictures: Sequence[PictureFile], class_names: Sequence[str]) -> None:
+    """Make the folder of the masks, and note in it how they are made.
+
+    Raises:
+        InputError: it holds other files where masks would go, or masks made in another way.
+    """
     masks = [mask_path(options.out, picture) for picture in pictures]
     refuse_overwriting(masks, (Path(picture.path) for picture in pictures), "--out")
     there = [] if (options.out / "masks.json").is_file() else [path for path in masks if path.is_file()]
     if there:
         raise InputError(f"{there[0]} is there and is no mask that bitrans wrote; give another --out.")
     mark_output(options.out)
+    record = {
+        "model": options.model,
+        "labels": str(options.labels or "predicted"),
+        **pipeline_options(options),
+        "label_ids": {"background": 0, **{name: label_id for label_id, name in enumerate(class_names, start=1)}},
+    }
     write_record(options.out / "masks.json", record, overwrite=options.overwrite)
-    todo = [picture for picture in pictures if options.overwrite or not mask_path(options.out, picture).is_file()]
 
+
+def write_masks(
+    options: argparse.Namespace, pipe: LabelMapPipeline, todo: Sequence[PictureFile], total: int
+) -> list[str]:
+    """Write the masks of images; return why some of them were refused."""
     if not options.quiet:
         views = len(options.scales) * (1 if options.no_flip else 2)
         say_progress(
-            f"masks: {len(todo):,} of {len(pictures):,} images to do, {views} view(s) of each; batch size "
+            f"masks: {len(todo):,} of {total:,} images to do, {views} view(s) of each; batch size "
             f"{options.batch_size}, device {pipe.device}"
         )
-    unreadable: list[str] = []
-    answers = pipe(PictureList(todo), batch_size=options.batch_size, num_workers=options.workers, **settings)
+    answers = pipe(
+        PictureList(todo),
+        batch_size=options.batch_size,
+        num_workers=options.workers,
+        **pipeline_options(options),
+    )
     bar = progress(todo, desc="masks", unit="image", quiet=options.quiet)
     with children_without_signals():
         answered = zip(bar, answers, strict=True)  # starts the workers that load images
     if_stopped(lambda: f"before all {len(todo):,} masks were made; masks that are written are kept")
+    refused: list[str] = []
     for picture, answer in answered:
-        if isinstance(answer, RefusedPicture):
-            if options.strict:
-                raise InputError(answer.reason)
-            unreadable.append(answer.reason)
-        else:
+        if not isinstance(answer, RefusedPicture):
             write_label_png(mask_path(options.out, picture), answer, picture.image_id)
-    for reason in unreadable:
-        say_progress(f"left out: {reason}")
-    say_result(
-        f"masks: {len(pictures):,} images, {len(todo) - len(unreadable):,} written, {len(pictures) - len(todo):,} "
-        f"there before, {len(unreadable):,} left out -> {options.out}"
-    )
+        elif options.strict:
+            raise InputError(answer.reason)
+        else:
+            refused.append(answer.reason)
+    return refused
 
 
 @dataclass(frozen=True)

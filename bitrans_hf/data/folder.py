@@ -127,7 +127,8 @@ def load_folder(
     """
     from .rows import build_dataset  # here: `check_folder`, which looks through folders too, starts without `datasets`
 
-    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty, caller, mask_values)
+    query = FolderQuery(Path(root), table, split, images, masks, classes, separator, allow_empty, caller, mask_values)
+    found = look_through(query)
     if found.problems:
         first = found.problems[0]
         number = sum(problem.kind == first.kind for problem in found.problems)
@@ -208,43 +209,89 @@ class FolderContent:
     notes: list[str] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class FolderQuery:
+    """What a caller says about a folder: the arguments of `load_folder`."""
+
+    root: Path
+    table: str | Path | None = None
+    split: str | None = None
+    images: str | Path | None = None
+    masks: str | Path | bool | None = None
+    classes: Sequence[str] | None = None
+    separator: str | None = None
+    allow_empty: bool = False
+    caller: Caller = "python"
+    mask_values: str | None = None
+
+    @property
+    def class_file(self) -> Path | None:
+        """The list of classes that lies in the folder, if one does."""
+        path = self.root / "classes.txt"
+        return path if path.is_file() else None
+
+    def known_classes(self) -> list[str] | None:
+        """Return the classes in the order of their ids, as a file or the caller says it; None where neither does."""
+        if self.class_file is not None:
+            return read_class_file(self.class_file)
+        return None if self.classes is None else check_classes(self.classes, "classes")
+
+
 @collector_paused()
-def look_through(
-    root: Path,
-    table: str | Path | None,
-    split: str | None,
-    images: str | Path | None,
-    masks: str | Path | bool | None,
-    classes: Sequence[str] | None,
-    separator: str | None,
-    allow_empty: bool,
-    caller: Caller = "python",
-    mask_values: str | None = None,
-) -> FolderContent:
-    """Find rows, classes, images and masks, for `load_folder` and `check_folder`, whose arguments these are.
+def look_through(query: FolderQuery) -> FolderContent:
+    """Find rows, classes, images and masks, for `load_folder` and `check_folder`.
 
     Raises:
         DataError: something is wrong with the folder, the table or the arguments as a whole.
     """
+    root, class_file = query.root, query.class_file
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give the folder that holds the images and the table of labels.")
-    if separator == "":
+    if query.separator == "":
         raise DataError("separator is empty, expected what stands between class names, such as a semicolon.")
-    images_folder = _images_folder(root, images)
-    mask_folder = _mask_folder(root, masks)
-    class_file = root / "classes.txt"
-    has_class_file = class_file.is_file()
-    known = read_class_file(class_file) if has_class_file else None
-    if known is None and classes is not None:
-        known = check_classes(classes, "classes")
+    mask_folder = _mask_folder(root, query.masks)
+    known = query.known_classes()
+    content, listing = _rows_and_images(query, mask_folder)
+    rows, problems = content.rows, content.problems
+    labels = labels_of_rows(rows, known, query.separator, content.source, problems, query.caller)
+    content.names = labels.names
+    content.notes += labels.notes
+    if class_file is not None and is_background(_first_line(class_file)):
+        content.notes.append(
+            f"{class_file} begins with background, which is no class; it has the label id 0 in masks."
+        )
+        _refuse_ids_with_background(rows, class_file)
+    content.classes = _classes_of_rows(content, labels) if known is None else known
+    classes_name = "classes" if class_file is None else str(class_file)
+    content.chosen = chosen_classes(query.classes, content.classes, classes_name)
+    content.kept = _rows_of_split(rows, query.split, content.source, query.caller)
+    used = (*OWN_COLUMNS, *labels.columns)
+    columns = dict.fromkeys(key for row in rows for key in row.cells)
+    content.unused_columns = [name for name in columns if name not in used]
+    _find_ids(content, listing)
+    content.mask_values = MaskValues.parse(query.mask_values)
+    if content.mask_values is not None:
+        content.mask_values.require_classes(len(content.classes))
+    _find_masks(content, mask_folder, query.masks is not False)
+    _check_labels(content, labels, class_file or "classes", query.allow_empty, query.caller)
+    return content
 
+
+def _rows_and_images(query: FolderQuery, mask_folder: Path | None) -> tuple[FolderContent, ImageListing]:
+    """Return the rows of the tables, or of the class folders, with their images, and all images of the folder.
+
+    Raises:
+        DataError: there are no rows.
+    """
+    root = query.root
+    images_folder = _images_folder(root, query.images)
     problems: list[Problem] = []
     notes: list[str] = []
-    tables = _find_tables(root, images_folder, table, caller)
+    tables = _find_tables(root, images_folder, query.table, query.caller)
     # Masks are no images, wanted or not.
     other_masks = _other_mask_folders(root)
     excluded = (mask_folder or root / "masks", _folder_called(root, "masks"), *other_masks)
-    if other_masks and mask_folder is None and masks is None:
+    if other_masks and mask_folder is None and query.masks is None:
         notes.append(
             f"masks are looked for in {root / 'masks'}, which is not there; if {other_masks[0]} holds masks, call it "
             "masks."
@@ -263,46 +310,34 @@ def look_through(
                 f"{len(beside):,} images are called as masks of others and are left out: "
                 f"{shown_names(sorted(beside), 3)}; to score with them, put them into a folder masks."
             )
-        rows = _rows_of_class_folders(listing, split, notes)
+        rows = _rows_of_class_folders(listing, query.split, notes)
     notes += listing.left_out()
     if not rows:
         nothing = f"{where} has no rows, expected one for each image with file_name and labels."
         if not tables:
             nothing = (
                 f"{root} holds no table of labels, looked for {', '.join(TABLE_NAMES)}, and no folders of images "
-                f"named by class; {_advice_without_table(root, caller)}" + (f" ({notes[0]})" if notes else "")
+                f"named by class; {_advice_without_table(root, query.caller)}" + (f" ({notes[0]})" if notes else "")
             )
         raise DataError(problems[0].message if problems else nothing)
     rows = _rows_with_found_images(rows, folder, ImageFinder(listing.names), problems)
+    return FolderContent(root, where, rows, problems, folder, has_table=bool(tables), notes=notes), listing
 
-    content = FolderContent(root, where, rows, problems, folder, has_table=bool(tables), notes=notes)
-    labels = labels_of_rows(rows, known, separator, where, problems, caller)
-    content.names = labels.names
-    notes += labels.notes
-    if has_class_file and is_background(_first_line(class_file)):
-        notes.append(f"{class_file} begins with background, which is no class; it has the label id 0 in masks.")
-        _refuse_ids_with_background(rows, class_file)
-    if known is None:
-        named = {name for names in labels.names for name in names}
-        if problems and not named:
-            raise DataError(problems[0].message)
-        if not named:
-            raise DataError(f"no row of {where} names a class, expected one name or more; background does not count.")
-        known = sorted(labels.columns or named)
-    content.classes = known
-    content.chosen = chosen_classes(classes, known, str(class_file) if has_class_file else "classes")
-    content.kept = _rows_of_split(rows, split, where, caller)
-    used = (*OWN_COLUMNS, *labels.columns)
-    content.unused_columns = [
-        name for name in dict.fromkeys(key for row in rows for key in row.cells) if name not in used
-    ]
-    _find_ids(content, listing)
-    content.mask_values = MaskValues.parse(mask_values)
-    if content.mask_values is not None:
-        content.mask_values.require_classes(len(known))
-    _find_masks(content, mask_folder, masks is not False)
-    _check_labels(content, labels, class_file if has_class_file else "classes", allow_empty, caller)
-    return content
+
+def _classes_of_rows(content: FolderContent, labels: RowLabels) -> list[str]:
+    """Return the classes that the rows name, where no list of them is given.
+
+    Raises:
+        DataError: no row names a class.
+    """
+    named = {name for names in content.names for name in names}
+    if content.problems and not named:
+        raise DataError(content.problems[0].message)
+    if not named:
+        raise DataError(
+            f"no row of {content.source} names a class, expected one name or more; background does not count."
+        )
+    return sorted(labels.columns or named)
 
 
 def shown_names(names: Sequence[str], count: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .common import DataError, folded_name, look_at_file, look_at_image
-from .folder import FolderContent, look_through, notes_on_classes, shown_names
+from .folder import FolderContent, FolderQuery, look_through, notes_on_classes, shown_names
 from .mask_report import MaskFinding, all_together, look_at_mask
 from .tables import Caller, Problem
 
@@ -118,53 +118,19 @@ def check_folder(
     Raises:
         DataError: there is nothing to report on: no folder, no table, or one that cannot be read as such.
     """
-    found = look_through(Path(root), table, split, images, masks, classes, separator, allow_empty, caller, mask_values)
-    problems = list(found.problems)
-    problems += [
-        Problem(
-            "unlisted",
-            name,
-            f"{name} has no row in {found.source} and is left out; add one or take it out."
-            if found.has_table
-            else f"{name} lies in no class folder and is left out; move it into one or take it out.",
-        )
-        for name in found.unlisted
-    ]
+    query = FolderQuery(Path(root), table, split, images, masks, classes, separator, allow_empty, caller, mask_values)
+    found = look_through(query)
     there = [position for position in found.kept if (found.folder / found.rows[position].file_name).is_file()]
-    links = sorted({found.rows[position].file_name for position in set(found.kept).difference(there)})
-    problems += [
-        Problem("missing", name, f"{name} is a link to a file that is not there; mend the link or take it out.")
-        for name in links
-        if (found.folder / name).is_symlink()
-    ]
     pool = ThreadPoolExecutor()  # PIL and hashlib release the interpreter lock
     try:
         checked = pool.map(lambda position: _check_files(found, position, decode, caller), there)
         results = list(progress(checked, len(there)))
     finally:
         pool.shutdown(cancel_futures=True)
-    first_of: dict[bytes, str] = {}
-    findings = [finding for _, finding, _, _ in results if finding is not None]
-    remarks: list[Problem] = []
-    for position, (digest, finding, own_problems, own_remarks) in zip(there, results, strict=True):
-        problems += [*own_problems, *(finding.problems if finding is not None else ())]
-        remarks += own_remarks
-        name = found.rows[position].file_name
-        other = first_of.setdefault(digest, name) if digest else name
-        if other != name:
-            message = f"{name} is the same file as {other}; join their labels, or take one out."
-            problems.append(Problem("copy", name, message))
+    findings = [each.mask for each in results if each.mask is not None]
     together, mask_notes = all_together(found, findings, values_given=mask_values is not None, caller=caller)
-    problems += together
-    notes = [*found.mask_notes, *mask_notes]
     counts = Counter(name for position in found.kept for name in set(found.names[position]))
     sizes = Counter(len(set(found.names[position]) & set(found.chosen)) for position in found.kept)
-    spelling: dict[str, str] = {}
-    splits = Counter(
-        spelling.setdefault(folded_name(row.text("split")), row.text("split"))
-        for row in found.rows
-        if row.text("split")
-    )
     return FolderReport(
         root=found.root,
         source=found.source,
@@ -172,27 +138,77 @@ def check_folder(
         classes=tuple(found.chosen),
         images_per_class={name: counts[name] for name in found.chosen},
         labels_per_image=dict(sorted(sizes.items())),
-        splits=dict(sorted(splits.items())),
+        splits=_split_sizes(found),
         masks=sum(found.masks[position] is not None for position in found.kept),
         unused_columns=tuple(found.unused_columns),
-        problems=tuple(problems),
-        notes=(*found.notes, *notes_on_classes(found), *notes),
-        remarks=tuple(remarks),
+        problems=(*found.problems, *_unlisted(found), *_broken_links(found, there), *_of_files(results), *together),
+        notes=(*found.notes, *notes_on_classes(found), *found.mask_notes, *mask_notes),
+        remarks=tuple(remark for each in results for remark in each.remarks),
     )
 
 
-def _check_files(
-    found: FolderContent, position: int, decode: bool, caller: Caller
-) -> tuple[bytes, MaskFinding | None, list[Problem], list[Problem]]:
-    """Return a digest of the image's file (empty if it was not read), its mask, what is wrong with it, and remarks."""
+def _unlisted(found: FolderContent) -> Iterator[Problem]:
+    """Give the images without a row."""
+    lack, remedy = f"has no row in {found.source}", "add one or take it out"
+    if not found.has_table:
+        lack, remedy = "lies in no class folder", "move it into one or take it out"
+    for name in found.unlisted:
+        yield Problem("unlisted", name, f"{name} {lack} and is left out; {remedy}.")
+
+
+def _broken_links(found: FolderContent, there: Sequence[int]) -> Iterator[Problem]:
+    """Give the links to files that are not there."""
+    for name in sorted({found.rows[position].file_name for position in set(found.kept).difference(there)}):
+        if (found.folder / name).is_symlink():
+            yield Problem(
+                "missing", name, f"{name} is a link to a file that is not there; mend the link or take it out."
+            )
+
+
+def _of_files(results: Sequence[CheckedFile]) -> Iterator[Problem]:
+    """Give what is wrong with images and masks, in the order of the rows; the second of two equal files is a copy."""
+    first_of: dict[bytes, str] = {}
+    for each in results:
+        yield from each.problems
+        yield from each.mask.problems if each.mask is not None else ()
+        other = first_of.setdefault(each.digest, each.name) if each.digest else each.name
+        if other != each.name:
+            message = f"{each.name} is the same file as {other}; join their labels, or take one out."
+            yield Problem("copy", each.name, message)
+
+
+def _split_sizes(found: FolderContent) -> dict[str, int]:
+    """Return the number of rows of every split, by its first spelling."""
+    spelling: dict[str, str] = {}
+    splits = Counter(
+        spelling.setdefault(folded_name(row.text("split")), row.text("split"))
+        for row in found.rows
+        if row.text("split")
+    )
+    return dict(sorted(splits.items()))
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    """One row's image: a digest of its file (empty if it was not read), its mask, problems, and remarks."""
+
+    name: str
+    digest: bytes = b""
+    mask: MaskFinding | None = None
+    problems: Sequence[Problem] = ()
+    remarks: Sequence[Problem] = ()
+
+
+def _check_files(found: FolderContent, position: int, decode: bool, caller: Caller) -> CheckedFile:
+    """Look at the image and the mask of a row."""
     name = found.rows[position].file_name
     path = found.folder / name
     try:
         image, digest = look_at_file(path) if decode else (look_at_image(path, decode=False), b"")
     except DataError as error:
-        return b"", None, [Problem("unreadable", name, str(error))], []
+        return CheckedFile(name, problems=[Problem("unreadable", name, str(error))])
     if not decode:
-        return b"", None, [], []
+        return CheckedFile(name)
     size, found_out = image.size, list(image.notes)
     if min(size) < USUAL_PATCH:
         found_out.append(
@@ -200,4 +216,4 @@ def _check_files(
             "out; give a larger copy, or take it out"
         )
     remarks = [Problem("look at", name, f"{name}: {each}.") for each in found_out]
-    return digest, look_at_mask(found, position, image, caller), [], remarks
+    return CheckedFile(name, digest, look_at_mask(found, position, image, caller), remarks=remarks)

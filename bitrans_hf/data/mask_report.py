@@ -11,7 +11,7 @@ import numpy as np
 
 from ..hub.labels import BACKGROUND, IGNORE_INDEX
 from .common import DataError, ImageFacts, look_at_image, open_mask_with_palette
-from .folder import FolderContent, look_through, shown_names
+from .folder import FolderContent, FolderQuery, look_through, shown_names
 from .tables import Caller, Problem, option
 
 NUM_SAMPLED = 100
@@ -195,7 +195,8 @@ def check_masks(
     Raises:
         DataError: one of them cannot be scored against.
     """
-    found = look_through(Path(root), table, None, None, None, classes, separator, True, caller, mask_values)
+    query = FolderQuery(Path(root), table, None, None, None, classes, separator, True, caller, mask_values)
+    found = look_through(query)
     positions = [position for position, mask in enumerate(found.masks) if mask is not None]
     spread = np.unique(np.linspace(0, len(positions) - 1, min(num_masks, len(positions))).astype(int))
 
