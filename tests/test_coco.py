@@ -24,7 +24,7 @@ from bitrans_hf.data import (
     open_mask,
     write_coco_masks,
 )
-from bitrans_hf.data.coco import CROWDS, OVERLAPS
+from bitrans_hf.data.coco_painting import CROWDS, OVERLAPS
 from bitrans_hf.data.label_files import read_label_file
 from bitrans_hf.hub.labels import COCO_CLASSES
 from bitrans_hf.stages.build import check_later_splits, load_images

@@ -317,7 +317,7 @@ def test_a_picture_that_has_gone_is_named(tmp_path: Path) -> None:
         ({"table": "file_name,labels\nA.PNG,cat\n"}, {}, r"line 2 names A\.PNG.* did you mean 'a\.png'"),
         ({"table": "file_name,labels\na.png,cat\na.png,dog\n"}, {}, r"line 2 names a\.png and .*line 3 names a\.png"),
         (
-            {"table": "file_name,labels\na.png,cat\na.jpg,dog\n", "images": ("a.png", "a.jpg")},
+            {"table": "file_name,labels\na.png,cat\na.jpg,dog\n", "pictures": ("a.png", "a.jpg")},
             {},
             r"names a\.png and .* names a\.jpg",
         ),

@@ -5,12 +5,14 @@ from typing import TYPE_CHECKING
 from ..lazy import lazy_names
 
 if TYPE_CHECKING:
-    from .coco import CocoMaskRule, load_coco, write_coco_masks
-    from .common import DataError, UnreadableImageError, colors_to_ids, image_size, open_image, open_mask
+    from .coco import load_coco, write_coco_masks
+    from .coco_painting import CocoMaskRule
+    from .common import DataError, UnreadableImageError, image_size, open_image
     from .folder import load_folder
     from .folder_report import FolderReport, check_folder
     from .mask_report import check_masks
     from .mask_values import MaskValues
+    from .masks import colors_to_ids, open_mask
     from .rows import class_names, mask_rule, require_labels
     from .shapes import make_shapes
     from .sharing import write_parquet
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "CocoMaskRule": "coco",
+        "CocoMaskRule": "coco_painting",
         "DataError": "common",
         "FolderReport": "folder_report",
         "MaskValues": "mask_values",
@@ -27,7 +29,7 @@ __getattr__, __dir__ = lazy_names(
         "check_folder": "folder_report",
         "check_masks": "mask_report",
         "class_names": "rows",
-        "colors_to_ids": "common",
+        "colors_to_ids": "masks",
         "image_size": "common",
         "load_coco": "coco",
         "load_folder": "folder",
@@ -35,7 +37,7 @@ __getattr__, __dir__ = lazy_names(
         "make_shapes": "shapes",
         "mask_rule": "rows",
         "open_image": "common",
-        "open_mask": "common",
+        "open_mask": "masks",
         "prepare_voc": "voc",
         "require_labels": "rows",
         "write_coco_masks": "coco",

@@ -12,84 +12,33 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cache, lru_cache
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
-from urllib.parse import parse_qs, quote, unquote, urlencode
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
-import numpy as np
 from datasets import Dataset
-from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from ..files import atomic_write
-from ..hub.errors import InputError
-from ..hub.labels import BACKGROUND, IGNORE_INDEX
+from ..hub.labels import IGNORE_INDEX
+from .coco_instances import LOOKED_AT, Canvas, CocoImage, Instances, Key, read_instances
+from .coco_painting import UNTURNED, CocoMaskRule, is_crowd, paint, references
 from .common import (
-    COCO_REFERENCE,
     DataError,
     UnreadableImageError,
     chosen_classes,
-    collector_paused,
-    first_alike,
     folded_name,
     image_size,
-    index_png,
     inner_path,
-    is_background,
-    masks_in_order,
     missing_files,
-    tidy_name,
-    without_suffix,
 )
+from .masks import index_png, masks_in_order
 from .outlines import OutlineError, polygon_painter, read_outline
 from .rows import build_dataset
 
 logger = logging.getLogger(__name__)
-
-Key: TypeAlias = int | str
-"""An id of an image or a category; text that is a whole number is the number."""
-
-OVERLAPS: Mapping[str, str] = {
-    "later": "later objects over earlier ones, in the order of the file",
-    "smaller": "smaller objects over larger ones",
-    "ignore": f"pixels of objects of different classes are {IGNORE_INDEX}",
-}
-"""Who may get the pixels that several objects cover, in words."""
-
-CROWDS: Mapping[str, str] = {
-    "background": "crowd regions are background",
-    "ignore": f"crowd regions are {IGNORE_INDEX} where no object covers them",
-    "object": "crowd regions have their class where no object covers them",
-}
-"""What may become of regions marked `iscrowd`, in words."""
-
-
-@dataclass(frozen=True)
-class CocoMaskRule:
-    """How instances become a label map; there is no official rule, and scores differ by it. `str()` says it.
-
-    Attributes:
-        overlap: Who gets a pixel that several objects cover: the "later" one in the file, the "smaller" one (of fewer
-            pixels; of equal ones the later), or nobody: "ignore" makes it 255 if their classes differ.
-        crowd: What regions marked `iscrowd` become: "background", "ignore" (255) or "object" (their class). They lie
-            below all objects, whatever their place in the file.
-
-    Raises:
-        ValueError: an unknown value.
-    """
-
-    overlap: str = "later"
-    crowd: str = "background"
-
-    def __post_init__(self) -> None:
-        for name, known in (("overlap", OVERLAPS), ("crowd", CROWDS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-
-    def __str__(self) -> str:
-        return f"COCO instances, {OVERLAPS[self.overlap]}; {CROWDS[self.crowd]}"
 
 
 def load_coco(
@@ -135,7 +84,7 @@ def load_coco(
     """
     rule = CocoMaskRule(overlap or "later", crowd or "background")
     split, path = _annotation_file(Path(root), split)
-    instances = _read_instances(path, "checked" if masks is True else "unread")
+    instances = read_instances(path, "checked" if masks is True else "unread")
     folder = _image_folder(Path(root), split)
     instances.images = _with_files(instances, folder)
     for note in instances.notes:
@@ -168,9 +117,9 @@ def load_coco(
         reasons = _unknown_masks(instances, images, canvases, rule)
         _say_unknown(path, reasons, len(images))
         keep = None if chosen == instances.classes else [instances.classes.index(name) for name in chosen]
-        refer = _references(path, rule, keep)
+        refer = references(path, rule, keep)
         cells = [
-            refer(image.number, canvas) if isinstance(canvas, _Canvas) and image.number not in reasons else None
+            refer(image.number, canvas) if isinstance(canvas, Canvas) and image.number not in reasons else None
             for image, canvas in zip(images, canvases, strict=True)
         ]
     elif masks is not False:
@@ -225,7 +174,7 @@ def write_coco_masks(
             raise DataError(f"{rule_file} says {stored}, asked for {record}; choose another folder.")
     elif folder.is_dir() and any(folder.glob("*.png")):
         raise DataError(f"{folder} holds masks, but no rule.json that says how they were made; choose another folder.")
-    instances = _read_instances(path, "kept")
+    instances = read_instances(path, "kept")
     if len(instances.classes) >= IGNORE_INDEX:
         raise DataError(
             f"{path} has {len(instances.classes)} categories, expected at most {IGNORE_INDEX - 1} for masks of one "
@@ -251,13 +200,13 @@ def write_coco_masks(
     todo = [
         (image, canvas)
         for image, canvas in zip(instances.images, canvases, strict=True)
-        if isinstance(canvas, _Canvas) and image.number not in reasons
+        if isinstance(canvas, Canvas) and image.number not in reasons
     ]
     for image, canvas in progress(todo):
         target = folder / f"{image.image_id}.png"
         if not target.is_file():
             with atomic_write(target) as temporary:
-                temporary.write_bytes(index_png(_paint(instances, image, canvas, rule)))
+                temporary.write_bytes(index_png(paint(instances, image, canvas, rule)))
     return rule
 
 
@@ -307,7 +256,7 @@ def _image_folder(root: Path, split: str, *, required: bool = True) -> Path | No
     raise DataError(f"{root} has no folder {split} or images/{split}, expected images there; unpack {split}.zip.")
 
 
-def _with_files(instances: _Instances, folder: Path | None) -> list[_Image]:
+def _with_files(instances: Instances, folder: Path | None) -> list[CocoImage]:
     """Return the images with the names of their files as they are in `folder`.
 
     Tools write names with folders of another machine, backslashes, percent signs, or in another case: such a name is
@@ -376,9 +325,9 @@ class _FileIndex:
         return None
 
 
-def _check_unique(path: Path, images: Sequence[_Image]) -> None:
+def _check_unique(path: Path, images: Sequence[CocoImage]) -> None:
     """Refuse two images whose masks would have one name."""
-    seen: dict[str, _Image] = {}
+    seen: dict[str, CocoImage] = {}
     for image in images:
         if (first := seen.setdefault(image.image_id, image)) is not image:
             what = "one file" if first.file_name == image.file_name else "names that differ in their suffix alone"
@@ -425,294 +374,6 @@ def _read_rule(path: Path) -> Mapping[str, Any]:
         raise DataError(f"{path} cannot be read ({error}); delete its folder and write the masks again.") from error
 
 
-# ---- Instances.
-
-
-# A segmentation of polygons in plain numbers, without the brackets at its ends. Text inside a JSON string cannot look
-# like it: its quotes have backslashes.
-_POLYGONS = re.compile(rb'"segmentation"\s*:\s*\[\s*\[([\d.,\-\s]*(?:\]\s*,\s*\[[\d.,\-\s]*)*)\]\s*\]')
-# Any other, polygons or run lengths.
-_SEGMENTATION = re.compile(rb'"segmentation"\s*:\s*(?:\[[\[\]\d.,eE+\-\s]*\]|\{[^{}]*\})')
-
-_LOOKED_AT = "\x00 polygons that are as they should be"
-_IN_PLACE = b'"segmentation":' + json.dumps(_LOOKED_AT).encode()
-
-_IMAGE_KEYS = ("id", "file_name", "height", "width")
-
-
-def _without_good_polygons(found: re.Match[bytes]) -> bytes:
-    """Put a short text in the place of polygons of three corners or more; all else stays, to be looked at closely.
-
-    Nearly all of a file are these, and reading their numbers would take most of the time.
-    """
-    commas = [part.count(b",") for part in found[1].split(b"]")]
-    good = commas[0] >= 5 and commas[0] % 2 and all(more >= 6 and more % 2 == 0 for more in commas[1:])
-    return _IN_PLACE if good else found[0]
-
-
-class _Image(NamedTuple):
-    number: Key
-    file_name: str
-    height: int | None
-    width: int | None
-
-    @property
-    def image_id(self) -> str:
-        return without_suffix(self.file_name)
-
-
-class _Canvas(NamedTuple):
-    """What an image's instances are painted on: the size they are drawn for, and the EXIF turn of the file, if any."""
-
-    height: int
-    width: int
-    orientation: int | None = None
-
-
-class _Annotation(NamedTuple):
-    name: str
-    class_id: int | None  # None: of a category that is no class
-    is_crowd: Any
-    segmentation: Any
-
-
-@dataclass
-class _Instances:
-    """What a JSON file says: class names by class id, images in order, class ids and annotations by image number.
-
-    `notes` are what was read in another way than it stands, `annotations` those that have to be looked at: all that
-    are painted, or those whose outlines are not plain polygons.
-    """
-
-    path: Path
-    images: list[_Image]
-    classes: list[str] = field(default_factory=list)
-    labels: dict[Key, set[int]] = field(default_factory=lambda: defaultdict(set))
-    annotations: dict[Key, list[_Annotation]] = field(default_factory=lambda: defaultdict(list))
-    notes: list[str] = field(default_factory=list)
-
-
-@collector_paused()
-def _read_instances(path: Path, outlines: Literal["unread", "checked", "kept"]) -> _Instances:
-    """Read `instances_*.json`: pycocotools' own reader does no checks, and prints.
-
-    Args:
-        path: The file.
-        outlines: "kept": all of them, which are nearly all of the file. "checked": those that are not plain polygons,
-            for `_unknown_masks`. "unread": none, for labels alone. These two take a third of the time and a tenth
-            of the memory.
-
-    Raises:
-        DataError: the file is damaged, or its parts do not fit together.
-    """
-
-    def take(part: Mapping[str, Any]) -> Any:
-        """Turn parts of the file into what is kept of them while it is parsed."""
-        if "category_id" in part and "image_id" in part:  # first: there are seven of these for each image
-            odd = None
-            if outlines != "unread":
-                segmentation, crowd = part.get("segmentation"), part.get("iscrowd", 0)
-                if outlines == "kept" or segmentation != _LOOKED_AT or crowd not in (0, 1):
-                    odd = segmentation, crowd
-            return part.get("id"), part["image_id"], part["category_id"], odd
-        if "file_name" in part and "images" not in part and "name" not in part:
-            return {key: part[key] for key in _IMAGE_KEYS if key in part}
-        return part
-
-    text = path.read_bytes()
-    if outlines == "checked":
-        text = _POLYGONS.sub(_without_good_polygons, text)
-    elif outlines == "unread":
-        text = _SEGMENTATION.sub(b'"segmentation":0', text)
-    try:
-        content = json.loads(text, object_hook=take)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); download or export it again.") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is no valid JSON ({error}); download or export it again.") from error
-    del text
-    if not isinstance(content, dict):
-        raise DataError(
-            f"{path} is a {type(content).__name__}, expected an object with the lists images, annotations and "
-            "categories; export it as COCO instances."
-        )
-    for name in ("images", "annotations", "categories"):
-        if not isinstance(content.get(name), list):
-            what = f"has no list '{name}'" if content.get(name) is None else f"has '{name}' that is no list"
-            raise DataError(
-                f"{path} {what}, expected images, annotations and categories; export it as COCO instances."
-            )
-    instances = _Instances(path, _read_images(path, content["images"]))
-    _sort_annotations(instances, content["annotations"], content["categories"])
-    return instances
-
-
-def _key(value: Any, where: str) -> Key:
-    """Return an id in the one form in which ids are compared: tools mix 12, 12.0 and "12"."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    if isinstance(value, str) and value.strip():
-        value = value.strip()
-        return int(value) if value.isascii() and value.isdecimal() and str(int(value)) == value else str(value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return value
-    raise DataError(f"{where} is {value!r}, expected a number or text.")
-
-
-def _read_images(path: Path, parts: Sequence[Any]) -> list[_Image]:
-    """Return the images after checking that each has a file name and an id of its own."""
-    if not parts:
-        raise DataError(f"{path} names no image, expected one or more.")
-    numbers: dict[Key, str] = {}
-    images = []
-    for place, part in enumerate(parts):
-        if not isinstance(part, dict) or (lacking := [key for key in ("id", "file_name") if part.get(key) is None]):
-            what = f"has no '{lacking[0]}'" if isinstance(part, dict) else f"is {part!r:.60}"
-            raise DataError(f"{path}, images[{place}], {what}, expected an object with id and file_name.")
-        number = part["id"] if type(part["id"]) is int else _key(part["id"], f"{path}, images[{place}], the id")
-        file_name = part["file_name"]
-        if not isinstance(file_name, str) or not file_name.strip():
-            raise DataError(f"{path}, image {number}, has the file_name {file_name!r}, expected the name of a file.")
-        if number in numbers:
-            raise DataError(
-                f"{path} holds the image {number} ({file_name}, and {numbers[number]}) twice, expected each once."
-            )
-        numbers[number] = file_name
-        images.append(_Image(number, file_name, _pixels(part.get("height")), _pixels(part.get("width"))))
-    return images
-
-
-def _pixels(value: Any) -> int | None:
-    """Return a side of an image, also one written as text or with a decimal point; None for everything else."""
-    if type(value) is int:
-        return value if value > 0 else None
-    try:
-        number = float(value) if isinstance(value, float | str) else 0.0
-    except ValueError:
-        return None
-    return int(number) if number > 0 and number.is_integer() else None
-
-
-def _sort_annotations(instances: _Instances, parts: Sequence[Any], categories: Sequence[Any]) -> None:
-    """Give each annotation to its image, and name the classes."""
-    path = instances.path
-    pairs: dict[tuple[Any, Any], int] = {}  # image and category as they are written -> place of the first
-    odd_parts = []
-    try:
-        for place, part in enumerate(parts):
-            if type(part) is not tuple:
-                raise _bad_annotation(path, place, part)
-            pairs.setdefault(part[1:3], place)
-            if part[3] is not None:
-                odd_parts.append((place, part))
-    except TypeError as error:  # a list or an object in the place of an id
-        raise DataError(
-            f"{path}, {_annotation_name(place, part)}, has an image_id or category_id that is no id."
-        ) from error
-
-    def named(place: int) -> str:
-        return f"{path}, {_annotation_name(place, parts[place])},"
-
-    category_keys: dict[Any, Key] = {}
-    for (_, category), place in pairs.items():
-        if category not in category_keys:
-            category_keys[category] = _key(category, f"{named(place)} the category_id")
-    instances.classes, class_of, notes = _read_classes(path, categories, set(category_keys.values()))
-    instances.notes += notes
-    numbers = {image.number for image in instances.images}
-    image_keys: dict[Any, Key] = {}
-    for (image, category), place in pairs.items():
-        if category_keys[category] not in class_of:
-            raise DataError(
-                f"{named(place)} has the category {category!r}, which is not in its categories; is the file cut "
-                "together from others?"
-            )
-        number = image_keys.get(image)
-        if number is None:
-            number = image_keys[image] = _key(image, f"{named(place)} the image_id")
-            if number not in numbers:
-                raise DataError(
-                    f"{named(place)} is of image {image!r}, which is not there; take out annotations whose images "
-                    "are not in the file."
-                )
-        class_id = class_of[category_keys[category]]
-        if class_id is not None:
-            instances.labels[number].add(class_id)
-    for place, part in odd_parts:
-        _, image, category, (segmentation, crowd) = part
-        annotation = _Annotation(_annotation_name(place, part), class_of[category_keys[category]], crowd, segmentation)
-        instances.annotations[image_keys[image]].append(annotation)
-
-
-def _annotation_name(place: int, part: Any) -> str:
-    number = part[0] if isinstance(part, tuple) else part.get("id") if isinstance(part, dict) else None
-    return f"annotations[{place}]" if number is None else f"annotation {number}"
-
-
-def _bad_annotation(path: Path, place: int, part: Any) -> DataError:
-    where = f"{path}, {_annotation_name(place, part)},"
-    if not isinstance(part, dict):
-        return DataError(f"{where} is {part!r:.60}, expected an object with image_id and category_id.")
-    if "segments_info" in part:
-        return DataError(f"{path} is a panoptic file, expected instances; export it as COCO instances.")
-    lacking = next(key for key in ("image_id", "category_id") if key not in part)
-    return DataError(f"{where} has no '{lacking}', expected an object with image_id and category_id.")
-
-
-def _read_classes(
-    path: Path, parts: Sequence[Any], used: set[Key]
-) -> tuple[list[str], dict[Key, int | None], list[str]]:
-    """Return class names in the order of category ids, category id -> class id, and what to say about them.
-
-    Args:
-        path: The file.
-        parts: The list `categories`.
-        used: Ids of the categories that have annotations.
-    """
-    names: dict[Key, str] = {}
-    above: dict[Key, str] = {}  # the supercategory of each
-    for place, part in enumerate(parts):
-        if not isinstance(part, dict) or (lacking := [key for key in ("id", "name") if part.get(key) is None]):
-            what = f"has no '{lacking[0]}'" if isinstance(part, dict) else f"is {part!r:.60}"
-            raise DataError(f"{path}, categories[{place}], {what}, expected an object with id and name.")
-        number = _key(part["id"], f"{path}, categories[{place}], the id")
-        name = tidy_name(str(part["name"]))
-        if not name or names.get(number, name) != name:
-            what = f"has the names {names[number]!r} and {name!r}" if name else "has no name"
-            raise DataError(f"{path}, category {number}, {what}, expected one name.")
-        names[number] = name
-        above[number] = tidy_name(str(part.get("supercategory") or ""))
-    ordered = sorted(names, key=lambda number: (isinstance(number, str), number))
-    classes: list[str] = []
-    class_of: dict[Key, int | None] = {}
-    notes = []
-    for number in ordered:
-        name = names[number]
-        is_root = (
-            number not in used
-            and above[number].casefold() in ("", "none", "null")
-            and len(names) > 1
-            and all(above[other] == name for other in names if other != number)
-        )
-        if is_background(name) or is_root:
-            why = "is the one above all others and has no annotation" if is_root else "is no object"
-            notes.append(f"{path}: the category {name!r} {why}; it is left out of the classes")
-            class_of[number] = None
-        elif name in classes:
-            notes.append(f"{path}: the categories named {name!r} are one class")
-            class_of[number] = classes.index(name)
-        else:
-            class_of[number] = len(classes)
-            classes.append(name)
-    if not classes:
-        raise DataError(f"{path} names no category of objects, expected one for each class.")
-    if pair := first_alike(classes):
-        raise DataError(
-            f"{path} names the categories {pair[0]!r} and {pair[1]!r}, which look alike; give each class one name."
-        )
-    return classes, class_of, notes
-
-
 # ---- Masks that are not known.
 
 
@@ -727,13 +388,13 @@ _MOST_LOOKED_AT = 1000
 """Images whose files are compared with the JSON; if one differs, all are."""
 
 
-def _canvases(images: Sequence[_Image], folder: Path | None) -> list[_Canvas | _Reason]:
+def _canvases(images: Sequence[CocoImage], folder: Path | None) -> list[Canvas | _Reason]:
     """Return what to paint each image's instances on, or why it is not known.
 
     The size is that of the JSON, or of the file where the JSON has none. Of a large data set, some files are compared.
     """
-    told: list[_Canvas | None] = [
-        None if image.height is None or image.width is None else _Canvas(image.height, image.width) for image in images
+    told: list[Canvas | None] = [
+        None if image.height is None or image.width is None else Canvas(image.height, image.width) for image in images
     ]
     step = -(-len(images) // _MOST_LOOKED_AT)
     sample = range(0, len(images), step if folder is not None else len(images))
@@ -745,7 +406,7 @@ def _canvases(images: Sequence[_Image], folder: Path | None) -> list[_Canvas | _
     ]
 
 
-def _compared(image: _Image, told: _Canvas | None, folder: Path | None) -> _Canvas | _Reason:
+def _compared(image: CocoImage, told: Canvas | None, folder: Path | None) -> Canvas | _Reason:
     """Return what to paint on after comparing the size that the JSON tells with the one of the file."""
     where = f"image {image.number} ({image.file_name})"
     if folder is None:
@@ -753,14 +414,14 @@ def _compared(image: _Image, told: _Canvas | None, folder: Path | None) -> _Canv
         return told or no_size
     path = folder / image.file_name
     try:
-        stored = _Canvas(*image_size(path))
+        stored = Canvas(*image_size(path))
     except UnreadableImageError as error:  # the stages name it
         return told or _Reason("whose size is in no file", f"{where} has none in the JSON, and {error}")
     if told is None or told == stored:
         return stored
     with PILImage.open(path) as opened:
         orientation = opened.getexif().get(_EXIF_ORIENTATION)
-    if orientation in _UNTURNED and (told.height, told.width) == (stored.width, stored.height):
+    if orientation in UNTURNED and (told.height, told.width) == (stored.width, stored.height):
         return told._replace(orientation=orientation)  # drawn on the upright view
     return _Reason(
         "whose size in the JSON is not that of the file",
@@ -771,17 +432,9 @@ def _compared(image: _Image, told: _Canvas | None, folder: Path | None) -> _Canv
 
 _EXIF_ORIENTATION = 0x0112
 
-_UNTURNED: Mapping[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
-    5: lambda upright: upright.T,
-    6: lambda upright: np.rot90(upright),
-    7: lambda upright: np.rot90(upright, 2).T,
-    8: lambda upright: np.rot90(upright, -1),
-}
-"""EXIF orientation -> from the upright view to the stored pixels, where these lie on their side."""
-
 
 def _unknown_masks(
-    instances: _Instances, images: Sequence[_Image], canvases: Sequence[_Canvas | _Reason], rule: CocoMaskRule
+    instances: Instances, images: Sequence[CocoImage], canvases: Sequence[Canvas | _Reason], rule: CocoMaskRule
 ) -> dict[Key, _Reason]:
     """Return by image number why a mask is not known: for its size, or for its first instance without an outline."""
     reasons: dict[Key, _Reason] = {}
@@ -791,17 +444,17 @@ def _unknown_masks(
         for annotation in instances.annotations.get(image.number, ()):
             where = f"image {image.number} ({image.file_name}), {annotation.name},"
             try:
-                crowd = _is_crowd(annotation)
+                crowd = is_crowd(annotation)
                 if annotation.class_id is None or (crowd and rule.crowd == "background"):
                     continue
-                if annotation.segmentation == _LOOKED_AT:
+                if annotation.segmentation == LOOKED_AT:
                     continue
                 outline = read_outline(annotation.segmentation)
                 if outline is None:
                     kind = "with objects that have no outline (boxes suffice for labels)"
                     reasons[image.number] = _Reason(kind, f"{where} it has no segmentation")
                     break
-                if isinstance(canvas, _Canvas):
+                if isinstance(canvas, Canvas):
                     outline.check_size(canvas.height, canvas.width)
             except OutlineError as error:
                 kind = "with outlines that cannot be read"
@@ -819,121 +472,3 @@ def _say_unknown(path: Path, reasons: Mapping[Key, _Reason], total: int) -> None
         kinds[reason.kind].append(reason.story)
     told = "; ".join(f"{len(stories)} {kind}, the first: {stories[0]}" for kind, stories in kinds.items())
     _say_once(f"{path}: the masks of {len(reasons)} of {total} images are not known, so these are not scored: {told}")
-
-
-# ---- Painting.
-
-
-def _is_crowd(annotation: _Annotation) -> bool:
-    """Read `iscrowd`, which tools write as number, text, true or null.
-
-    Raises:
-        OutlineError: it is something else.
-    """
-    text = str(annotation.is_crowd).strip().lower()
-    if text in ("0", "0.0", "false", "none", "nan", ""):
-        return False
-    if text in ("1", "1.0", "true"):
-        return True
-    raise OutlineError(f"its iscrowd is {annotation.is_crowd!r}, expected 0 or 1")
-
-
-def _paint(
-    instances: _Instances, image: _Image, canvas: _Canvas, rule: CocoMaskRule, keep: Sequence[int] | None = None
-) -> NDArray[np.uint8]:
-    """Paint the label map (H, W) of one image as its file stores it.
-
-    Args:
-        instances: With outlines.
-        image: Which.
-        canvas: Of the image.
-        rule: Who gets which pixels.
-        keep: Class ids in the order of their new ids; others become background. None: all as they are.
-
-    Raises:
-        DataError: an outline is missing or cannot be read.
-    """
-    regions, labels, is_crowd = [], [], []
-    for annotation in instances.annotations.get(image.number, ()):
-        try:
-            crowd = _is_crowd(annotation)
-            if annotation.class_id is None or (crowd and rule.crowd == "background"):
-                continue
-            outline = read_outline(annotation.segmentation)
-            if outline is None:
-                raise OutlineError("it has no segmentation")
-            regions.append(outline.paint(canvas.height, canvas.width))
-        except OutlineError as error:
-            raise DataError(
-                f"{instances.path}, image {image.number} ({image.file_name}), {annotation.name}, {error}; load the "
-                "data set again, which leaves such masks out."
-            ) from error
-        labels.append(annotation.class_id + 1)
-        is_crowd.append(crowd)
-    label_map = np.full((canvas.height, canvas.width), BACKGROUND, dtype=np.int16)
-    for number in np.flatnonzero(is_crowd).tolist():
-        label_map[regions[number]] = _IGNORED if rule.crowd == "ignore" else labels[number]
-    objects = [number for number in range(len(regions)) if not is_crowd[number]]
-    if rule.overlap == "smaller":
-        objects.sort(key=lambda number: -int(regions[number].sum()))  # stable: of equal ones the later is on top
-    objects_map = np.full_like(label_map, BACKGROUND)
-    for number in objects:
-        region, label = regions[number], labels[number]
-        if rule.overlap == "ignore":
-            before = objects_map[region]
-            objects_map[region] = np.where((before == BACKGROUND) | (before == label), label, _IGNORED)
-        else:
-            objects_map[region] = label
-    label_map = np.where(objects_map == BACKGROUND, label_map, objects_map)
-    new_labels = np.full(len(instances.classes) + 2, BACKGROUND, dtype=np.uint8)
-    kept = range(len(instances.classes)) if keep is None else keep
-    new_labels[[class_id + 1 for class_id in kept]] = range(1, len(kept) + 1)
-    new_labels[_IGNORED] = IGNORE_INDEX
-    painted: NDArray[np.uint8] = new_labels[label_map]
-    return painted if canvas.orientation is None else np.ascontiguousarray(_UNTURNED[canvas.orientation](painted))
-
-
-_IGNORED = -1
-"""Ignored pixels until classes are chosen: of more than 254 classes, 255 is one."""
-
-
-# ---- Masks on demand: a cell names the instances, `open_mask` has them painted.
-
-
-def _references(path: Path, rule: CocoMaskRule, keep: Sequence[int] | None) -> Callable[[Key, _Canvas], str]:
-    """Return what makes the cell of an image."""
-    start = f"{COCO_REFERENCE}{quote(str(path))}?image="
-    chosen = {} if keep is None else {"keep": ",".join(map(str, keep))}
-    end = f"&{urlencode({**asdict(rule), **chosen}, safe=',')}"
-
-    def refer(number: Key, canvas: _Canvas) -> str:
-        turned = "" if canvas.orientation is None else f"&orientation={canvas.orientation}"
-        return f"{start}{quote(str(number), safe='')}&height={canvas.height}&width={canvas.width}{turned}{end}"
-
-    return refer
-
-
-def painted_mask(reference: str) -> NDArray[np.uint8]:
-    """Paint the label map (H, W) that a reference in the column `mask` names.
-
-    Raises:
-        DataError: the JSON file is missing or damaged, or has changed since the reference was made.
-    """
-    file_name, _, query = reference.removeprefix(COCO_REFERENCE).partition("?")
-    path, wanted = Path(unquote(file_name)), {key: values[0] for key, values in parse_qs(query).items()}
-    if not path.is_file():
-        raise DataError(f"{path} is not there, from which masks are painted; was it moved or deleted?")
-    instances, by_number = _instances_for_painting(path, path.stat().st_mtime_ns)
-    image = by_number.get(wanted["image"])
-    if image is None:
-        raise DataError(f"{path} has no image {wanted['image']} any more; load the data set again.")
-    orientation = int(wanted["orientation"]) if "orientation" in wanted else None
-    canvas = _Canvas(int(wanted["height"]), int(wanted["width"]), orientation)
-    keep = [int(class_id) for class_id in wanted["keep"].split(",")] if "keep" in wanted else None
-    return _paint(instances, image, canvas, CocoMaskRule(wanted["overlap"], wanted["crowd"]), keep)
-
-
-@lru_cache(maxsize=2)  # train and val
-def _instances_for_painting(path: Path, modified: int) -> tuple[_Instances, dict[str, _Image]]:
-    instances = _read_instances(path, "kept")
-    return instances, {str(image.number): image for image in instances.images}

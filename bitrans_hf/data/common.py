@@ -12,20 +12,16 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, TypeVar, cast
+from typing import Any, TypeAlias, TypedDict, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image as PILImage
 
 from ..hub.errors import InputError
 from ..hub.image_decoding import DECODING_ERRORS, TOO_LARGE, decoding_notes, opened, to_rgb
-from ..hub.labels import BACKGROUND, IGNORE_INDEX, palette
-from .mask_values import OPTION, MaskValueError, MaskValues, checked_ids, label_ids
+from .mask_values import MaskValueError
 
 ImageCell: TypeAlias = Mapping[str, Any] | PILImage.Image | str | Path
 """An image as a row may hold it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
@@ -40,8 +36,6 @@ class ImageRow(TypedDict):
     mask: ImageCell | None
 
 
-_PALETTE = palette()
-
 _EXIF_ORIENTATION = 0x0112
 
 _DRIVE = re.compile("[A-Za-z]:")
@@ -53,9 +47,6 @@ _INVISIBLE = str.maketrans("", "", "\u00ad\u200b\u200e\u200f\u2060\ufeff")
 
 _JOINERS = str.maketrans("", "", "\u200c\u200d")
 """They shape letters in some scripts, so that names keep them."""
-
-COCO_REFERENCE = "coco:"
-"""How a mask cell begins that names COCO instances to be painted in place of a file."""
 
 _Opened = TypeVar("_Opened")
 
@@ -69,10 +60,13 @@ class DataError(InputError):
 
     kind = ""
 
-    def of_kind(self, kind: str) -> DataError:
-        """Return this error after setting its kind."""
+
+class MaskError(DataError):
+    """A mask that can be read and does not fit; `kind` says what is wrong with it."""
+
+    def __init__(self, message: str, kind: str = "") -> None:
+        super().__init__(message)
         self.kind = kind
-        return self
 
 
 class UnreadableImageError(DataError):
@@ -97,7 +91,7 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-# ---- Images and masks.
+# ---- Images.
 
 
 def open_image(cell: ImageCell) -> PILImage.Image:
@@ -111,7 +105,7 @@ def open_image(cell: ImageCell) -> PILImage.Image:
     Raises:
         UnreadableImageError: the file is missing, damaged or no image.
     """
-    return _open(cell, "image", to_rgb)
+    return read_image_file(cell, "image", to_rgb)
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def look_at_image(cell: ImageCell, *, decode: bool) -> ImageFacts:
         notes = tuple(decoding_notes(image, to_rgb(image))) if decode else ()
         return ImageFacts((image.height, image.width), int(image.getexif().get(_EXIF_ORIENTATION, 1)), notes)
 
-    return _open(cell, "image", read, decode=decode)
+    return read_image_file(cell, "image", read, decode=decode)
 
 
 def look_at_file(path: Path) -> tuple[ImageFacts, bytes]:
@@ -168,115 +162,14 @@ def image_size(cell: ImageCell) -> tuple[int, int]:
     Raises:
         UnreadableImageError: the file is missing or no image. Damage further inside shows when it is opened.
     """
-    return _open(cell, "image", lambda image: (image.height, image.width), decode=False)
+    return read_image_file(cell, "image", lambda image: (image.height, image.width), decode=False)
 
 
-def open_mask(
-    cell: ImageCell | None,
-    *,
-    image_size: tuple[int, int] | None = None,
-    num_classes: int | None = None,
-    values: MaskValues | None = None,
-    values_option: str = OPTION,
-) -> NDArray[np.uint8]:
-    """Open a mask as label ids: 0 background, class id + 1 for objects, 255 ignored.
-
-    Args:
-        cell: The `mask` of a row, a path or a PIL image. Palette and gray images hold label ids as they are, also
-            where they are saved with three equal channels, as 16 or 32-bit integers or with one bit.
-        image_size: (height, width) of the image; given, the mask must have this size.
-        num_classes: Number of object classes; given, other ids than 0 to `num_classes` and 255 are refused.
-        values: What the pixel values mean where they are not label ids.
-        values_option: How the caller says `values`, for the advice in errors; "{}" is where their form stands.
-
-    Returns:
-        (H, W) uint8.
-
-    Raises:
-        UnreadableImageError: the file is missing, damaged or no image.
-        DataError: the mask is not known (None), the image is no index image, or its size or its ids do not fit.
-    """
-    mask = open_mask_with_palette(cell, num_classes=num_classes, values=values, values_option=values_option)[0]
-    if image_size is not None and mask.shape != tuple(image_size):
-        raise DataError(
-            f"mask {_name(cast(ImageCell, cell))} is {mask.shape[0]}x{mask.shape[1]} (height x width) and its image "
-            f"{image_size[0]}x{image_size[1]}; save the mask at the size of the stored image, without EXIF rotation."
-        ).of_kind("size")
-    return mask
-
-
-def open_mask_with_palette(
-    cell: ImageCell | None,
-    *,
-    num_classes: int | None = None,
-    values: MaskValues | None = None,
-    values_option: str = OPTION,
-) -> tuple[NDArray[np.uint8], list[int]]:
-    """Open a mask as `open_mask` does, and return its palette too: red, green, blue of each value, [] without one."""
-    if cell is None:
-        raise DataError("the mask of this image is not known, the cell is None; leave out rows without a mask.")
-    name = _name(cell)
-
-    def read(image: PILImage.Image) -> tuple[NDArray[np.uint8], list[int]]:
-        colors = image.getpalette("RGB") if image.mode == "P" else None
-        return _label_ids(image, num_classes, values), colors or []
-
-    try:
-        if name.startswith(COCO_REFERENCE):
-            from .coco import painted_mask  # here: that file builds on this one
-
-            return checked_ids(painted_mask(name), num_classes), []
-        return _open(cell, "mask", read)
-    except MaskValueError as error:
-        raise DataError(f"mask {name} {error.advising(values_option)}").of_kind(error.kind) from error
-
-
-def colors_to_ids(
-    cell: ImageCell,
-    colors: Sequence[tuple[int, int, int]] | None = None,
-    *,
-    ignore: tuple[int, int, int] | None = None,
-) -> PILImage.Image:
-    """Turn a mask whose classes are colors into one whose pixels are label ids; save it as PNG.
-
-    Args:
-        cell: The mask, opened as RGB.
-        colors: (red, green, blue) from 0 to 255 of each label id, background first. Default: the VOC palette, whose
-            last color (224, 224, 192) is 255.
-        ignore: Color of pixels that do not count, which become 255.
-
-    Returns:
-        An image of mode "P" with the VOC palette.
-
-    Raises:
-        UnreadableImageError: the file is missing, damaged or no image.
-        DataError: a pixel has another color, as resized and JPEG masks have.
-    """
-    if colors is None:
-        colors = [tuple(_PALETTE[3 * label : 3 * label + 3]) for label in range(256)]  # type: ignore[misc]
-    pixels = np.asarray(open_image(cell)).astype(np.int32)
-    packed = pixels[..., 0] << 16 | pixels[..., 1] << 8 | pixels[..., 2]
-    ids = np.full(packed.shape, -1, dtype=np.int32)
-    for label, (red, green, blue) in [*enumerate(colors), *([(IGNORE_INDEX, ignore)] if ignore else [])]:
-        ids[packed == (red << 16 | green << 8 | blue)] = label
-    if (ids < 0).any():
-        row, column = (int(place) for place in np.argwhere(ids < 0)[0])
-        raise DataError(
-            f"mask {_name(cell)} has the color {tuple(pixels[row, column].tolist())} at row {row}, column {column}, "
-            f"expected one of {len(colors)} colors; was it resized with smoothing, or saved as JPEG?"
-        ).of_kind("colors")
-    image = PILImage.fromarray(ids.astype(np.uint8))
-    image.putpalette(_PALETTE)
-    return image
-
-
-def _label_ids(image: PILImage.Image, num_classes: int | None, values: MaskValues | None) -> NDArray[np.uint8]:
-    return label_ids(image, num_classes) if values is None else values.label_ids(image)
-
-
-def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened], *, decode: bool = True) -> _Opened:
+def read_image_file(
+    cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened], *, decode: bool = True
+) -> _Opened:
     """Return what `read` makes of the image in `cell`; every way of failing becomes one named error."""
-    name = _name(cell)
+    name = cell_name(cell)
     try:
         if isinstance(cell, PILImage.Image):
             if decode:
@@ -302,7 +195,8 @@ def _open(cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened],
         ) from error
 
 
-def _name(cell: ImageCell) -> str:
+def cell_name(cell: ImageCell) -> str:
+    """Return what an image is called in messages."""
     if isinstance(cell, Mapping):
         return str(cell.get("path") or "held in memory")
     if isinstance(cell, PILImage.Image):
@@ -405,59 +299,6 @@ def chosen_classes(wanted: Sequence[str] | None, available: Sequence[str], sourc
         if name not in available:
             raise DataError(f"class {name!r} is not in {source}: {suggest(name, available)}")
     return list(wanted)
-
-
-def label_lookup(source: Sequence[str], target: Sequence[str]) -> NDArray[np.uint8] | None:
-    """Return the table (256,) from label ids for the classes `source` to those for `target`, or None if all stay.
-
-    Classes that are not in `target` become background; 255 stays 255.
-    """
-    if list(source) == list(target):
-        return None
-    table = np.full(256, BACKGROUND, dtype=np.uint8)
-    table[IGNORE_INDEX] = IGNORE_INDEX
-    for class_id, name in enumerate(source):
-        if name in target:
-            table[class_id + 1] = list(target).index(name) + 1
-    return table
-
-
-def masks_in_order(
-    masks: Sequence[Path | None],
-    source: Sequence[str],
-    target: Sequence[str],
-    values: MaskValues | None = None,
-    values_option: str = OPTION,
-) -> Sequence[Path | bytes | None]:
-    """Return `masks`, drawn with the ids of `source` or with `values` that mean them, with the ids of `target`.
-
-    A mask that needs no change stays a path. Others become PNG bytes, about 3 kB and 2 ms each: a row of a data set
-    can hold a path or bytes but no recipe, and files written to some cache would outlive the data they come from.
-
-    Raises:
-        DataError: a mask is unreadable or holds ids beyond `source`.
-    """
-    table = label_lookup(source, target)
-    if table is None and values is None:
-        return masks
-
-    def translate(mask: Path | None) -> bytes | None:
-        if mask is None:
-            return None
-        label_map = open_mask(mask, num_classes=len(source), values=values, values_option=values_option)
-        return index_png(label_map if table is None else table[label_map])
-
-    with ThreadPoolExecutor() as pool:  # PIL and zlib release the interpreter lock
-        return list(pool.map(translate, masks))
-
-
-def index_png(label_map: NDArray[np.uint8]) -> bytes:
-    """Return a label map (H, W) as a PNG with the VOC palette."""
-    image = PILImage.fromarray(label_map)
-    image.putpalette(_PALETTE)
-    stream = io.BytesIO()
-    image.save(stream, format="PNG", compress_level=1)
-    return stream.getvalue()
 
 
 def inner_path(file_name: str, where: str) -> str:

@@ -19,7 +19,6 @@ from .common import (
     folded_name,
     inner_path,
     is_background,
-    masks_in_order,
     read_class_file,
     read_text,
     suggest,
@@ -29,6 +28,7 @@ from .common import (
 from .image_files import ImageFinder, ImageListing, list_images
 from .mask_names import MaskMatch, mask_files, match_masks, other_files
 from .mask_values import MaskValues
+from .masks import masks_in_order
 from .tables import OWN_COLUMNS, Caller, Problem, Row, RowLabels, labels_of_rows, option, read_rows
 
 if TYPE_CHECKING:

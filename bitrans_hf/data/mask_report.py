@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from ..hub.labels import BACKGROUND, IGNORE_INDEX
-from .common import DataError, ImageFacts, look_at_image, open_mask_with_palette
+from .common import DataError, ImageFacts, look_at_image
 from .folder import FolderContent, FolderQuery, look_through, shown_names
+from .masks import open_mask_with_palette
 from .tables import Caller, Problem, option
 
 NUM_SAMPLED = 100

@@ -14,7 +14,8 @@ from PIL import Image as PILImage
 
 from ..hub.image_processing_bitrans import BiTransImageProcessor, bounded_image
 from ..hub.labels import BACKGROUND, IGNORE_INDEX
-from .common import DataError, ImageCell, open_image, open_mask
+from .common import DataError, ImageCell, open_image
+from .masks import open_mask
 from .rows import class_names
 from .training_set import Item, TrainingSet
 

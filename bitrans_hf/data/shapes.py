@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..hub.errors import InputError
-from .common import index_png
+from .masks import index_png
 from .rows import row_features
 
 FloatArray = NDArray[np.float32]

@@ -13,7 +13,9 @@ from datasets import Dataset, Features, Image
 
 from ..files import atomic_write
 from ..hub.errors import InputError
-from .common import COCO_REFERENCE, DataError, UnreadableImageError, index_png, open_mask
+from .coco_painting import COCO_REFERENCE
+from .common import DataError, UnreadableImageError
+from .masks import index_png, open_mask
 
 _ROWS_AT_ONCE = 100
 """Rows in memory, and in a row group: what a reader of single rows has to load."""

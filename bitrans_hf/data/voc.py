@@ -15,20 +15,9 @@ from PIL import Image as PILImage
 from ..files import atomic_write, lies_in
 from ..hub.errors import InputError
 from ..hub.labels import BACKGROUND, IGNORE_INDEX, VOC_CLASSES
-from .common import (
-    DataError,
-    chosen_classes,
-    folded_name,
-    image_size,
-    index_png,
-    masks_in_order,
-    open_image,
-    open_mask,
-    read_id_list,
-    suggest,
-    tidy_name,
-)
+from .common import DataError, chosen_classes, folded_name, image_size, open_image, read_id_list, suggest, tidy_name
 from .label_files import read_label_file
+from .masks import index_png, masks_in_order, open_mask
 from .rows import build_dataset
 from .sbd import SBD_SPLITS, read_sbd_mask, sbd_folder, sbd_ids
 

@@ -26,7 +26,7 @@ from PIL import Image
 
 from ..commands import if_stopped
 from ..data import DataError, MaskValues, class_names, mask_rule, open_image, open_mask
-from ..data.coco import CocoMaskRule
+from ..data.coco_painting import CocoMaskRule
 from ..data.common import check_classes, read_class_file, read_text
 from ..data.mask_names import mask_files, match_masks
 from ..data.segmentation import resized_label_map

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..commands import if_stopped
 from ..data import write_coco_masks
-from ..data.coco import CROWDS, OVERLAPS
+from ..data.coco_painting import CROWDS, OVERLAPS
 from ..progress import progress
 
 
