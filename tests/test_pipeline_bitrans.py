@@ -450,7 +450,7 @@ def test_the_crf_without_the_package_says_what_to_install(monkeypatch: pytest.Mo
             ValueError,
             "held in memory cannot be read: it is no image file, or a damaged one",
         ),
-        ({"inputs": np.zeros((8, 8, 3))}, TypeError, "got ndarray as a picture.*Image.fromarray"),
+        ({"inputs": np.zeros((8, 8, 3))}, TypeError, "got ndarray as an image.*Image.fromarray"),
         ({"candidate_labels": ["dgo"]}, ValueError, "unknown class name 'dgo'; the model knows cat, dog, horse"),
         ({"candidate_labels": [["dog"], ["cat"]]}, ValueError, "labels of one image|class names of one image"),
         ({"candidate_labels": [1, 0]}, ValueError, "expected one 0/1 label for each of 3 classes"),
@@ -495,7 +495,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_pa
 @pytest.mark.parametrize(
     ("features", "words"),
     [
-        ({"image": datasets.Image()}, "the columns image, expected one called image"),
+        ({"picture": datasets.Image()}, "the columns picture, expected one called image"),
         (
             {"image": datasets.Image(), "labels": datasets.Sequence(datasets.Value("int64"))},
             "column 'labels' is .*expected",
