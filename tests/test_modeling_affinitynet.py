@@ -16,7 +16,7 @@ from bitrans_hf import AffinityNetConfig, AffinityNetModel, BiTransModel
 from bitrans_hf.hub.affinity_pairs import affinity_labels, half_disc_offsets
 from bitrans_hf.hub.backbones import bitrans_options
 from bitrans_hf.hub.configuration_affinitynet import RELATIONS
-from bitrans_hf.hub.modeling_affinitynet import boundary_to_matrices, boundary_to_pair_affinity, displacement_losses
+from bitrans_hf.hub.irn import boundary_to_matrices, boundary_to_pair_affinity
 
 NARROW = {"backbone_config": {"width_multiplier": 1 / 32}}
 BITRANS = {"backbone": "bitrans", "backbone_config": bitrans_options(tiny_model())}
@@ -26,8 +26,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "psa timm dilated": {"backbone": "test_convnext", "output_stride": 8, "num_frozen_stages": 1},
     "psa bitrans": {**BITRANS, "output_stride": 4, "num_frozen_stages": 1},
     "irn resnet38": {**NARROW, "relation": "irn"},
-    "irn timm": {"backbone": "test_resnet", "relation": "irn", "displacement": True},
-    "irn bitrans": {**BITRANS, "relation": "irn", "displacement": True, "radius": 4},
+    "irn timm": {"backbone": "test_resnet", "relation": "irn"},
+    "irn bitrans": {**BITRANS, "relation": "irn", "radius": 4},
 }
 
 
@@ -43,7 +43,7 @@ def label_map(h: int, w: int, seed: int = 0) -> torch.Tensor:
 
 class TestAffinityNet(HubModelContract):
     auto = AutoModel
-    outputs = ("pair_affinity", "features", "boundary", "displacement")
+    outputs = ("pair_affinity", "features", "boundary")
 
     @pytest.fixture(params=VARIANTS.values(), ids=VARIANTS)
     def variant(self, request: pytest.FixtureRequest) -> dict[str, Any]:
@@ -232,8 +232,8 @@ def test_the_boundary_of_a_flipped_image_is_the_flipped_boundary():
         assert not torch.allclose(model(image).boundary, model(image.flip(-1)).boundary.flip(-1), atol=1e-3)
 
 
-def public_irn(model: AffinityNetModel, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The edge and the displacement branch as IRN's code lists its layers, on the maps of the model's backbone."""
+def public_irn(model: AffinityNetModel, images: torch.Tensor) -> torch.Tensor:
+    """The edge branch as IRN's code lists its layers, on the maps of the model's backbone."""
 
     def unit(x: torch.Tensor, layer: torch.nn.Sequential, groups: int, scale: int = 1) -> torch.Tensor:
         conv, norm = layer
@@ -247,67 +247,19 @@ def public_irn(model: AffinityNetModel, images: torch.Tensor) -> tuple[torch.Ten
     edges = model.boundary_head.levels
     edge = torch.cat([unit(x, edges[i], 4, scale) for i, (x, scale) in
                       enumerate([(x1, 1), (x2, 1), (x3, 2), (x4, 4), (x5, 4)])], dim=1)  # fmt: skip
-    edge = F.conv2d(edge, model.boundary_head.output.weight, model.boundary_head.output.bias)
-    head = model.displacement_head
-    levels = head.levels
-    coarse = torch.cat([unit(x3, levels[2], 16), unit(x4, levels[3], 16, 2), unit(x5, levels[4], 16, 2)], dim=1)
-    joined = torch.cat([unit(x1, levels[0], 8), unit(x2, levels[1], 16), unit(coarse, head.coarse, 16, 2)], dim=1)
-    shift = F.conv2d(unit(joined, head.fine, 16), head.output.weight)
-    return edge, shift - head.mean_shift.running_mean.view(1, 2, 1, 1)
+    return F.conv2d(edge, model.boundary_head.output.weight, model.boundary_head.output.bias)
 
 
-def test_both_branches_are_those_of_a_plain_transcription_of_irn():
-    model = make(backbone="test_resnet", relation="irn", displacement=True, output_stride=16)
+def test_the_boundary_is_that_of_a_plain_transcription_of_irn():
+    model = make(backbone="test_resnet", relation="irn", output_stride=16)
     assert model.backbone.strides == (2, 4, 8, 16, 16)
-    model.displacement_head.mean_shift.running_mean.copy_(torch.tensor([0.5, -0.25]))
     images = pixels(2, 3, 64, 96)
     with torch.no_grad():
         output = model(images)
-        edge, displacement = public_irn(model, images)
+        edge = public_irn(model, images)
     torch.testing.assert_close(output.boundary, edge, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(output.displacement, displacement, atol=1e-5, rtol=1e-4)
     expected = boundary_to_pair_affinity(edge[:, 0].sigmoid(), 10)
     torch.testing.assert_close(output.pair_affinity, expected)
-
-
-def test_displacement_losses_are_mean_errors_of_the_step_between_two_cells():
-    generator = torch.Generator().manual_seed(0)
-    field, labels = torch.randn(2, 2, 9, 11, generator=generator), torch.randint(0, 3, (2, 9, 11), generator=generator)
-    labels[:, 4, 4] = 255
-    sums, counts = {"foreground": 0.0, "background": 0.0}, {"foreground": 0, "background": 0}
-    for image in range(2):
-        for y in range(9 - 2):
-            for x in range(2, 11 - 2):
-                for dy, dx in half_disc_offsets(3):
-                    ours, theirs = labels[image, y, x], labels[image, y + dy, x + dx]
-                    if ours != theirs or ours == 255:
-                        continue
-                    kind, step = ("foreground", (dy, dx)) if ours else ("background", (0, 0))
-                    difference = field[image, :, y, x] - field[image, :, y + dy, x + dx]
-                    sums[kind] += float((difference - torch.tensor(step)).abs().sum())
-                    counts[kind] += 1
-    losses = displacement_losses(field, affinity_labels(labels, 3), 3)
-    for kind, total in sums.items():
-        assert losses[f"displacement_{kind}"].item() == pytest.approx(total / (2 * counts[kind]), rel=1e-4)
-
-
-def test_pointing_at_the_centre_costs_no_displacement_loss():
-    labels = torch.zeros(1, 12, 12, dtype=torch.long)
-    labels[:, 2:9, 3:10] = 1
-    ys, xs = torch.meshgrid(torch.arange(12), torch.arange(12), indexing="ij")
-    field = torch.stack([5 - ys, 6 - xs]).unsqueeze(0).float() * labels.unsqueeze(1)
-    losses = displacement_losses(field, affinity_labels(labels, 4), 4)
-    assert losses["displacement_foreground"].item() == losses["displacement_background"].item() == 0
-
-
-def test_the_mean_displacement_of_training_is_taken_off_in_evaluation():
-    model = make(**VARIANTS["irn timm"], num_frozen_stages=-1)
-    images = pixels(2, 3, 64, 64)
-    with torch.no_grad():
-        raw = model.train()(images).displacement
-        mean = raw.mean((0, 2, 3)) * 0.1  # the momentum of IRN's running mean, from zero
-        torch.testing.assert_close(model.displacement_head.mean_shift.running_mean, mean)
-        torch.testing.assert_close(model.eval()(images).displacement, raw - mean.view(1, 2, 1, 1))
 
 
 def test_the_losses_of_irn_are_weighted_as_published():
@@ -316,7 +268,6 @@ def test_the_losses_of_irn_are_weighted_as_published():
     output = model(pixels(2, 3, 96, 96), labels=labels)
     terms = output.losses
     expected = terms["background"] / 4 + terms["foreground"] / 4 + terms["negative"] / 2
-    expected = expected + (terms["displacement_foreground"] + terms["displacement_background"]) / 2
     torch.testing.assert_close(output.loss, expected)
 
 
@@ -331,8 +282,6 @@ def test_learning_rates_are_the_published_multiples():
     irn = make(**VARIANTS["irn timm"]).parameter_groups(weight_decay=1e-4)
     assert {group["name"]: (group["rate_multiplier"], group["weight_decay"]) for group in irn} == {
         "boundary_head weights": (1.0, 1e-4), "boundary_head scales": (1.0, 0.0), "boundary_head biases": (1.0, 0.0),
-        "displacement_head weights": (10.0, 1e-4), "displacement_head scales": (10.0, 0.0),
-        "displacement_head biases": (10.0, 0.0),
     }  # fmt: skip
     bitrans = {group["name"]: group for group in make(**BITRANS).parameter_groups()}
     assert (bitrans["backbone biases"]["rate_multiplier"], bitrans["backbone biases"]["weight_decay"]) == (2.0, 0.0)
@@ -391,7 +340,6 @@ def test_the_config_is_known_to_the_auto_classes(tmp_path: Path):
         ({"relation": "crf"}, "relation must be one of psa, irn, got 'crf'"),
         ({"radius": 1}, "radius must be at least 2 cells, got 1"),
         ({"walk_radius": 0}, "walk_radius must be at least 2 cells, got 0"),
-        ({"displacement": True}, "displacement is a part of relation 'irn'"),
         ({"backbone": ""}, "backbone must be resnet38, bitrans or a timm network"),
         ({"num_frozen_stages": -2}, "num_frozen_stages must be -1"),
         ({"radius": 2.5}, "radius"),

@@ -263,13 +263,6 @@ def token_map(tokens: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     return grid.contiguous()
 
 
-def resized(maps: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Resize (B, D, h, w) bilinearly (align_corners False) to another grid; the maps themselves where it is theirs."""
-    if maps.shape[2:] == torch.Size(size):
-        return maps
-    return F.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=False)
-
-
 # ---- A trained Bi-Trans encoder as the backbone of another network.
 
 

@@ -55,8 +55,6 @@ class AffinityNetConfig(PreTrainedConfig):
             boundary lies between them.
         radius (`int`, *optional*): Pairs of cells closer than this are trained on; 5 for psa, 10 for irn.
         walk_radius (`int`, *optional*): Pairs closer than this make the matrix of the random walk; 5.
-        displacement (`bool`, defaults to `False`): Also train IRN's field of displacements to the object's center,
-            which tells instances apart; the class boundaries do not depend on it.
         out_indices (`list`, *optional*): Which feature maps of the backbone are read. By default psa reads three
             and irn five: the last ones of a network with several strides, evenly spread layers of a transformer.
         output_stride (`int`, *optional*): Pixels per cell of the deepest map, where the backbone leaves a choice.
@@ -77,7 +75,7 @@ class AffinityNetConfig(PreTrainedConfig):
 
     model_type = "affinitynet"
     keys_to_ignore_at_inference = [  # noqa: RUF012 - transformers reads a plain class attribute
-        "losses", "features", "boundary", "displacement",
+        "losses", "features", "boundary",
     ]  # fmt: skip
 
     backbone: str = "resnet38"
@@ -85,7 +83,6 @@ class AffinityNetConfig(PreTrainedConfig):
     relation: str = "psa"
     radius: int | None = None
     walk_radius: int | None = None
-    displacement: bool = False
     out_indices: list[int] | tuple[int, ...] | None = None
     output_stride: int | None = None
     num_frozen_stages: int | None = None
@@ -113,8 +110,6 @@ class AffinityNetConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is None or value < 2:
                 raise InputError(f"{name} must be at least 2 cells, got {value}; 1 relates a cell to itself alone.")
-        if self.displacement and self.relation != "irn":
-            raise InputError("displacement is a part of relation 'irn', got relation 'psa'.")
 
     def validate_backbone(self) -> None:
         """Check what can be checked without building the backbone."""

@@ -18,12 +18,9 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from .affinity_pairs import (
-    AffinityLabels,
     affinity_labels,
     affinity_loss,
     affinity_matrix,
-    fitting_radius,
-    half_disc_offsets,
     pair_affinity,
 )
 from .backbones import (
@@ -34,10 +31,10 @@ from .backbones import (
     init_bias,
     init_convolutional,
     parameter_groups,
-    resized,
 )
 from .configuration_affinitynet import RELATIONS, AffinityNetConfig
 from .errors import InputError
+from .irn import BOUNDARY_STRIDE, BoundaryHead, boundary_to_matrices, boundary_to_pair_affinity
 from .modeling_bitrans import BiTransModel
 
 if TYPE_CHECKING:
@@ -50,12 +47,9 @@ if TYPE_CHECKING:
     from .resnet38 import ResNet38 as ResNet38
     from .views import VIEWS as VIEWS
 
-BOUNDARY_STRIDE = 4
-"""Pixels per cell of IRN's grid, if the backbone has a map that fine."""
-
 LEARNING_RATES: dict[str, tuple[dict[str, float], float]] = {
     "psa": ({"backbone": 1.0, "feature_head": 10.0}, 2.0),
-    "irn": ({"backbone": 1.0, "boundary_head": 1.0, "displacement_head": 10.0}, 1.0),
+    "irn": ({"backbone": 1.0, "boundary_head": 1.0}, 1.0),
 }
 """By relation: multiples of the learning rate of each part, and how many times its part's rate a bias gets."""
 
@@ -66,12 +60,10 @@ class AffinityNetOutput(ModelOutput):
 
     Attributes:
         loss: Scalar total loss; only with labels.
-        losses: Scalar terms before weighting: "background", "foreground" and "negative" pairs, and with a displacement
-            field "displacement_foreground" and "displacement_background"; only with labels.
+        losses: Scalar terms before weighting: "background", "foreground" and "negative" pairs; only with labels.
         pair_affinity: (B, P, M) in [0, 1], as `affinity_pairs.pair_affinity` orders pairs of the training radius.
         features: (B, D, h, w) that psa compares; None for irn.
         boundary: (B, 1, h, w) logits of a class boundary; None for psa.
-        displacement: (B, 2, h, w) steps (dy, dx) in cells to the object's center; only with a displacement field.
     """
 
     # ModelOutput wants None as the default, also of what is always set.
@@ -80,7 +72,6 @@ class AffinityNetOutput(ModelOutput):
     pair_affinity: torch.Tensor = None  # type: ignore[assignment]
     features: torch.Tensor | None = None
     boundary: torch.Tensor | None = None
-    displacement: torch.Tensor | None = None
 
 
 class FeatureHead(nn.Module):
@@ -101,155 +92,11 @@ class FeatureHead(nn.Module):
         """Map features (B, D_i, h_i, w_i), the finest first, to (B, 64 + 128 + ..., h, w) above -1."""
         grid = maps[0].shape[2:]
         levels = [
-            resized(F.elu(self.get_submodule(name)(feature_map)), grid)
+            F.interpolate(F.elu(self.get_submodule(name)(feature_map)), size=grid, mode="bilinear")
             for name, feature_map in zip(self.level_names, maps, strict=True)
         ]
         features: torch.Tensor = F.elu(self.f9(torch.cat(levels, dim=1)))
         return features
-
-
-class BoundaryHead(nn.Module):
-    """IRN's branch of class boundaries: each map to 32 channels, on one grid, to one logit per cell."""
-
-    def __init__(self, channels: Sequence[int]):
-        super().__init__()
-        self.levels = nn.ModuleList(normalized_convolution(depth, 32, 4) for depth in channels)
-        self.output = nn.Conv2d(32 * len(channels), 1, 1)
-
-    def forward(self, maps: Sequence[torch.Tensor], grid: Sequence[int]) -> torch.Tensor:
-        """Map features (B, D_i, h_i, w_i) to logits (B, 1, h, w)."""
-        levels = [
-            F.relu(resized(level(feature_map), grid)) for level, feature_map in zip(self.levels, maps, strict=True)
-        ]
-        logits: torch.Tensor = self.output(torch.cat(levels, dim=1))
-        return logits
-
-
-class DisplacementHead(nn.Module):
-    """IRN's branch of displacements: maps coarser than the grid meet on the grid of the finest of them."""
-
-    def __init__(self, channels: Sequence[int], strides: Sequence[int], stride: int):
-        super().__init__()
-        widths = [(64, 128)[level] if level < 2 else 256 for level in range(len(channels))]
-        self.is_coarse = [map_stride > stride for map_stride in strides]
-        self.levels = nn.ModuleList(
-            normalized_convolution(depth, width, 8 if width == 64 else 16)
-            for depth, width in zip(channels, widths, strict=True)
-        )
-        coarse = sum(width for width, is_coarse in zip(widths, self.is_coarse, strict=True) if is_coarse)
-        fine = sum(widths) - coarse
-        self.coarse = normalized_convolution(coarse, 256, 16) if coarse else None
-        self.fine = normalized_convolution(fine + (256 if coarse else 0), 256, 16)
-        self.output = nn.Conv2d(256, 2, 1, bias=False)
-        self.mean_shift = MeanShift(2)
-
-    def forward(self, maps: Sequence[torch.Tensor], grid: Sequence[int]) -> torch.Tensor:
-        """Map features (B, D_i, h_i, w_i) to displacements (B, 2, h, w) in cells."""
-        levels = [level(feature_map) for level, feature_map in zip(self.levels, maps, strict=True)]
-        fine = [
-            F.relu(resized(level, grid)) for level, coarse in zip(levels, self.is_coarse, strict=True) if not coarse
-        ]
-        if self.coarse is not None:
-            coarse = [level for level, is_coarse in zip(levels, self.is_coarse, strict=True) if is_coarse]
-            meeting = coarse[0].shape[2:]
-            joined = self.coarse(torch.cat([F.relu(resized(level, meeting)) for level in coarse], dim=1))
-            fine.append(F.relu(resized(joined, grid)))
-        displacement: torch.Tensor = self.mean_shift(self.output(F.relu(self.fine(torch.cat(fine, dim=1)))))
-        return displacement
-
-
-class MeanShift(nn.Module):
-    """Subtract, in evaluation, the mean displacement that was seen in training.
-
-    Only differences of displacements are trained, so a constant is left over.
-    """
-
-    def __init__(self, channels: int, momentum: float = 0.1):
-        super().__init__()
-        self.momentum = momentum
-        self.running_mean: torch.Tensor
-        self.register_buffer("running_mean", torch.zeros(channels))
-
-    def forward(self, displacement: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            with torch.no_grad():
-                self.running_mean.lerp_(displacement.float().mean(dim=(0, 2, 3)), self.momentum)
-            return displacement
-        return displacement - self.running_mean.to(displacement.dtype).view(1, -1, 1, 1)
-
-
-def normalized_convolution(in_channels: int, out_channels: int, groups: int) -> nn.Sequential:
-    """1x1 convolution and GroupNorm, IRN's unit; resizing comes before its ReLU."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.GroupNorm(groups, out_channels))
-
-
-# ---- IRN's relation.
-
-
-def path_cells(offset: tuple[int, int]) -> list[tuple[int, int]]:
-    """Return the cells (dy, dx) on the way from (0, 0) to `offset`, both included.
-
-    These are the cells of the rectangle between them whose center is closer than 1 to the line (IRN's `PathIndex`).
-
-    Example:
-        >>> path_cells((2, 2))
-        [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2), (2, 1), (2, 2)]
-    """
-    dy, dx = offset
-    ys, xs = range(min(0, dy), max(0, dy) + 1), range(min(0, dx), max(0, dx) + 1)
-    return [(y, x) for y in ys for x in xs if (dy * x - dx * y) ** 2 < dy**2 + dx**2]
-
-
-def boundary_to_pair_affinity(boundary: torch.Tensor, radius: int) -> torch.Tensor:
-    """1 - the strongest boundary on the way between two cells (IRN's Eq. for a_ij).
-
-    Args:
-        boundary: (B, h, w) probabilities in [0, 1].
-        radius: In cells.
-
-    Returns:
-        (B, P, M), pairs in the order of `affinity_pairs.pair_affinity`.
-    """
-    batch, h, w = boundary.shape
-    reach = fitting_radius((h, w), radius) - 1
-
-    def shifted(dy: int, dx: int) -> torch.Tensor:
-        return boundary[:, dy : h - reach + dy, reach + dx : w - reach + dx]
-
-    affinities = [
-        # `max` over the stack, not pairwise: its backward pass keeps one index per pair instead of every step.
-        1 - torch.stack([shifted(dy, dx) for dy, dx in path_cells(offset)]).max(dim=0).values.flatten(1)
-        for offset in half_disc_offsets(reach + 1)
-    ]
-    return torch.stack(affinities, dim=1) if affinities else boundary.new_zeros(batch, 0, h * w)
-
-
-def displacement_losses(displacement: torch.Tensor, labels: AffinityLabels, radius: int) -> dict[str, torch.Tensor]:
-    """Displacements of two cells of one object differ by the step between them; those of background do not differ.
-
-    Args:
-        displacement: (B, 2, h, w), (dy, dx) in cells.
-        labels: Masks (B, P, M) at `radius`.
-        radius: In cells.
-
-    Returns:
-        Scalars "displacement_foreground" and "displacement_background": mean absolute errors in cells.
-    """
-    h, w = displacement.shape[2:]
-    reach = fitting_radius((h, w), radius) - 1
-    displacement = displacement.float()
-    start = displacement[:, :, : h - reach, reach : w - reach]
-    foreground, background = displacement.new_zeros(()), displacement.new_zeros(())
-    for index, (dy, dx) in enumerate(half_disc_offsets(reach + 1)):
-        partner = displacement[:, :, dy : h - reach + dy, reach + dx : w - reach + dx]
-        difference = (start - partner).flatten(2)
-        expected = displacement.new_tensor([dy, dx]).view(1, 2, 1)
-        foreground = foreground + ((difference - expected).abs().sum(dim=1) * labels.foreground[:, index]).sum()
-        background = background + (difference.abs().sum(dim=1) * labels.background[:, index]).sum()
-    return {
-        "displacement_foreground": foreground / (2 * labels.foreground.sum() + 1e-5),
-        "displacement_background": background / (2 * labels.background.sum() + 1e-5),
-    }
 
 
 class AffinityNetModel(PreTrainedModel):
@@ -288,7 +135,6 @@ class AffinityNetModel(PreTrainedModel):
         config.out_indices, config.stride = list(self.backbone.out_indices), self.stride
         self.feature_head = FeatureHead(channels) if config.relation == "psa" else None
         self.boundary_head = BoundaryHead(channels) if config.relation == "irn" else None
-        self.displacement_head = DisplacementHead(channels, strides, self.stride) if config.displacement else None
         self.post_init()
         self.train(self.training)
 
@@ -313,12 +159,10 @@ class AffinityNetModel(PreTrainedModel):
                 init.xavier_uniform_(module.weight, gain=4)
             else:
                 init.kaiming_normal_(cast(nn.Conv2d, module).weight)
-        elif self._is_part(module, self.boundary_head) or self._is_part(module, self.displacement_head):
+        elif self._is_part(module, self.boundary_head):
             bound = cast(nn.Conv2d, module).in_channels ** -0.5  # torch's default, as IRN
             init.uniform_(cast(nn.Conv2d, module).weight, -bound, bound)
             init_bias(cast(nn.Conv2d, module))
-        elif isinstance(module, MeanShift):
-            init.zeros_(module.running_mean)
         else:
             init_convolutional(module)
 
@@ -336,7 +180,7 @@ class AffinityNetModel(PreTrainedModel):
     def parameter_groups(self, weight_decay: float = 5e-4) -> list[dict[str, Any]]:
         """Return what is trained as optimizer groups, with the published multiples of the learning rate.
 
-        PSA: the head at 10x the rate, biases at twice their part's, without decay. IRN: displacements at 10x.
+        PSA: the head at 10x the rate, biases at twice their part's, without decay.
 
         Args:
             weight_decay: PSA's 5e-4; IRN's is 1e-4.
@@ -368,34 +212,19 @@ class AffinityNetModel(PreTrainedModel):
         self._check_inputs(pixel_values, labels)
         maps, grid = self._maps(pixel_values)
         radius = cast(int, self.config.radius)
-        features = boundary = displacement = None
+        features = boundary = None
         if self.feature_head is not None:
             features = cropped(self.feature_head(maps), grid)
             pairs = pair_affinity(features.float(), radius)
         else:
             boundary = cropped(self._boundary_logits(maps), grid)
             pairs = boundary_to_pair_affinity(boundary[:, 0].float().sigmoid(), radius)
-        if self.displacement_head is not None:
-            displacement = cropped(self.displacement_head(maps, maps[0].shape[2:]), grid)
-
         loss: torch.Tensor | None = None
         losses: dict[str, torch.Tensor] | None = None
         if labels is not None:
-            pair_labels = affinity_labels(labels, radius)
-            losses = affinity_loss(pairs, pair_labels)
+            losses = affinity_loss(pairs, affinity_labels(labels, radius))
             loss = losses.pop("total")
-            if displacement is not None:
-                extra = displacement_losses(displacement, pair_labels, radius)
-                losses |= extra
-                loss = loss + sum(extra.values()) / 2
-        output = AffinityNetOutput(
-            loss=loss,
-            losses=losses,
-            pair_affinity=pairs,
-            features=features,
-            boundary=boundary,
-            displacement=displacement,
-        )
+        output = AffinityNetOutput(loss=loss, losses=losses, pair_affinity=pairs, features=features, boundary=boundary)
         return output.to_tuple() if return_dict is False else output
 
     @torch.no_grad()
@@ -466,27 +295,6 @@ class AffinityNetModel(PreTrainedModel):
 def cropped(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Leave out the cells (B, D, h', w') that padding added."""
     return maps[:, :, : grid[0], : grid[1]].contiguous()
-
-
-def boundary_to_matrices(boundary: torch.Tensor, radius: int) -> list[torch.Tensor]:
-    """Turn boundaries (B, h, w) into B sparse matrices (N, N), every cell with all its partners inside the image.
-
-    As IRN, the map is extended by cells that are all boundary, which nothing passes, and these are left out again.
-    """
-    h, w = boundary.shape[1:]
-    reach = fitting_radius((h, w), radius) - 1
-    extended = F.pad(boundary, (reach, reach, 0, reach), value=1.0)
-    size = (h + reach, w + 2 * reach)
-    matrices = []
-    for matrix in affinity_matrix(boundary_to_pair_affinity(extended, reach + 1), size, reach + 1):
-        indices, values = matrix.indices(), matrix.values()
-        rows, columns = indices // size[1], indices % size[1] - reach
-        inside = ((rows < h) & (columns >= 0) & (columns < w)).all(dim=0)
-        kept = (rows * w + columns)[:, inside]
-        matrices.append(
-            torch.sparse_coo_tensor(kept, values[inside], (h * w, h * w), is_coalesced=True, check_invariants=False)
-        )
-    return matrices
 
 
 __all__ = ["AffinityNetModel", "AffinityNetOutput"]
