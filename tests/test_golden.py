@@ -13,6 +13,7 @@ from PIL import Image
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from bitrans_hf import BiTransImageProcessor, BiTransModel, extract_seeds
+from bitrans_hf.hub.encoder import RecomputedAttention, attention_with_map
 from bitrans_hf.hub.maps import refine_with_affinity
 from bitrans_hf.refine.crf import dense_crf
 from bitrans_hf.weights import from_mctformer
@@ -41,7 +42,7 @@ def golden(key: str) -> torch.Tensor:
     return torch.from_numpy(GOLDEN[key])
 
 
-def build(num_seed_layers: int = NUM_SEED_LAYERS, attention_map_mode: str = "recompute") -> BiTransModel:
+def build(num_seed_layers: int = NUM_SEED_LAYERS) -> BiTransModel:
     state = {key.removeprefix("sd/"): golden(key) for key in GOLDEN if key.startswith("sd/")}
     return from_mctformer(
         state,
@@ -50,7 +51,6 @@ def build(num_seed_layers: int = NUM_SEED_LAYERS, attention_map_mode: str = "rec
         num_seed_layers=num_seed_layers,
         drop_path_rate=0.0,
         view="none",
-        attention_map_mode=attention_map_mode,
     ).eval()
 
 
@@ -92,9 +92,9 @@ def forward_arrays() -> dict[str, np.ndarray]:
     return {key: value.numpy() for key, value in found.items()}
 
 
-def training_arrays(attention_map_mode: str = "recompute") -> dict[str, np.ndarray]:
+def training_arrays() -> dict[str, np.ndarray]:
     """Losses of the square batch, gradients and their norms."""
-    model = build(attention_map_mode=attention_map_mode)
+    model = build()
     output = model(golden("in/sq"), labels=golden("train/targets"))
     output.loss.backward()
     found = {"train/cls_loss": output.losses["class"], "train/patch_loss": output.losses["patch"]}
@@ -165,8 +165,9 @@ def test_crf_marginals_agree_with_the_reference(alpha: int):
         np.testing.assert_allclose(ours, theirs, atol=2e-3, err_msg=f"label {label}")
 
 
-def test_gradients_agree_with_the_reference_when_all_maps_are_kept():
-    for key, ours in training_arrays(attention_map_mode="eager").items():
+def test_gradients_agree_with_the_reference_when_all_maps_are_kept(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(RecomputedAttention, "apply", attention_with_map)
+    for key, ours in training_arrays().items():
         np.testing.assert_allclose(ours, GOLDEN[key], atol=2e-5, rtol=1e-4, err_msg=key)
 
 

@@ -38,15 +38,13 @@ def eq_5(logits: np.ndarray, labels: np.ndarray) -> float:
     return total / (batch * num_classes)
 
 
-def eq_3(first: np.ndarray, second: np.ndarray, labels: np.ndarray | None) -> float:
+def eq_3(first: np.ndarray, second: np.ndarray) -> float:
     """Mean over the batch of the mean over classes of || M_c - f^-1(M'_c) ||_1."""
     batch, num_classes, h, w = first.shape
     per_image = []
     for i in range(batch):
         terms = []
         for c in range(num_classes):
-            if labels is not None and not labels[i, c]:
-                continue
             distance = 0.0
             for row in range(h):
                 for column in range(w):
@@ -85,22 +83,11 @@ def test_classification_loss_stays_finite_at_extreme_logits():
     assert float(loss) == pytest.approx(1e4)
 
 
-@pytest.mark.parametrize("scc_classes", ["all", "present"])
-def test_class_consistency_loss_is_eq_3(scc_classes: str):
+def test_class_consistency_loss_is_eq_3():
     first = attention_rows(3, 3, 12, seed=0).reshape(3, 3, 3, 4)
     second = attention_rows(3, 3, 12, seed=1).reshape(3, 3, 3, 4)
-    labels = LABELS if scc_classes == "present" else None
-    ours = class_consistency_loss(
-        torch.from_numpy(first), torch.from_numpy(second), None if labels is None else torch.from_numpy(labels)
-    )
-    assert float(ours) == pytest.approx(eq_3(first, second, labels), rel=1e-5)
-
-
-def test_class_consistency_loss_ignores_absent_classes_when_told():
-    first, second = torch.zeros(1, 2, 1, 2), torch.tensor([[[[0.3, 0.1]], [[0.5, 0.5]]]])
-    assert float(class_consistency_loss(first, second, torch.tensor([[1.0, 0.0]]))) == pytest.approx(0.4)
-    assert float(class_consistency_loss(first, second)) == pytest.approx((0.4 + 1.0) / 2)
-    assert float(class_consistency_loss(first, second, torch.tensor([[0.0, 0.0]]))) == 0.0
+    ours = class_consistency_loss(torch.from_numpy(first), torch.from_numpy(second))
+    assert float(ours) == pytest.approx(eq_3(first, second), rel=1e-5)
 
 
 def test_affinity_consistency_loss_is_eq_11():
@@ -136,11 +123,10 @@ def test_losses_are_float32_whatever_comes_in():
     assert classification_loss(maps[:, :, 0, 0], torch.ones(2, 3, dtype=torch.int64)).dtype == torch.float32
 
 
-@pytest.mark.parametrize("scc_classes", ["all", "present"])
 @pytest.mark.parametrize("view", list(INVERSE))
-def test_the_models_loss_is_eq_12_of_two_separate_forward_passes(view: str, scc_classes: str):
+def test_the_models_loss_is_eq_12_of_two_separate_forward_passes(view: str):
     # An image at a time and one view at a time, without labels: nothing is shared with the 2B batch but the weights.
-    model = tiny_model(view=view, scc_weight=0.7, pac_weight=1.3, scc_classes=scc_classes)
+    model = tiny_model(view=view, scc_weight=0.7, pac_weight=1.3)
     images = pixels(3, 3, 32, 32)
     second_images = {
         "hflip": images.flip(3),
@@ -157,7 +143,7 @@ def test_the_models_loss_is_eq_12_of_two_separate_forward_passes(view: str, scc_
         totals["class"] += (eq_5(first.class_logits, labels) + eq_5(second.class_logits, labels)) / 2
         totals["patch"] += (eq_5(first.patch_logits, labels) + eq_5(second.patch_logits, labels)) / 2
         sc_cam_back = INVERSE[view](second.sc_cam.numpy())
-        totals["scc"] += eq_3(first.sc_cam.numpy(), sc_cam_back, labels if scc_classes == "present" else None)
+        totals["scc"] += eq_3(first.sc_cam.numpy(), sc_cam_back)
         keys_back = INVERSE[view](second.affinity.numpy().reshape(1, 16, 4, 4)).reshape(1, 16, 16)
         both_back = INVERSE[view](keys_back.transpose(0, 2, 1).reshape(1, 16, 4, 4)).reshape(1, 16, 16)
         totals["pac"] += eq_11(first.affinity.numpy(), both_back.transpose(0, 2, 1))
@@ -181,30 +167,6 @@ def test_without_a_second_view_the_loss_is_the_two_classification_terms():
 
 
 # ---- Beyond the paper.
-
-
-@pytest.mark.parametrize("present", [False, True])
-def test_normalized_consistency_compares_shapes_of_maps(present: bool):
-    rng = np.random.default_rng(3)
-    first, second = rng.random((2, 3, 3, 4, 5), dtype=np.float32)
-    second[0, 1] = 7.0 * first[0, 1]  # more attention, the same shape
-    terms = [
-        [np.abs(first[i, c] / first[i, c].max() - second[i, c] / second[i, c].max()).mean() for c in range(3)]
-        for i in range(3)
-    ]
-    assert terms[0][1] == pytest.approx(0.0, abs=1e-6)
-    wanted = np.mean(terms)
-    if present:
-        chosen = [
-            [term for term, is_there in zip(row, labels, strict=True) if is_there]
-            for row, labels in zip(terms, LABELS, strict=True)
-        ]
-        wanted = np.mean([np.mean(row) if row else 0.0 for row in chosen])
-    labels = torch.from_numpy(LABELS) if present else None
-    loss = class_consistency_loss(torch.from_numpy(first), torch.from_numpy(second), labels, max_normalized=True)
-    assert loss.item() == pytest.approx(float(wanted), abs=1e-6)
-    empty = torch.zeros(1, 2, 4, 4)  # a map without attention is no division by zero
-    assert class_consistency_loss(empty, empty, max_normalized=True).item() == 0.0
 
 
 def test_contrast_wants_each_present_class_token_to_resemble_itself_alone():

@@ -205,18 +205,25 @@ def test_recomputed_gradients_pass_the_numerical_check_through_one_output_alone(
 
 
 @pytest.mark.parametrize("view", ["hflip", "none"])
-def test_recomputing_the_maps_changes_neither_outputs_nor_gradients(view: str):
-    recompute, eager = (tiny_model(view=view, attention_map_mode=mode) for mode in ("recompute", "eager"))
-    images = pixels(2, 3, 32, 32)
-    ours, theirs = recompute(images, labels=LABELS), eager(images, labels=LABELS)
+def test_recomputing_the_maps_changes_neither_outputs_nor_gradients(view: str, monkeypatch: pytest.MonkeyPatch):
+    model, images = tiny_model(view=view), pixels(2, 3, 32, 32)
+    ours = model(images, labels=LABELS)
+    our_gradients = gradients(model, ours.loss)
+    keep_all_maps(monkeypatch)
+    theirs = model(images, labels=LABELS)
     assert torch.equal(ours.loss, theirs.loss)
     assert torch.equal(ours.affinity, theirs.affinity)
-    assert_same_gradients(gradients(recompute, ours.loss), gradients(eager, theirs.loss), atol=1e-5, rtol=1e-4)
+    assert_same_gradients(our_gradients, gradients(model, theirs.loss), atol=1e-5, rtol=1e-4)
 
 
-def test_maps_of_single_heads_are_not_kept_for_the_backward_pass():
-    def kept_bytes(mode: str) -> int:
-        model = tiny_model(view="none", image_size=64, patch_size=4, attention_map_mode=mode).train()
+def keep_all_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let autograd itself keep what it needs of the attention maps."""
+    monkeypatch.setattr(RecomputedAttention, "apply", attention_with_map)
+
+
+def test_maps_of_single_heads_are_not_kept_for_the_backward_pass(monkeypatch: pytest.MonkeyPatch):
+    def kept_bytes() -> int:
+        model = tiny_model(view="none", image_size=64, patch_size=4).train()
         storages: dict[int, tuple[torch.UntypedStorage, int]] = {}
 
         def note(tensor: torch.Tensor) -> torch.Tensor:
@@ -229,7 +236,9 @@ def test_maps_of_single_heads_are_not_kept_for_the_backward_pass():
         return sum(size for _, size in storages.values())
 
     per_head_maps = 3 * 2 * 3 * 259 * 259 * 4  # layers, images, heads, tokens squared, bytes
-    eager, recompute = kept_bytes("eager"), kept_bytes("recompute")
+    recompute = kept_bytes()
+    keep_all_maps(monkeypatch)
+    eager = kept_bytes()
     assert eager > per_head_maps
     assert recompute < eager - 0.95 * per_head_maps
     assert recompute < 0.5 * eager
@@ -260,28 +269,16 @@ def test_distributed_training_meets_no_unused_parameter(view: str, tmp_path: Pat
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("detach", [False, True])
-def test_the_second_view_is_a_fixed_target_when_detached(detach: bool):
-    model, images = tiny_model(detach_second_view=detach), pixels(2, 3, 32, 32)
+def test_gradients_of_the_consistency_losses_reach_the_network_through_both_views():
+    model, images = tiny_model(), pixels(2, 3, 32, 32)
     output = model(images, labels=LABELS)
-    first = model(images).sc_cam
-    with torch.set_grad_enabled(not detach):
-        second = model(images.flip(-1)).sc_cam
+    first, second = model(images).sc_cam, model(images.flip(-1)).sc_cam
     by_hand = class_consistency_loss(first, second.flip(-1))
     torch.testing.assert_close(output.losses["scc"], by_hand, atol=1e-5, rtol=1e-4)
     ours = gradients(model, output.losses["scc"])
     assert_same_gradients(ours, gradients(model, by_hand), atol=1e-4, rtol=1e-3)
     half = gradients(model, class_consistency_loss(first, second.detach().flip(-1)))
-    differs = not torch.allclose(ours["class_tokens"], half["class_tokens"], atol=1e-4, rtol=1e-3)
-    assert differs != detach
-
-
-def test_the_classification_losses_of_a_detached_second_view_still_train():
-    detached, free = tiny_model(detach_second_view=True), tiny_model()
-    images = pixels(2, 3, 32, 32)
-    for term in ("class", "patch"):
-        ours = gradients(detached, detached(images, labels=LABELS).losses[term])
-        assert_same_gradients(ours, gradients(free, free(images, labels=LABELS).losses[term]))
+    assert not torch.allclose(ours["class_tokens"], half["class_tokens"], atol=1e-4, rtol=1e-3)
 
 
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
@@ -359,9 +356,8 @@ def test_the_final_layer_norm_is_applied_to_what_both_branches_read(tmp_path: Pa
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"gradient_checkpointing_kwargs": {"use_reentrant": True}}])
-@pytest.mark.parametrize("mode", ["recompute", "eager"])
-def test_activation_checkpointing_changes_neither_loss_nor_gradients(mode: str, kwargs: dict[str, Any]):
-    plain, checkpointed = (tiny_model(attention_map_mode=mode).train() for _ in range(2))
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(kwargs: dict[str, Any]):
+    plain, checkpointed = (tiny_model().train() for _ in range(2))
     # Under its older name where transformers does not know the new one.
     word = "activation" if hasattr(checkpointed, "activation_checkpointing_enable") else "gradient"
     getattr(checkpointed, f"{word}_checkpointing_enable")(*kwargs.values())
@@ -387,9 +383,8 @@ def test_bfloat16_trains_with_maps_in_float32():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("mode", ["recompute", "eager"])
-def test_autocast_stays_close_to_full_precision(mode: str):
-    model, images = tiny_model(initializer_range=0.1, attention_map_mode=mode).train(), pixels(2, 3, 32, 32)
+def test_autocast_stays_close_to_full_precision():
+    model, images = tiny_model(initializer_range=0.1).train(), pixels(2, 3, 32, 32)
     reference = model(images, labels=LABELS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         output = model(images, labels=LABELS)
@@ -403,9 +398,8 @@ def test_autocast_stays_close_to_full_precision(mode: str):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.6's own tracing
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
-@pytest.mark.parametrize("mode", ["recompute", "eager"])
-def test_torch_compile_takes_the_whole_training_step_as_one_graph(mode: str):
-    check_compiled("aot_eager", attention_map_mode=mode)
+def test_torch_compile_takes_the_whole_training_step_as_one_graph():
+    check_compiled("aot_eager")
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -415,9 +409,9 @@ def test_torch_compile_with_inductor_agrees_with_eager():
     check_compiled("inductor")
 
 
-def check_compiled(backend: str, **overrides: Any) -> None:
+def check_compiled(backend: str) -> None:
     torch._dynamo.reset()
-    model, images = tiny_model(num_hidden_layers=2, **overrides).train(), pixels(2, 3, 32, 32)
+    model, images = tiny_model(num_hidden_layers=2).train(), pixels(2, 3, 32, 32)
     compiled: Callable[..., BiTransOutput] = torch.compile(model, fullgraph=True, backend=backend)
     ours, theirs = compiled(images, labels=LABELS), model(images, labels=LABELS)
     torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-5, rtol=1e-4)

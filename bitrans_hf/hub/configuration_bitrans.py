@@ -7,10 +7,7 @@ from transformers.configuration_utils import PreTrainedConfig, strict
 from .errors import InputError
 from .views import VIEWS
 
-SCC_CLASSES = ("all", "present")
-SCC_MAPS = ("attention", "max_normalized")
 PATCH_POOLINGS = ("mean", "ranked")
-ATTENTION_MAP_MODES = ("recompute", "eager")
 
 
 @strict
@@ -46,17 +43,9 @@ class BiTransConfig(PreTrainedConfig):
             for a single-view baseline.
         scc_weight (`float`, defaults to 1.0): Weight of the class-specific consistency loss (Eq. 3).
         pac_weight (`float`, defaults to 1.0): Weight alpha of the pair-wise affinity consistency loss (Eq. 11).
-        scc_classes (`str`, defaults to `"all"`): Classes that the SCC loss averages over, "all" or "present".
-        scc_maps (`str`, defaults to `"attention"`): What the SCC loss compares: "attention", the SC-CAM itself, or
-            "max_normalized", each class map over its own maximum and a mean over patches, as SEAM compares CAMs.
         patch_weight (`float`, defaults to 1.0): Weight of the patch branch's classification loss. 0 is MCTformer V1,
             which has no patch branch: its map means nothing then, and `logits` are the class tokens' alone.
         class_contrast_weight (`float`, defaults to 0.0): Weight of MCTformer+'s contrastive class-token loss.
-        detach_second_view (`bool`, defaults to `False`): Let no gradient of the consistency losses reach the network
-            through the second view.
-        attention_map_mode (`str`, defaults to `"recompute"`): How training keeps what the attention maps need for the
-            backward pass. "recompute": nothing but queries and keys, the maps are computed again, head by head.
-            "eager": the maps of all heads. Results are the same.
 
     Raises:
         StrictDataclassClassValidationError, StrictDataclassFieldValidationError: a value is of the wrong type or out
@@ -94,12 +83,8 @@ class BiTransConfig(PreTrainedConfig):
     view: str = "hflip"
     scc_weight: float | int = 1.0
     pac_weight: float | int = 1.0
-    scc_classes: str = "all"
-    scc_maps: str = "attention"
     patch_weight: float | int = 1.0
     class_contrast_weight: float | int = 0.0
-    detach_second_view: bool = False
-    attention_map_mode: str = "recompute"
 
     def __post_init__(self, **kwargs: Any) -> None:
         id2label = kwargs.get("id2label", getattr(self, "id2label", None))
@@ -146,14 +131,8 @@ class BiTransConfig(PreTrainedConfig):
         for name in ("scc_weight", "pac_weight", "patch_weight", "class_contrast_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
-        choices = {"scc_classes": SCC_CLASSES, "scc_maps": SCC_MAPS, "patch_pooling": PATCH_POOLINGS}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
-        if self.attention_map_mode not in ATTENTION_MAP_MODES:
-            raise InputError(
-                f"attention_map_mode must be one of {', '.join(ATTENTION_MAP_MODES)}, got {self.attention_map_mode!r}."
-            )
+        if self.patch_pooling not in PATCH_POOLINGS:
+            raise InputError(f"patch_pooling must be one of {', '.join(PATCH_POOLINGS)}, got {self.patch_pooling!r}.")
 
 
 # A saved folder carries this code, so that it opens, with trust_remote_code, where the package is not installed.

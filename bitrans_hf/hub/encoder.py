@@ -117,7 +117,6 @@ class BiTransAttention(nn.Module):
     def __init__(self, config: BiTransConfig):
         super().__init__()
         self.num_heads = config.num_attention_heads
-        self.recompute = config.attention_map_mode == "recompute"
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
@@ -129,7 +128,7 @@ class BiTransAttention(nn.Module):
         attention_map: torch.Tensor | None = None
         if not with_map:
             mixed = F.scaled_dot_product_attention(query, key, value)
-        elif self.recompute and torch.is_grad_enabled():
+        elif torch.is_grad_enabled():
             mixed, attention_map = RecomputedAttention.apply(query, key, value)
         else:
             mixed, attention_map = attention_with_map(query, key, value)

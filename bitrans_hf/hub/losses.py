@@ -19,13 +19,7 @@ def classification_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Ten
     return F.multilabel_soft_margin_loss(logits.float(), labels.float())
 
 
-def class_consistency_loss(
-    sc_cam: torch.Tensor,
-    sc_cam_second: torch.Tensor,
-    labels: torch.Tensor | None = None,
-    *,
-    max_normalized: bool = False,
-) -> torch.Tensor:
+def class_consistency_loss(sc_cam: torch.Tensor, sc_cam_second: torch.Tensor) -> torch.Tensor:
     """Class-specific consistency, SCC (Eq. 3): L1 distance of the two views' SC-CAMs.
 
     Each class map is a part of a softmax row, so its sum is at most 1 and each class term lies in [0, 2] whatever
@@ -34,22 +28,11 @@ def class_consistency_loss(
     Args:
         sc_cam: M (B, C, h, w), first view, at least 0.
         sc_cam_second: f^-1(M') (B, C, h, w), second view put back into the first one's order.
-        labels: None to average over all C classes (the paper); (B, C) multi-hot to average over the classes that are
-            present in each image.
-        max_normalized: Compare each map over its own maximum, and take the mean over patches, not the sum (SEAM, Wang
-            et al., CVPR 2020): the shape of a map counts then, not how much attention it gets. Terms lie in [0, 1].
 
     Returns:
-        Sum over patches, mean over classes, mean over the batch. An image without any present class adds 0.
+        Sum over patches, mean over all C classes, mean over the batch.
     """
-    first, second = sc_cam.float(), sc_cam_second.float()
-    if max_normalized:
-        first, second = (maps / maps.amax(dim=(2, 3), keepdim=True).clamp(min=1e-8) for maps in (first, second))
-    distance = (first - second).abs()
-    per_class = distance.mean(dim=(2, 3)) if max_normalized else distance.sum(dim=(2, 3))
-    if labels is None:
-        return per_class.mean()
-    return _mean_over_present(per_class, labels)
+    return (sc_cam.float() - sc_cam_second.float()).abs().sum(dim=(2, 3)).mean()
 
 
 def affinity_consistency_loss(affinity: torch.Tensor, affinity_second: torch.Tensor) -> torch.Tensor:
@@ -78,10 +61,6 @@ def class_contrast_loss(class_tokens: Sequence[torch.Tensor], labels: torch.Tens
     """
     tokens = F.normalize(torch.stack(list(class_tokens)).float(), dim=-1)
     own = (tokens @ tokens.transpose(-1, -2)).log_softmax(dim=-1).diagonal(dim1=-2, dim2=-1)
-    return _mean_over_present(-own.mean(dim=0), labels)
-
-
-def _mean_over_present(per_class: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Average terms (B, C) over the classes that are present in each image, then over the batch."""
     present = labels.float()
-    return ((per_class * present).sum(1) / present.sum(1).clamp(min=1)).mean()
+    of_image = -(own.mean(dim=0) * present).sum(1) / present.sum(1).clamp(min=1)
+    return of_image.mean()

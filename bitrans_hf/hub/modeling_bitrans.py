@@ -205,24 +205,17 @@ class BiTransModel(ClassTokenEncoder):
         if self.config.class_contrast_weight:
             losses["contrast"] = class_contrast_loss(encoded.class_tokens, per_view)
         if two_views:
-            return {**losses, **self.consistency_terms(encoded, labels)}
+            return {**losses, **self.consistency_terms(encoded)}
         return losses
 
-    def consistency_terms(self, encoded: Encoded, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+    def consistency_terms(self, encoded: Encoded) -> dict[str, torch.Tensor]:
         """Compare the maps of both views, the second one's put back into the order of the first."""
-        view, config = VIEWS[self.config.view], self.config
+        view = VIEWS[self.config.view]
         (sc_cam, sc_cam_second), (affinity, affinity_second) = encoded.sc_cam.chunk(2), encoded.affinity.chunk(2)
-        if config.detach_second_view:
-            sc_cam_second, affinity_second = sc_cam_second.detach(), affinity_second.detach()
         # A view that exchanges height and width is square, so this is the second view's grid too.
         h, w = sc_cam.shape[2:]
         return {
-            "scc": class_consistency_loss(
-                sc_cam,
-                view.invert(sc_cam_second),
-                labels if config.scc_classes == "present" else None,
-                max_normalized=config.scc_maps == "max_normalized",
-            ),
+            "scc": class_consistency_loss(sc_cam, view.invert(sc_cam_second)),
             "pac": affinity_consistency_loss(affinity, invert_affinity(view, affinity_second, (h, w))),
         }
 

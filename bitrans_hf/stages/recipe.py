@@ -115,12 +115,8 @@ class BiTransRecipe:
         view: Second view: hflip, vflip, rot90, rot180 or none.
         scc_weight: Weight of the class-specific consistency loss.
         pac_weight: Weight of the pair-wise affinity consistency loss.
-        scc_classes: Classes that the SCC loss counts, all or present.
-        scc_maps: What the SCC loss compares, attention or max_normalized.
         patch_weight: Weight of the patch branch's classification loss; 0 is MCTformer V1.
         class_contrast_weight: Weight of MCTformer+'s contrastive class-token loss.
-        detach_second_view: No gradient of the consistency losses through the second view.
-        attention_map_mode: recompute or eager.
         architecture: "bitrans"; "cam" has other keys, see `CamRecipe`.
     """
 
@@ -141,12 +137,8 @@ class BiTransRecipe:
     view: str | None = None
     scc_weight: float | None = None
     pac_weight: float | None = None
-    scc_classes: str | None = None
-    scc_maps: str | None = None
     patch_weight: float | None = None
     class_contrast_weight: float | None = None
-    detach_second_view: bool | None = None
-    attention_map_mode: str | None = None
     architecture: Literal["bitrans"] = "bitrans"
 
     def __post_init__(self) -> None:

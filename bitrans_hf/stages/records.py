@@ -69,11 +69,14 @@ def _differences(stored: Any, wanted: Any, prefix: str) -> Iterator[str]:
 OPTIONS_NOW = ("num_workers", "log_every", "checkpoint_every", "trackers")
 """Keys of sections that train, once: no result depends on them."""
 
-ONLY_WAY_NOW = {"prediction": {"crf_classes": "predicted"}}
+ONLY_WAY_NOW: Mapping[str, Mapping[str, str | bool]] = {
+    "model": {"scc_classes": "all", "scc_maps": "attention", "detach_second_view": False},
+    "prediction": {"crf_classes": "predicted"},
+}
 """Keys that are gone, with the value that all recipes have now; other values make another result."""
 
-ADDED_FILES_ONLY = {"pseudo_labels": ("keep_scores",)}
-"""Keys that are gone and changed no result."""
+CHANGED_NO_RESULT = {"model": ("attention_map_mode",), "pseudo_labels": ("keep_scores",)}
+"""Keys that are gone: of files that were added, and of the memory that training took."""
 
 
 def up_to_date(stored: Mapping[str, Any]) -> PlainRecipe:
@@ -92,7 +95,7 @@ def up_to_date(stored: Mapping[str, Any]) -> PlainRecipe:
 def _section_up_to_date(name: str, stored: Mapping[str, Any]) -> PlainRecipe:
     section = section_type(name, stored)
     hints, gone = get_type_hints(section), ONLY_WAY_NOW.get(name, {})
-    dropped = {*ADDED_FILES_ONLY.get(name, ()), *(OPTIONS_NOW if issubclass(section, TrainingRecipe) else ())}
+    dropped = {*CHANGED_NO_RESULT.get(name, ()), *(OPTIONS_NOW if issubclass(section, TrainingRecipe) else ())}
     dropped |= {key for key, value in gone.items() if stored.get(key) in (None, value)}
     # A CNN's section had the transformer's keys too, all of them null, and the other way round.
     dropped |= {key for key, value in stored.items() if name == "model" and key not in hints and value in (None, 0.0)}
