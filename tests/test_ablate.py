@@ -18,8 +18,10 @@ from stage_processes import forget_processes
 from bitrans_hf.metrics.scores import RowScores, RunScores, SeedScores
 from bitrans_hf.recipes import FOLDER as RECIPES
 from bitrans_hf.stages import ablate as ablate_module
-from bitrans_hf.stages.ablate import Ablation, Cell, as_text, described, make_tables, summarize
+from bitrans_hf.stages import grid as grid_module
+from bitrans_hf.stages.ablate import Ablation, as_text, described, make_tables, summarize
 from bitrans_hf.stages.ablate import main as ablate_main
+from bitrans_hf.stages.grid import Cell
 from bitrans_hf.stages.parse import parse_recipe
 from bitrans_hf.stages.records import recipe_parts, write_json
 from bitrans_hf.stages.run import StageError
@@ -76,7 +78,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
             stages[script](arguments)
             forget_processes()
 
-    monkeypatch.setattr(ablate_module, "run_stage", run_stage)
+    monkeypatch.setattr(grid_module, "run_stage", run_stage)
     return calls
 
 
@@ -215,17 +217,17 @@ def test_a_killed_run_and_every_kind_of_leftover_are_mended(tmp_path: Path, star
 def test_a_training_that_was_begun_goes_on_and_is_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ablation = Ablation(**yaml.safe_load(table(tmp_path, variants=SHARING, seeds=[0]).read_text()))
     recipes = ablation.recipes()
-    assert list(ablate_module.plan_trainings(recipes)) == [Cell("one view", 0), Cell("both", 0)]
+    assert list(grid_module.plan_trainings(recipes)) == [Cell("one view", 0), Cell("both", 0)]
     begun = recipes[Cell("sc-cam", 0)]
     folder = tmp_path / "runs" / "tiny" / "sc-cam" / "seed0" / "train"
     write_json(folder / "recipe.json", recipe_parts(begun, ("seed", "data", "model", "train")))
-    assert ablate_module.plan_trainings(recipes)[Cell("sc-cam", 0)] == [
+    assert grid_module.plan_trainings(recipes)[Cell("sc-cam", 0)] == [
         Cell("both", 0), Cell("one scale less", 0), Cell("sc-cam", 0),
     ]  # fmt: skip
     # One of another recipe is left to train.py, which refuses it; the others do not wait for it.
     write_json(folder / "recipe.json", {"seed": 5})
-    assert ablate_module.plan_trainings(recipes)[Cell("sc-cam", 0)] == [Cell("sc-cam", 0)]
-    assert ablate_module.plan_trainings(recipes)[Cell("both", 0)] == [Cell("both", 0), Cell("one scale less", 0)]
+    assert grid_module.plan_trainings(recipes)[Cell("sc-cam", 0)] == [Cell("sc-cam", 0)]
+    assert grid_module.plan_trainings(recipes)[Cell("both", 0)] == [Cell("both", 0), Cell("one scale less", 0)]
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
@@ -243,7 +245,7 @@ def test_a_failed_training_fails_the_rows_that_share_it(
             )
         return "train ended with 1, error: the loss is not finite" if fails else None
 
-    monkeypatch.setattr(ablate_module, "run_stage", run_stage)
+    monkeypatch.setattr(grid_module, "run_stage", run_stage)
     with pytest.raises(
         StageError,
         match=r"3 of 4 runs failed \(both/seed0: train ended.*sc-cam/seed0: it shares the training of both/seed0, "
@@ -266,7 +268,7 @@ def test_a_failed_run_is_named_after_the_others_are_done(tmp_path: Path, monkeyp
         failed = script == "seeds" and run_name(arguments).startswith("both")
         return "seeds ended with 1, error: no memory" if failed else None
 
-    monkeypatch.setattr(ablate_module, "run_stage", run_stage)
+    monkeypatch.setattr(grid_module, "run_stage", run_stage)
     variants = {**VARIANTS, "the same": {"train.max_grad_norm": 1e9}}
     with pytest.raises(StageError, match=r"2 of 6 runs failed \(both/seed0: seeds ended with 1.*both/seed1"):
         ablate_main(["--config", str(table(tmp_path, variants=variants))])
@@ -301,7 +303,7 @@ def test_a_wrong_table_is_refused_before_anything_runs(
     tmp_path: Path, changes: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch, presets: Path,
 ):  # fmt: skip
-    monkeypatch.setattr(ablate_module, "run_stage", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(grid_module, "run_stage", lambda *_: pytest.fail("a run was started"))
     with pytest.raises((SystemExit, ValueError)) as caught:
         ablate_main(["--config", str(table(tmp_path, **changes))])
     assert words in capsys.readouterr().err + str(caught.value)

@@ -12,37 +12,31 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
-from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # not in its __all__
 
-from ..commands import if_stopped
 from ..data import class_names, open_image, open_mask
 from ..data.segmentation import resized_label_map
 from ..hub.errors import InputError
 from ..hub.image_processing_bitrans import MAX_SIDE, bounded_image
 from ..hub.seeds import SEED_VARIANTS
 from ..metrics.scores import RowScores, RunScores, SeedsRecord
-from ..progress import Counter, progress, say_progress, say_result
+from ..progress import say_result
 from ..recipes import FOLDER, recipe_file
 from ..report.page import VARIANT_TITLES, GalleryRow, Table, recipe_table, write_report
 from ..store import SeedStore
 from .build import load_images
+from .grid import Cell, RunGrid, stage_folder
 from .parse import CONFIG_HELP, config_names, parse_recipe
 from .recipe import ALL_IMAGES, Options, PlainRecipe, Recipe
-from .records import provenance, read_json, recipe_parts, write_json
+from .records import provenance, read_json, write_json
 from .report import spread
-from .run import StageError, holds
-from .seeds import DEPENDS_ON as SEEDS_DEPEND_ON
-from .train import DEPENDS_ON as TRAINING_DEPENDS_ON
+from .run import StageError
 
 PRESETS = FOLDER / "presets"
 # `str` first: the parser takes the first type that fits, and would read the text "no" as false otherwise.
@@ -61,16 +55,6 @@ MOST_GALLERY_ROWS = 8
 """Rows that the page shows images of when `gallery_rows` names none: more would be too small to look at."""
 CHOSEN = "chosen"
 """Name, beside those of the seed variants, of the variant that a row's own recipe names."""
-
-
-class Cell(NamedTuple):
-    """One run of the table."""
-
-    variant: str
-    seed: int
-
-    def __str__(self) -> str:
-        return f"{self.variant}/seed{self.seed}"
 
 
 @dataclass(frozen=True)
@@ -232,7 +216,13 @@ def ablate(ablation: Ablation) -> Path:
     made_with = provenance()
     # Every row is parsed before the first one runs: a mistyped key must not show up after hours.
     recipes = ablation.recipes()
-    failed = run_all(ablation, recipes)
+    in_turn = sorted(recipes, key=lambda cell: ablation.seeds.index(cell.seed))  # whole tables of one seed first
+    failed = RunGrid(
+        {cell: recipes[cell] for cell in in_turn},
+        lambda cell: ablation.arguments(*cell),
+        parallel=ablation.parallel,
+        quiet=ablation.quiet,
+    ).run()
     if failed:
         reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
         raise StageError(
@@ -270,151 +260,6 @@ def ablate(ablation: Ablation) -> Path:
 
 
 # ---- Runs.
-
-
-def run_all(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> dict[str, str]:
-    """Run what is missing, `ablation.parallel` at a time; return the failed runs with the reason.
-
-    A row that shares the training of another is not begun before that is finished, and holds no place until then.
-    """
-    environment = dict(os.environ)
-    if ablation.parallel > 1:
-        # Left alone, every run would take all cores and all of them would wait for each other.
-        threads = max(1, (os.cpu_count() or 1) // ablation.parallel)
-        environment.setdefault("OMP_NUM_THREADS", str(threads))
-    in_turn = sorted(recipes, key=lambda cell: ablation.seeds.index(cell.seed))  # whole tables of one seed first
-    trainings = plan_trainings({cell: recipes[cell] for cell in in_turn})
-    missing = {cell for sharing in trainings.values() for cell in sharing}
-    failed: dict[str, str] = {}
-    running_stages: set[subprocess.Popen[str]] = set()
-    if_stopped(lambda: "before all runs were done; finished runs and checkpoints are kept")
-    if not ablation.quiet:
-        say_progress(f"ablation: {len(recipes)} runs, {len(trainings)} trainings to do, {ablation.parallel} at a time")
-
-    def run(stage: str, cell: Cell, trained_by: Cell) -> str | None:
-        train = stage_folder(recipes[cell], "train")
-        if stage == "train":
-            if finished(recipes[cell], "train"):
-                return None
-            if train.is_symlink() and not train.exists():
-                train.unlink()  # it led to the training of a row whose folder was deleted
-        elif cell != trained_by:
-            share_training(recipes[trained_by], recipes[cell])
-        return run_stage(stage, ablation.arguments(*cell), environment, running_stages)
-
-    bar: Counter
-    with (
-        ThreadPoolExecutor(ablation.parallel) as pool,
-        progress(total=len(recipes), desc="ablation", unit="run", quiet=ablation.quiet) as bar,
-        ending(running_stages),
-    ):
-
-        def ended(cell: Cell, reason: str | None) -> None:
-            if reason:
-                failed[str(cell)] = reason
-            bar.update()
-            say_result(f"{cell}: {'failed' if reason else 'done'}")
-
-        for cell in in_turn:
-            if cell not in missing:
-                ended(cell, None)
-        ready = deque(("train", cell, cell) for cell in trainings)
-        running: dict[Future[str | None], tuple[str, Cell, Cell]] = {}
-        while ready or running:
-            while ready and len(running) < ablation.parallel:
-                job = ready.popleft()
-                running[pool.submit(run, *job)] = job
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                stage, cell, _ = running.pop(future)
-                reason = future.result()
-                if stage == "seeds":
-                    ended(cell, reason)
-                elif reason is None:  # seeds come before other trainings: a row is whole as soon as it can be
-                    ready.extendleft(("seeds", other, cell) for other in reversed(trainings[cell]))
-                else:
-                    for other in trainings[cell]:
-                        ended(other, reason if other == cell else f"it shares the training of {cell}, where {reason}")
-    return dict(sorted(failed.items()))
-
-
-def plan_trainings(recipes: Mapping[Cell, Recipe]) -> dict[Cell, list[Cell]]:
-    """Choose one run to train for all that train alike, of those without finished seeds.
-
-    That run is the one whose training is finished, else one that has begun, else the first.
-
-    Returns:
-        Run that trains -> the runs, itself among them, that still need its training.
-    """
-    alike: dict[str, list[Cell]] = {}
-    for cell, recipe in recipes.items():
-        key = json.dumps(recipe_parts(recipe, TRAINING_DEPENDS_ON), sort_keys=True)
-        if holds(recipe, "train", TRAINING_DEPENDS_ON) is False:
-            key = str(cell)  # a training of another recipe lies there: train.py refuses it, and others need not wait
-        alike.setdefault(key, []).append(cell)
-    trainings = {}
-    for cells in alike.values():
-        missing = [cell for cell in cells if not finished(recipes[cell], "seeds")]
-        if missing:
-            trained = [cell for cell in cells if finished(recipes[cell], "train")]
-            begun = [cell for cell in missing if holds(recipes[cell], "train", TRAINING_DEPENDS_ON)]
-            trainings[(trained or begun or missing)[0]] = missing
-    return trainings
-
-
-def share_training(source: Recipe, recipe: Recipe) -> None:
-    """Make `train` of a run a relative link to the finished one of `source`, unless it has a finished one itself.
-
-    A training that was begun there is deleted: it would end as the finished one did.
-    """
-    if finished(recipe, "train"):
-        return
-    train = stage_folder(recipe, "train")
-    if train.is_symlink():
-        train.unlink()
-    elif train.is_dir():
-        shutil.rmtree(train)
-    train.parent.mkdir(parents=True, exist_ok=True)
-    target = stage_folder(source, "train").resolve()
-    train.symlink_to(os.path.relpath(target, train.parent.resolve()), target_is_directory=True)
-
-
-def stage_folder(recipe: Recipe, stage: str) -> Path:
-    """Return the folder of a run's stage."""
-    return Path(recipe.output_dir) / recipe.name / stage
-
-
-def finished(recipe: Recipe, stage: str) -> bool:
-    """Say whether a run's "train" or "seeds" is finished, by this recipe."""
-    depends_on = {"train": TRAINING_DEPENDS_ON, "seeds": SEEDS_DEPEND_ON}[stage]
-    return (stage_folder(recipe, stage) / "done.json").is_file() and bool(holds(recipe, stage, depends_on))
-
-
-def run_stage(
-    stage: str, arguments: Sequence[str], environment: Mapping[str, str], running: set[subprocess.Popen[str]]
-) -> str | None:
-    """Run a stage in a process of its own, one of `running` meanwhile; return the last line of the error, or None."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "bitrans_hf.stages", stage, *arguments],
-        env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    running.add(process)
-    _, error = process.communicate()
-    running.discard(process)
-    if not process.returncode:
-        return None
-    said = error.strip().splitlines()
-    return f"{stage} ended with {process.returncode}" + (f", {said[-1]}" if said else "")
-
-
-@contextmanager
-def ending(processes: Collection[subprocess.Popen[str]]) -> Iterator[None]:
-    """End the processes where the block is stopped; each keeps its own last checkpoint."""
-    try:
-        yield
-    except BaseException:
-        for process in list(processes):
-            process.terminate()
-        raise
 
 
 def read_run(folder: Path) -> RunScores:
