@@ -237,15 +237,12 @@ def timm_network(name: str, options: Mapping[str, Any], out_indices: Sequence[in
     try:
         try:
             return TimmBackbone(config, **{"dynamic_img_size": True, **options})
-        except TypeError as error:
-            if "dynamic_img_size" not in str(error):
-                raise
-        return TimmBackbone(config, **options)  # a network without position embeddings
+        except TypeError:  # a network without position embeddings; other options that it does not know, fail again
+            return TimmBackbone(config, **options)
     except RuntimeError as error:
-        if "Unknown model" not in str(error):
-            raise
         raise InputError(
-            f"backbone must be resnet38, bitrans or a timm network, got {name!r}; timm.list_models() names those."
+            f"backbone must be resnet38, bitrans or a timm network, got {name!r} ({error}); timm.list_models() names "
+            "those."
         ) from error
     except (AssertionError, NotImplementedError, TypeError) as error:
         if output_stride is None:

@@ -5,7 +5,6 @@ Hub, it is opened in a process that cannot import this package, where it has to 
 """
 
 import hashlib
-import inspect
 import json
 import os
 import shutil
@@ -35,6 +34,7 @@ from ..hub.modeling_deeplab import DeepLabForSemanticSegmentation
 from ..hub.pipeline_bitrans import TASK, PseudoMaskPipeline
 from ..hub_errors import hub_error_sentence
 from ..metrics import METRIC_FOLDER
+from . import clean_process
 
 Kind = Literal["model", "dataset", "space"]
 
@@ -135,60 +135,6 @@ def files_of(folder: str | Path) -> dict[str, int]:
 # ---- The clean process.
 
 
-def outputs_of(model: Any, processor: Any, pipe: Any, labels: Any) -> dict[str, Any]:
-    """Return all that a network and its pipeline compute for two images, by name; it also runs where we are not.
-
-    Args:
-        model: Any of the three networks, in evaluation mode.
-        processor: Its image processor.
-        pipe: Its pipeline, or None.
-        labels: Names of classes to look for; None for a pipeline that takes no labels.
-    """
-    import numpy as np
-    import torch
-    from PIL import Image
-
-    found = {}
-    rng = np.random.default_rng(0)
-    for height, width in ((80, 96), (113, 70)):
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8))
-        picture = coarse.resize((width, height), Image.Resampling.BICUBIC)
-        name = f"{height}x{width}"
-        pixel_values = processor(picture, return_tensors="pt")["pixel_values"]
-        with torch.no_grad():
-            outputs = model(pixel_values)
-        for key, value in outputs.items():
-            if isinstance(value, torch.Tensor):
-                found[f"{name}.{key}"] = value.float().numpy()
-        if pipe is None:
-            continue
-        for entry in pipe(picture) if labels is None else pipe(picture, candidate_labels=labels):
-            found[f"{name}.mask.{entry['label']}"] = np.asarray(entry["mask"])
-            found[f"{name}.score.{entry['label']}"] = np.asarray(entry["score"] or 0.0)
-    return found
-
-
-CLEAN_PROGRAM = """
-from __future__ import annotations
-import sys
-sys.modules["bitrans_hf"] = None  # importing it fails, as where it is not installed
-import json
-import numpy as np
-import torch
-import transformers
-
-{function}
-
-folder, out, threads, auto_class, task, labels = sys.argv[1:7]
-torch.set_num_threads(int(threads))  # another number may add in another order
-trusted = dict(trust_remote_code=True)
-model = getattr(transformers, auto_class).from_pretrained(folder, **trusted).eval()
-processor = transformers.AutoImageProcessor.from_pretrained(folder, **trusted)
-pipe = transformers.pipeline(task, model=folder, device="cpu", **trusted) if task else None
-np.savez(out, **outputs_of(model, processor, pipe, json.loads(labels)))
-"""
-
-
 def check_in_clean_process(folder: str | Path, model: PreTrainedModel, processor: BiTransImageProcessor) -> None:
     """Open a folder where this package cannot be imported, and compare every output with the model's, bit for bit.
 
@@ -213,14 +159,14 @@ def check_in_clean_process(folder: str | Path, model: PreTrainedModel, processor
         auto_class, task = "AutoModelForSemanticSegmentation", "image-segmentation"
         with quiet_transformers():  # which calls every class that is not its own unsupported, and then runs it
             pipe = ImageSegmentationPipeline(task=task, **given)
-    expected = outputs_of(model, processor, pipe, labels)
+    expected = clean_process.outputs_of(model, processor, pipe, labels)
 
     with tempfile.TemporaryDirectory() as scratch:
-        program = CLEAN_PROGRAM.format(function=inspect.getsource(outputs_of))
         out = Path(scratch) / "out.npz"
         arguments = [str(Path(folder).resolve()), str(out), str(torch.get_num_threads()), auto_class, task]
         done = subprocess.run(
-            [sys.executable, "-c", program, *arguments, json.dumps(labels)],
+            # -P: the files beside the program are not to be imported by their bare names.
+            [sys.executable, "-P", clean_process.__file__, *arguments, json.dumps(labels)],
             cwd=scratch,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(scratch) / "modules")},
             stdin=subprocess.DEVNULL,
