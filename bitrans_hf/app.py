@@ -33,7 +33,7 @@ from .hub.maps import ClassMaps, fused_maps, min_max_normalized, resized, strong
 from .hub.pipeline_bitrans import PseudoMaskPipeline, open_picture
 from .hub.seeds import SEED_VARIANTS
 from .refine.pseudo_labels import write_label_png
-from .report.page import VARIANT_TITLES, heat_overlay, label_overlay
+from .report.drawing import VARIANT_TITLES, heat_overlay, label_overlay
 
 SCALES = (1.0, 0.75, 1.25, 1.5)
 """The sizes that the slider adds, one after the other."""

@@ -24,7 +24,7 @@ from bitrans_hf.files import DiskFullError
 from bitrans_hf.hub.image_processing_bitrans import BiTransImageProcessor
 from bitrans_hf.hub.modeling_affinitynet import AffinityNetModel
 from bitrans_hf.metrics.scores import StepScores
-from bitrans_hf.report.page import step_table
+from bitrans_hf.report.tables import step_table
 from bitrans_hf.stages.affinity import AffinityCrops, label_backgrounds, random_window
 from bitrans_hf.stages.affinity import main as train_affinity_main
 from bitrans_hf.stages.checkpoints import Checkpoints

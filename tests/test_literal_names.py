@@ -19,7 +19,9 @@ from tiny_run import write_run
 
 from bitrans_hf.publishing.cards import RunRecord, render_card
 from bitrans_hf.publishing.markdown import literal
-from bitrans_hf.report.page import Table, confusion_picture, drawable, figure_grid
+from bitrans_hf.report.charts import confusion_picture
+from bitrans_hf.report.drawing import drawable, figure_grid
+from bitrans_hf.report.tables import Table
 from bitrans_hf.stages.evaluate import columns_of, text_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ from typing import Any
 
 from bitrans_hf.files import atomic_write
 from bitrans_hf.metrics.scores import RowScores
-from bitrans_hf.report.page import VARIANT_TITLES
+from bitrans_hf.report.drawing import VARIANT_TITLES
 from bitrans_hf.stages.ablate import CHOSEN, deviation, mean_text, plus_minus
 from bitrans_hf.stages.records import write_json
 from bitrans_hf.stages.run import StageError

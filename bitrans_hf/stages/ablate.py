@@ -28,7 +28,9 @@ from ..hub.seeds import SEED_VARIANTS
 from ..metrics.scores import RowScores, RunScores, SeedsRecord
 from ..progress import say_result
 from ..recipes import FOLDER, recipe_file
-from ..report.page import VARIANT_TITLES, GalleryRow, Table, recipe_table, write_report
+from ..report.drawing import VARIANT_TITLES, GalleryRow
+from ..report.page import write_report
+from ..report.tables import Table, recipe_table
 from ..store import SeedStore
 from .build import load_images
 from .grid import Cell, RunGrid, stage_folder

@@ -39,7 +39,10 @@ from ..hub.seeds import Seeds, seed_strips
 from ..metrics import MeanIoU, SweepResult, ThresholdSweep
 from ..metrics.scores import LabelScores, MaskScores, percent
 from ..refine.pseudo_labels import seeds_to_label_map
-from ..report.page import GalleryRow, Table, confusion_picture, write_report
+from ..report.charts import confusion_picture
+from ..report.drawing import GalleryRow
+from ..report.page import write_report
+from ..report.tables import Table
 from ..store import SeedStore
 from .parse import parse_recipe_with
 from .recipe import Recipe, RunOptions

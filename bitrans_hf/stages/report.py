@@ -15,16 +15,10 @@ from ..data.segmentation import resized_label_map
 from ..hub.image_processing_bitrans import bounded_image
 from ..metrics.scores import SeedScores, SeedsRecord, StepScores, StepsRecord
 from ..refine.pseudo_labels import seeds_to_label_map
-from ..report.page import (
-    Chart,
-    GalleryRow,
-    Table,
-    charts_from_log,
-    recipe_table,
-    score_table,
-    step_table,
-    write_report,
-)
+from ..report.charts import Chart, charts_from_log
+from ..report.drawing import GalleryRow
+from ..report.page import write_report
+from ..report.tables import Table, recipe_table, score_table, step_table
 from ..store import SeedStore
 from .label_maps import LabelMap, cell_labels, stored_label_maps
 from .parse import parse_recipe
