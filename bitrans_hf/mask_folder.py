@@ -23,9 +23,7 @@ from .data.image_files import list_images
 from .file_names import label_path
 from .files import OUTPUT_MARK, atomic_write, mark_output, refuse_overwriting, refuse_same_folder
 from .hub.errors import InputError
-from .hub.labels import THRESHOLD
 from .hub.pipeline_bitrans import LocalisedPicture, PipelineItem, PseudoMaskPipeline
-from .hub.refiners import Refiner
 from .progress import progress, say_progress, say_result, working
 from .refine.pseudo_labels import write_label_png
 
@@ -177,20 +175,14 @@ class LabelMapPipeline(PseudoMaskPipeline):
         localised: Iterator[LocalisedPicture] = iter(super()._forward({"images": usable}, **options)["images"])
         return {"images": [entry if isinstance(entry, RefusedPicture) else next(localised) for entry in entries]}
 
-    def postprocess(  # type: ignore[override]
-        self,
-        outputs: Mapping[str, Any],
-        threshold: float = THRESHOLD,
-        label_threshold: float = 0.5,
-        refiner: str | Refiner | None = None,
-    ) -> np.ndarray | RefusedPicture:
+    def postprocess(self, outputs: Mapping[str, Any], **options: Any) -> np.ndarray | RefusedPicture:  # type: ignore[override]
         """Lay one image's masks, which do not overlap, into one label map."""
         entry = outputs["images"]
         entry = entry[0] if isinstance(entry, list) else entry
         if isinstance(entry, RefusedPicture):
             return entry
         label_map = np.zeros(entry.picture.size, dtype=np.uint8)
-        for answer in super().postprocess({"images": [entry]}, threshold, label_threshold, refiner):
+        for answer in super().postprocess({"images": [entry]}, **options):
             label_map[np.asarray(answer["mask"]) > 0] = self.class_names.index(answer["label"]) + 1
         return label_map
 
