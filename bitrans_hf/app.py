@@ -1,7 +1,7 @@
-"""A page to try a model on: drop an image, choose its labels, see maps and mask, ask a patch what it is alike to.
+"""A page to try a model: drop an image, choose its labels, see its maps and mask, click a patch to see its affinity.
 
 `bitrans app --model FOLDER_OR_REPO` runs it here, `write_space` makes the folder of a Space. The network sees a
-image once for each scale; moving a slider only combines what it said again.
+image once for each scale; moving a slider only recombines its outputs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .refine.pseudo_labels import write_label_png
 from .report.drawing import VARIANT_TITLES, heat_overlay, label_overlay
 
 SCALES = (1.0, 0.75, 1.25, 1.5)
-"""The sizes that the slider adds, one after the other."""
+"""Scales that the slider adds, in order."""
 
 MAX_SIDE = 512
 """Longest side in pixels that the network sees at scale 1. All layers' attention is looked at, at scale 1.5 some

@@ -18,12 +18,12 @@ REFINERS = ("crf", "none", "par")
 
 EXAMPLES = """\
 examples:
-  bitrans check photos                    what is in the folder, and what is wrong with it
-  bitrans train photos                    train on its labels; masks of its images and a page to judge them by
+  bitrans check photos                    what is in the folder, and any problems
+  bitrans train photos                    train on its labels; writes masks and a page to review them
   bitrans masks --model runs/photos/train/model --images photos --labels labels.csv --out masks
                                           one PNG for each image: 0 background, 1 the first class, ...
   bitrans masks --model org/bitrans-voc --images photos --out masks
-                                          without a table the model decides what each image shows
+                                          without a table, the model predicts the classes
   bitrans app --model runs/photos/train/model
                                           try the model on single images, in the browser
 
@@ -32,8 +32,8 @@ the Hub.
 """
 
 TRAIN_HELP = """\
-Train on the image-level labels of a folder, make seeds and pseudo labels of its images, and write a page to judge them
-by: runs/NAME/report/index.html. Nothing needs to be drawn; masks in the folder only serve to score. To resume an
+Train on the image-level labels of a folder, make seeds and pseudo labels for its images, and write a page to review
+them: runs/NAME/report/index.html. No masks are needed; masks in the folder are only used for scores. To resume an
 interrupted run, rerun the same command.
 
 Every key of the recipe may follow as --section.key value; `python -m bitrans_hf.stages run_all --help` explains them.
@@ -47,7 +47,7 @@ examples:
 """
 
 MASKS_HELP = """\
-Write a label map for every image of a folder.
+Write a label map for every image in a folder.
 
 --labels names a table with a column file_name and a column labels ("dog;person"), or one 0/1 column for each class:
 
@@ -56,8 +56,8 @@ Write a label map for every image of a folder.
   b.jpg,cat
 
 Each mask is a palette PNG of its image's name and size, whose pixels are label ids: 0 is background, 1 the model's
-first class, and so on; masks.json beside them lists the names. A run that was stopped goes on when the same command
-is given again. Images that cannot be read are named at the end and do not stop the run.
+first class, and so on; masks.json beside them lists the names. To resume an interrupted run,
+rerun the same command. Images that cannot be read are listed at the end and do not stop the run.
 """
 
 MASKS_EXAMPLES = """\
@@ -70,7 +70,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; Ctrl-C, or an error that a person can mend, ends it with one sentence, not a traceback."""
+    """Run the command; Ctrl-C, or an error that a person can fix, ends it with one sentence, not a traceback."""
 
     def run() -> None:
         parser = build_parser()
@@ -111,13 +111,13 @@ def add_train(commands: Commands) -> None:
     """Add the command `train`."""
     train = commands.add_parser(
         "train",
-        help="train on a folder of images and labels, and make masks of its images",
+        help="train on a folder of images and labels, and make masks for its images",
         description=TRAIN_HELP,
         epilog=TRAIN_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     train.add_argument("folder", help="folder with the images and the table of labels")
-    train.add_argument("--name", help="results go to runs/NAME (the name of the folder)")
+    train.add_argument("--name", help="results go to runs/NAME (default: the folder's name)")
     train.add_argument(
         "--config", default="folder", metavar="RECIPE", help="shipped recipe or YAML file (%(default)s)"
     )
@@ -128,7 +128,7 @@ def add_masks(commands: Commands) -> None:
     """Add the command `masks`."""
     masks = commands.add_parser(
         "masks",
-        help="write a mask for every image of a folder",
+        help="write a mask for every image in a folder",
         description=MASKS_HELP,
         epilog=MASKS_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -138,7 +138,9 @@ def add_masks(commands: Commands) -> None:
     masks.add_argument(
         "--labels", type=Path, metavar="TABLE", help="CSV, JSONL or Parquet; without it the model predicts the classes"
     )
-    masks.add_argument("--separator", metavar="TEXT", help="what separates class names in the table (found out)")
+    masks.add_argument(
+        "--separator", metavar="TEXT", help="separator between class names in the table (detected by default)"
+    )
     masks.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the masks go")
     masks.add_argument("--threshold", type=float, default=THRESHOLD, help="background score, 0 to 1 (%(default)s)")
     masks.add_argument(
@@ -147,8 +149,8 @@ def add_masks(commands: Commands) -> None:
     masks.add_argument(
         "--scales", type=float, nargs="+", default=[1.0], metavar="S", help="sizes to average over (1.0)"
     )
-    masks.add_argument("--no-flip", action="store_true", help="do not average over the flipped image: twice as fast")
-    masks.add_argument("--no-refine", action="store_true", help="do not spread the maps along the affinity of patches")
+    masks.add_argument("--no-flip", action="store_true", help="do not average with the flipped image (twice as fast)")
+    masks.add_argument("--no-refine", action="store_true", help="skip affinity refinement")
     masks.add_argument(
         "--refiner",
         choices=REFINERS,
@@ -158,12 +160,12 @@ def add_masks(commands: Commands) -> None:
         "--max-side", type=int, metavar="PX", help="work on larger images reduced to this side (the model's, 640)"
     )
     masks.add_argument(
-        "--stored-pixels", action="store_true", help="masks for the pixels as stored, not turned upright by EXIF"
+        "--stored-pixels", action="store_true", help="ignore EXIF orientation: masks match the stored pixels"
     )
-    masks.add_argument("--batch-size", type=int, default=8, metavar="N", help="images read at a time (%(default)s)")
-    masks.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images (%(default)s)")
+    masks.add_argument("--batch-size", type=int, default=8, metavar="N", help="images per batch (%(default)s)")
+    masks.add_argument("--workers", type=int, default=0, metavar="N", help="image-loading processes (%(default)s)")
     masks.add_argument("--device", help='"cpu", "cuda:0", ... (a GPU if there is one)')
-    masks.add_argument("--overwrite", action="store_true", help="make masks again that are already there")
+    masks.add_argument("--overwrite", action="store_true", help="rewrite masks that exist")
     masks.add_argument("--strict", action="store_true", help="stop at the first image that cannot be read")
     masks.add_argument("--quiet", action="store_true", help="no progress bar")
     masks.set_defaults(run=run_masks)
@@ -173,15 +175,17 @@ def add_check(commands: Commands) -> None:
     """Add the command `check`."""
     check = commands.add_parser(
         "check",
-        help="say what is in a folder of images and labels, and what is wrong with it",
-        description="Look over a folder before training: its images, labels and masks. Ends with status 1 if "
-        "something is wrong.",
+        help="report what is in a folder of images and labels, and any problems",
+        description="Check the images, labels and masks of a folder before training. Exits with status 1 if there "
+        "are problems.",
         epilog="examples:\n  bitrans check photos\n  bitrans check photos --labels tags.csv\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument("folder", type=Path, help="folder with the images and the table of labels")
     check.add_argument("--labels", type=Path, metavar="TABLE", help="the table, if its name is not labels or metadata")
-    check.add_argument("--separator", metavar="TEXT", help="what separates class names in the table (found out)")
+    check.add_argument(
+        "--separator", metavar="TEXT", help="separator between class names in the table (detected by default)"
+    )
     check.add_argument(
         "--allow-empty", action="store_true", help="an empty cell of labels means that the image shows no class"
     )
@@ -201,18 +205,18 @@ def add_app(commands: Commands) -> None:
     app = commands.add_parser(
         "app",
         help="try a model on single images, in the browser",
-        description="Open a page in the browser: drop an image, choose its labels, see maps and mask at once.",
+        description="Open a page in the browser: drop an image, choose its labels, and see its maps and mask.",
         epilog="examples:\n  bitrans app --model runs/photos/train/model\n"
         "  bitrans app --model org/bitrans-voc --port 8000 --host 0.0.0.0      reachable from other machines\n"
         "  bitrans app --model org/bitrans-voc --space space                   a folder to upload as a Space\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     app.add_argument("--model", required=True, help="folder of a trained model, or repository on the Hub")
-    app.add_argument("--host", default="127.0.0.1", help="address to listen at (%(default)s: this machine alone)")
-    app.add_argument("--port", type=int, help="(the first free one from 7860)")
+    app.add_argument("--host", default="127.0.0.1", help="address to listen on (%(default)s: this machine only)")
+    app.add_argument("--port", type=int, help="port to listen on (the first free one from 7860)")
     app.add_argument("--device", help='"cpu", "cuda:0", ... (a GPU if there is one)')
     app.add_argument(
-        "--space", type=Path, metavar="FOLDER", help="write the folder of a Space that serves the model, and end"
+        "--space", type=Path, metavar="FOLDER", help="write the folder of a Space that serves the model, then exit"
     )
     app.add_argument("--no-browser", action="store_true", help="do not open the browser")
     app.set_defaults(run=run_app)

@@ -1,4 +1,4 @@
-"""How a command ends: with its result, with one sentence on what a person can mend, or when it is stopped.
+"""How a command ends: with its result, with one sentence on what a person can fix, or when it is stopped.
 
 Ctrl-C (SIGINT) and SIGTERM end a command with one sentence on stderr, what is kept and how to go on, and with status
 130 or 143. No process prints a traceback: worker processes never see Ctrl-C, they end when this one does.
@@ -90,7 +90,7 @@ def run_script(module: str) -> NoReturn:
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a command; a stop, or an error that a person can mend, ends it with one sentence and not with a traceback.
+    """Run a command; a stop, or an error that a person can fix, ends it with one sentence and not with a traceback.
 
     Raises:
         SystemExit: with the sentence, or with 130 (Ctrl-C) or 143 (SIGTERM) after it was printed.

@@ -101,6 +101,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         raise DiskFullError(
-            f"no room left to write {path} ({error.strerror}); make room and run the same command again: files that "
+            f"no room left to write {path} ({error.strerror}); make room and rerun the same command: files that "
             "are there are whole and are not made twice."
         ) from error

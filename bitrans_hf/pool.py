@@ -205,7 +205,7 @@ def _succeeded(future: "Future[Outcome[Result]]") -> bool:
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Fork workers from a server that imports this package once, where there is one; else each imports it anew.
+    """Fork workers from a server that imports this package once, where there is one; otherwise each imports it.
 
     A worker also imports the caller's script. What is slow there, and has been imported here, the server imports too.
     """

@@ -8,6 +8,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError, StrictDa
 from tiny_models import tiny_config
 
 from bitrans_hf import BiTransConfig
+from bitrans_hf.hub.views import VIEWS
 
 DEFAULTS = {
     "image_size": 224,
@@ -75,7 +76,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"mlp_ratio": 0}, "mlp_ratio and layer_norm_eps must be above 0"),
     ({"layer_norm_eps": 0.0}, "mlp_ratio and layer_norm_eps must be above 0"),
     ({"initializer_range": -1.0}, "initializer_range at least 0"),
-    ({"view": "flip"}, "view must be one of hflip, vflip, rot90, rot180, none, got 'flip'"),
+    ({"view": "flip"}, f"view must be one of {', '.join(VIEWS)}, got 'flip'"),
     ({"scc_weight": -1.0}, "scc_weight must be a finite number of at least 0, got -1.0"),
     ({"pac_weight": float("nan")}, "pac_weight must be a finite number of at least 0, got nan"),
     ({"pac_weight": float("inf")}, "pac_weight must be a finite number of at least 0, got inf"),

@@ -1,4 +1,4 @@
-"""An error that a person can mend ends a command with one sentence; a bug of ours keeps its traceback."""
+"""An error that a person can fix ends a command with one sentence; a bug of ours keeps its traceback."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def test_a_bug_keeps_its_traceback_in_commands_and_stages(
 @pytest.mark.parametrize(
     ("number", "remedy"),
     [
-        (errno.ENOSPC, "make room on the disk and run the same command again."),
-        (errno.EDQUOT, "make room in your quota and run the same command again."),
+        (errno.ENOSPC, "make room on the disk and rerun the same command."),
+        (errno.EDQUOT, "make room in your quota and rerun the same command."),
         (errno.EROFS, "give a place on a disk that can be written to."),
         (errno.EACCES, "change its permissions or give another place."),
         (errno.ENAMETOOLONG, "shorten the name."),

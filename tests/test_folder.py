@@ -966,7 +966,7 @@ def test_masks_beside_their_images_are_no_images(tmp_path: Path) -> None:
     report = check_folder(tmp_path, decode=False)
     assert report.ok
     assert report.images_per_class == {"cat": 1, "dog": 2}
-    assert "2 images are called as masks of others and are left out: cat/a (1)_mask.png" in report.notes[0]
+    assert "2 images are named like masks of other images and are left out: cat/a (1)_mask.png" in report.notes[0]
 
 
 def test_a_link_to_no_file_is_missing_and_an_image_beside_class_folders_is_unlisted(tmp_path: Path) -> None:
@@ -975,7 +975,7 @@ def test_a_link_to_no_file_is_missing_and_an_image_beside_class_folders_is_unlis
     (tmp_path / "dog/gone.png").symlink_to(tmp_path / "nowhere.png")
     problems = {problem.kind: problem.message for problem in check_folder(tmp_path, decode=False).problems}
     assert problems == {
-        "missing": "dog/gone.png is a link to a file that is not there; mend the link or take it out.",
+        "missing": "dog/gone.png is a link to a file that is not there; fix the link or take it out.",
         "unlisted": "loose.png lies in no class folder and is left out; move it into one or take it out.",
     }
 

@@ -277,7 +277,9 @@ def test_a_folder_of_masks_without_an_image_is_a_problem(make_folder: Callable[.
     for name in ("a", "b"):
         (root / f"masks/{name}.png").rename(root / f"masks/{name}.npy")
     (problem,) = check_folder(root).problems
-    assert problem.message == (f"{root}/masks holds 2 .npy and no image; save masks as PNG, with label ids as pixels.")
+    assert problem.message == (
+        f"{root}/masks holds 2 .npy and no image; save masks as PNG, with label ids as pixel values."
+    )
 
 
 def test_a_mask_in_the_alpha_channel_alone_is_read_from_there(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_run_goes_to_the_hub_and_comes_back_without_the_package(
     died = publish(tmp_path / "runs", hub.env, *command)
     assert died.returncode != 0
     assert f"error: the connection to {hub.url} broke or could not be made" in died.stderr
-    assert "run the same command again afterwards" in died.stderr
+    assert "rerun the same command afterwards" in died.stderr
     assert "--publish.repo me/bitrans-animals" in died.stderr
     assert "Traceback" not in died.stderr
     assert list(hub.repository("model", "me/bitrans-animals").files()) == [".gitattributes"]

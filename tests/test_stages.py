@@ -215,7 +215,7 @@ def test_a_killed_run_resumes_to_the_same_weights(num_processes: int, tmp_path: 
     resumed = launch(command("killed"))
     said = resumed.communicate(timeout=240)[0]
     assert resumed.returncode == 0, said
-    assert "going on after step" in said
+    assert "resuming after step" in said
     expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert max(float((expected[name] - actual[name]).abs().max()) for name in expected) == 0.0
     logs = [
@@ -246,7 +246,7 @@ def test_ctrl_c_ends_a_training_with_its_workers_and_the_same_command_goes_on(tm
     again = launch(command)
     said_again = again.communicate(timeout=240)[0]
     assert again.returncode == 0, said_again
-    assert f"train: going on after step {step} (" in said_again
+    assert f"train: resuming after step {step} (" in said_again
     train_main(arguments(tmp_path / "whole", *more[:2]))
     expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "stopped")
     assert max(float((expected[name] - actual[name]).abs().max()) for name in expected) == 0.0

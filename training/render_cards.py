@@ -1,4 +1,4 @@
-"""Render the cards in model_cards/ again, from the numbers that are kept beside them; runs that are named come anew.
+"""Re-render the cards in model_cards/ from the numbers stored next to them; the numbers of named runs are read again.
 
 python training/render_cards.py                                  (all cards, from model_cards/<run>/run.json)
 python training/render_cards.py runs/shapes runs/voc_deit_small  (these runs' numbers are copied first)

@@ -1,4 +1,4 @@
-"""Write the tables of docs/results.md again, from the numbers that are kept beside it; grids that are named come anew.
+"""Re-render the tables of docs/results.md from the numbers stored next to it; named grids are read again.
 
 python training/render_results.py                                       (all tables, from docs/results/*.json)
 python training/render_results.py runs/paper_tables_shapes              (this grid's numbers are copied first)
@@ -70,7 +70,7 @@ def kept(metrics: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rendered(page: str, numbers: Path) -> str:
-    """Return the page with every table made anew.
+    """Return the page with every table re-rendered.
 
     Raises:
         StageError: it names a grid or a table that there are no numbers of.

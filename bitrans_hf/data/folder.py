@@ -292,10 +292,7 @@ def _rows_and_images(query: FolderQuery, mask_folder: Path | None) -> tuple[Fold
     other_masks = _other_mask_folders(root)
     excluded = (mask_folder or root / "masks", _folder_called(root, "masks"), *other_masks)
     if other_masks and mask_folder is None and query.masks is None:
-        notes.append(
-            f"masks are looked for in {root / 'masks'}, which is not there; if {other_masks[0]} holds masks, call it "
-            "masks."
-        )
+        notes.append(f"there is no folder {root / 'masks'}; if {other_masks[0]} holds the masks, rename it to masks.")
     if tables:
         where = ", ".join(str(path) for path in tables)
         rows = _rows_of_tables(tables, problems)
@@ -307,8 +304,8 @@ def _rows_and_images(query: FolderQuery, mask_folder: Path | None) -> tuple[Fold
         if beside := _masks_beside_images(listing.names):
             listing.names = [name for name in listing.names if name not in beside]
             notes.append(
-                f"{len(beside):,} images are called as masks of others and are left out: "
-                f"{shown_names(sorted(beside), 3)}; to score with them, put them into a folder masks."
+                f"{len(beside):,} images are named like masks of other images and are left out: "
+                f"{shown_names(sorted(beside), 3)}; to score with them, move them to a folder called masks."
             )
         rows = _rows_of_class_folders(listing, query.split, notes)
     notes += listing.left_out()
@@ -660,7 +657,7 @@ def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) 
         content.mask_notes.append(f"masks in {mask_folder} are matched to images by name, where {match.rule}")
     if not any(content.masks) and not content.unmatched_masks and (others := other_files(mask_folder)):
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in sorted(others.items()))
-        message = f"{mask_folder} holds {kinds} and no image; save masks as PNG, with label ids as pixels."
+        message = f"{mask_folder} holds {kinds} and no image; save masks as PNG, with label ids as pixel values."
         content.problems.append(Problem("mask names", str(mask_folder), message))
     elif content.unmatched_masks and not any(content.masks):
         content.problems.append(Problem("mask names", str(mask_folder), _unmatched_message(content, mask_folder)))

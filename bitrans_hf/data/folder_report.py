@@ -161,7 +161,7 @@ def _broken_links(found: FolderContent, there: Sequence[int]) -> Iterator[Proble
     for name in sorted({found.rows[position].file_name for position in set(found.kept).difference(there)}):
         if (found.folder / name).is_symlink():
             yield Problem(
-                "missing", name, f"{name} is a link to a file that is not there; mend the link or take it out."
+                "missing", name, f"{name} is a link to a file that is not there; fix the link or take it out."
             )
 
 

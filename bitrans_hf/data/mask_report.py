@@ -84,7 +84,7 @@ def look_at_mask(found: FolderContent, position: int, image: ImageFacts, caller:
     shown = {found.classes[label - 1] for label in ids if label not in (BACKGROUND, IGNORE_INDEX)}
     problems = []
     if unnamed := sorted(shown - set(found.names[position])):
-        message = f"mask {path} shows {', '.join(unnamed)}, which the labels of {name} do not name; mend one of them."
+        message = f"mask {path} shows {', '.join(unnamed)}, which the labels of {name} do not name; fix one of them."
         problems.append(Problem("mask labels", name, message))
     doubtful = orientation > 1 and (orientation not in _TURNED_TO_THE_SIDE or size[0] == size[1])
     colors = _palette_colors(palette, ids) if found.mask_values is None else {}

@@ -164,7 +164,7 @@ def prepare_voc(
 
     Writes `SegmentationClassAug/<id>.png` for the images of train_aug and val (VOC's own file where there is one, else
     SBD's mask) and, when all are there, `ImageSets/Segmentation/train_aug.txt`. Files appear by atomic rename; those
-    that are there stay, so that a run that was killed goes on, and a ready folder is only checked.
+    that exist are kept, so an interrupted run can be resumed, and a complete folder is only checked.
 
     Args:
         root: The devkit folder or one above it.
@@ -175,7 +175,7 @@ def prepare_voc(
 
     Raises:
         DataError: a count is wrong (unless `partial`), or files are missing or damaged. All that can be written is
-            written before: mend the files that are named and start again.
+            written before: fix the named files and rerun.
     """
     root = _devkit_folder(Path(root))
     report = VocReport(root)
@@ -241,7 +241,7 @@ def _checked_train_aug(root: Path, sbd: str | Path | None, report: VocReport, pa
             listed = set(read_id_list(path))
             raise DataError(
                 f"list {path} is not (VOC train + SBD train + SBD val) - VOC val: it has {len(listed - {*image_ids})} "
-                f"other images and lacks {len({*image_ids} - listed)}; delete it to have it written anew."
+                f"other images and lacks {len({*image_ids} - listed)}; delete it to have it rewritten."
             )
     _image_paths(root, image_ids, "train_aug")
     report.counts["train_aug"], report.expected["train_aug"] = len(image_ids), VOC_COUNTS["train_aug"]
@@ -319,7 +319,7 @@ def write_reduced_voc(
     Images (bicubic, JPEG of quality 95) and masks (nearest pixel, PNG with its palette) become round(w * s) x
     round(h * s) pixels, s = max_side / max(w, h); smaller ones are copied. So are `ImageSets` and `Annotations`, whose
     boxes stay those of the large images. Scores on the copy are not those on VOC. Files appear by atomic rename and
-    those that are there stay, so that a run that was killed goes on.
+    existing ones are kept, so an interrupted run can be resumed.
 
     Args:
         root: The devkit folder or one above it.

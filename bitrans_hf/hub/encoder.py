@@ -112,7 +112,7 @@ class RecomputedAttention(torch.autograd.Function):
 
 
 class BiTransAttention(nn.Module):
-    """Multi-head self-attention that also returns its map, averaged over heads, unless nobody wants it."""
+    """Multi-head self-attention that optionally returns its head-averaged map."""
 
     def __init__(self, config: BiTransConfig):
         super().__init__()

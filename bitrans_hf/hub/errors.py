@@ -1,4 +1,4 @@
-"""The one error for what a person can mend, and which other errors are of that sort; all else keeps its traceback."""
+"""The one error for what a person can fix, and which other errors are of that sort; all else keeps its traceback."""
 
 import errno
 from collections.abc import Iterator
@@ -29,10 +29,10 @@ _DISK_REMEDIES = {
     errno.EPERM: "change its permissions or give another place",
     errno.EROFS: "give a place on a disk that can be written to",
     errno.ENAMETOOLONG: "shorten the name",
-    errno.ELOOP: "its links lead in a circle: mend them",
-    errno.ENOSPC: "make room on the disk and run the same command again",
-    errno.EDQUOT: "make room in your quota and run the same command again",
-    errno.EFBIG: "raise the limit on the size of files and run the same command again",
+    errno.ELOOP: "its links lead in a circle: fix them",
+    errno.ENOSPC: "make room on the disk and rerun the same command",
+    errno.EDQUOT: "make room in your quota and rerun the same command",
+    errno.EFBIG: "raise the limit on the size of files and rerun the same command",
     errno.EMFILE: "raise the limit on open files (ulimit -n) or use fewer workers",
     errno.EADDRINUSE: "give another --port",
 }
@@ -58,7 +58,7 @@ def sentence_of(error: BaseException) -> str | None:
 
 @contextmanager
 def ends_with_a_sentence() -> Iterator[None]:
-    """End the process with status 1 and one sentence at an error that a person can mend; let all others through."""
+    """End the process with status 1 and one sentence at an error that a person can fix; let all others through."""
     try:
         yield
     except Exception as error:  # looked at, and raised again unless it is of that sort

@@ -65,7 +65,7 @@ def open_picture(source: Any, *, upright: bool = True, timeout: float | None = N
             bytes of a file, or `{"bytes", "path"}` as `datasets` holds undecoded images.
         upright: Turn the image as its EXIF orientation says, which is how viewers show it. False keeps the pixels as
             they are stored, on which masks of VOC, COCO and of training folders are drawn.
-        timeout: Seconds to wait for a URL; None waits for ever.
+        timeout: Seconds to wait for a URL; None waits indefinitely.
 
     Raises:
         ValueError: the image is missing, damaged, no image, or larger than PIL agrees to open (179 million pixels);

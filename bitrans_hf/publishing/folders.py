@@ -286,7 +286,7 @@ def upload(
         if sentence is None:
             raise
         raise PublishError(
-            f"{sentence}. Nothing half-done is visible in {repo_id}; run the same command again afterwards."
+            f"{sentence}. Nothing half-done is visible in {repo_id}; rerun the same command afterwards."
         ) from error
     prefix = "" if kind == "model" else f"{kind}s/"
     return Upload(f"{api.endpoint}/{prefix}{repo_id}", tags[version], version)

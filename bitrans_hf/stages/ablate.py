@@ -4,8 +4,8 @@ python training/ablate.py --config ablations/paper_tables_shapes
 
 Every cell of the table is an ordinary run, `<output_dir>/<name>/<variant>/seed<number>/`, trained by `train.py` and
 scored by `make_seeds.py`. Rows that differ only in how seeds are made share one training: the later row's `train` is a
-link to the first one's. Finished runs are kept and a killed one goes on where it was when the same command is given
-again. The page, `<output_dir>/<name>/report/index.html`, and `metrics.json` are written anew each time.
+link to the first one's. To resume an interrupted ablation, rerun the same command: finished runs are kept. The page,
+`<output_dir>/<name>/report/index.html`, and `metrics.json` are rewritten each time.
 """
 
 import json
@@ -228,7 +228,7 @@ def ablate(ablation: Ablation) -> Path:
     if failed:
         reasons = "; ".join(f"{run}: {reason}" for run, reason in failed.items())
         raise StageError(
-            f"{len(failed)} of {len(recipes)} runs failed ({reasons}); mend it and run the command again."
+            f"{len(failed)} of {len(recipes)} runs failed ({reasons}); fix the cause and rerun the command."
         )
     runs = {str(cell): read_run(ablation.folder / str(cell)) for cell in recipes}
     chosen = {variant: recipes[Cell(variant, ablation.seeds[0])].seeds.variant for variant in ablation.variants}

@@ -62,8 +62,8 @@ class Checkpoints:
         state = read_json(newest / "progress.json")
         if state["num_processes"] != self.accelerator.num_processes:
             raise StageError(
-                f"{newest} was made by {state['num_processes']} process(es), this run has "
-                f"{self.accelerator.num_processes}; start as many, or delete the folder to start again."
+                f"{newest} was made by {state['num_processes']} process(es), but this run has "
+                f"{self.accelerator.num_processes}; use the same number, or delete the folder to start over."
             )
         self.accelerator.load_state(str(newest))
         return state

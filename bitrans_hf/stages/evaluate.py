@@ -5,7 +5,7 @@ accelerate launch training/evaluate_masks.py --predictions runs/voc_deit_small/p
 accelerate launch training/evaluate_masks.py --predictions my_masks --targets their_masks --classes cat,dog
 
 Predictions are one `<image_id>.png` for each image, whose pixels are label ids, or the `.npz` files of a seeds folder.
-Masks that are called otherwise are read where all names differ in one way (`a_mask.png`), and this is said.
+Masks with other names are read if all names differ in the same way (`a_mask.png`); the match is reported.
 """
 
 import csv
@@ -478,8 +478,8 @@ def refuse_linked_ground_truth(truth: GroundTruth, predictions: Predictions, kno
         true_path = mask_path(truth.rows[position]["mask"])
         if true_path is not None and true_path.is_file() and path.samefile(true_path):
             raise StageError(
-                f"{path} is the ground truth's own file {true_path}: a score against itself says nothing. Give the "
-                "folder that the network wrote."
+                f"{path} is the ground truth's own file {true_path}: scoring it against itself is meaningless. Give "
+                "the folder that the network wrote."
             )
 
 

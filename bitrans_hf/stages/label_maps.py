@@ -166,8 +166,8 @@ def cell_labels(low: LabelMap, high: LabelMap, stride: int) -> LabelMap:
     """Reduce two label maps (S, S) to labels on a grid of cells of `stride` pixels, by PSA's rule.
 
     A cell has the label that most of its pixels have in each map: it is background if it is in the "high" map, else it
-    is what the "low" map says, and unsure (255) where that is background. Pixels beyond the image (255) have no say,
-    and a cell of nothing else is unsure. PSA averages the scores of a cell before it takes the strongest; here label
+    is what the "low" map says, and unsure (255) where that is background. Ignored pixels (255) are not counted; a cell
+    with only ignored pixels becomes 255. PSA averages the scores of a cell before it takes the strongest; here label
     maps are stored in place of scores, and pixels vote.
 
     Returns:
@@ -252,7 +252,7 @@ def result_of(outcome: Outcome[Result]) -> Result:
     """
     if outcome.error is not None:
         raise StageError(
-            f"image {outcome.image_id}: {outcome.error} What is finished is kept; the same command goes on from there."
+            f"image {outcome.image_id}: {outcome.error} Finished images are kept; rerun the same command to continue."
         )
     return cast("Result", outcome.result)
 

@@ -226,7 +226,7 @@ class TrainingLoop:
         if not self.accelerator.is_main_process:
             self.at.losses = Means()  # those of all processes go on in the first one
         if self.at.step:
-            self.stage.run.say(f"{self.stage.name}: going on after step {self.at.step} (epoch {self.at.epoch})")
+            self.stage.run.say(f"{self.stage.name}: resuming after step {self.at.step} (epoch {self.at.epoch})")
         self.stage.forget_log_after(self.at.step)
 
     def run(self, validate: Callable[[], dict[str, float]] | None = None) -> "Trained":

@@ -3,8 +3,7 @@
 accelerate launch training/predict_masks.py --config voc_deit_small
 
 Every image gets three palette PNGs: of one scale, of all scales, and of all scales after the refiner, so that one run
-gives the score of each step. Images that are done are not done again. Scores of a few images are all that is held in
-memory, however many images and classes there are.
+gives the score of each step. Finished images are skipped. Only the scores of a few images are held in memory.
 """
 
 import gzip
@@ -327,7 +326,7 @@ def pack_for_voc_server(image_ids: Sequence[str], folder: Path, settings: Predic
     if missing:
         raise StageError(
             f"{len(missing)} of {len(files)} images have no prediction, the first is {missing[0]}; the VOC server "
-            "wants all. Mend or replace these images and give the same command again."
+            "needs all of them. Fix or replace these images and rerun the command."
         )
     archive = folder / "comp6_test_cls.tar.gz"
     with (

@@ -2,7 +2,7 @@
 
 python training/prepare_coco.py --coco COCO --split val2014 --masks COCO/masks/val2014
 
-Needed: annotations_trainval2014.zip (or 2017), unpacked; no images. Killed, it goes on where it was.
+Needed: annotations_trainval2014.zip (or 2017), unpacked; no images. An interrupted run can be resumed.
 """
 
 import argparse

@@ -3,7 +3,7 @@
 python training/prepare_voc.py --voc VOCdevkit/VOC2012 --sbd benchmark_RELEASE
 
 Needed: VOCtrainval_11-May-2012.tar, VOC2012test.tar for the test split, and SBD's benchmark.tgz, all unpacked. It
-writes `SegmentationClassAug/*.png` and `ImageSets/Segmentation/train_aug.txt`. Killed, it goes on where it was.
+writes `SegmentationClassAug/*.png` and `ImageSets/Segmentation/train_aug.txt`. An interrupted run can be resumed.
 
 python training/prepare_voc.py --voc VOCdevkit/VOC2012 --reduced VOC2012_256 --max_side 256
 

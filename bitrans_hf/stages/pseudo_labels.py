@@ -4,7 +4,7 @@ accelerate launch training/make_pseudo_labels.py --config voc_deit_small
 
 Every image of the recipe's splits that has seeds gets a label map: the background score is put beside the seeds, all
 scores walk along the affinities of the trained network, a refiner follows if the recipe names one, and the strongest
-score wins. Images that are done are not done again, so that a run that was killed goes on, to the same files. Where
+score wins. Finished images are skipped, so an interrupted run can be resumed and writes the same files. Where
 masks are known, the label maps after each step are scored.
 """
 

@@ -4,7 +4,7 @@ python training/publish.py --config shapes                            (folders o
 python training/publish.py --config shapes --dry-run                  (what would go up)
 python training/publish.py --config shapes --publish.repo me/bitrans-shapes
 
-The token comes from HF_TOKEN or `hf auth login`; it is never printed. The same command may be given again at any time.
+The token comes from HF_TOKEN or `hf auth login`; it is never printed. The command can be rerun at any time.
 """
 
 import dataclasses

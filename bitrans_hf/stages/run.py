@@ -295,7 +295,7 @@ class Stage:
             if different:
                 raise StageError(
                     f"{self.folder} was made with another recipe (it differs in {', '.join(different)}); "
-                    "choose another --name, go back to that recipe, or delete the folder to start again."
+                    "use a new --name, go back to that recipe, or delete the folder to start over."
                 )
         elif self.is_main:
             write_json(path, self.recipe)

@@ -2,7 +2,7 @@
 
 accelerate launch training/make_seeds.py --config voc_deit_small
 
-Images whose seeds are already there are not done again, so that a run that was killed goes on. All four variants
+Images whose seeds exist are skipped, so an interrupted run can be resumed. All four variants
 (SC-CAM, Coarse-CAM, their product, the refined product) come from the same forward passes and are kept; a plain CNN
 has the second alone.
 """

@@ -3,7 +3,7 @@
 accelerate launch training/train_segmentation.py --config voc_deit_small
 
 Label maps are looked through before the first step: all are there, fit their images, hold known ids, and are not the
-ground truth by mistake. A run that was killed goes on from its newest checkpoint. Ground truth scores the network
+ground truth by mistake. An interrupted run resumes from its newest checkpoint. Ground truth scores the network
 on another split; it is trained on where the recipe says `segmentation.labels: ground_truth`, and then only.
 """
 

@@ -2,7 +2,7 @@
 
 accelerate launch training/train.py --config voc_deit_small [--train.epochs 3 ...]
 
-A run that was killed goes on from its newest checkpoint when the same command is given again, and ends with the same
+To resume an interrupted run, rerun the same command: it continues from its newest checkpoint and ends with the same
 weights. Pixel labels are never loaded here.
 """
 
@@ -182,8 +182,8 @@ def validate(
     table = gather_object(rows)
     if not table:
         raise StageError(
-            f"none of the {len(images)} images of data.val_split can be read, so the model cannot be scored; mend the "
-            "files and run the same command again, or set data.val_split to null under another name."
+            f"none of the {len(images)} images of data.val_split can be read, so the model cannot be scored; fix the "
+            "files and rerun the command, or set data.val_split to null under a new name."
         )
     scores = {name: np.stack([row[name] for row in table]) for name in table[0]}
     truth = scores.pop("labels")
