@@ -1037,7 +1037,7 @@ def test_folders_of_masks_are_no_classes_and_a_name_in_capitals_is_read(tmp_path
         save_picture(tmp_path / name)
     report = check_folder(tmp_path, decode=False)
     assert report.images_per_class == {"cat": 1, "dog": 1}
-    assert report.notes[0].endswith(f"if {tmp_path / 'Ground Truth'} holds masks, call it masks.")
+    assert report.notes[0].endswith(f"if {tmp_path / 'Ground Truth'} holds the masks, rename it to masks.")
     (tmp_path / "Ground Truth").rename(tmp_path / "MASKS")
     (tmp_path / "MASKS/train").mkdir()
     (tmp_path / "MASKS/cat").rename(tmp_path / "MASKS/train/cat")

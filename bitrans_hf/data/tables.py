@@ -403,10 +403,11 @@ def _read_cells(
                     names = _names_of_values(values, row, known, by_fold, problems)
         found.names.append(names)
         found.stated.append(not is_missing(cell) and cell != {} and cell != "{}")
-    split = _texts_of_known if by_fold else _texts_of_unknown
-    for (position, _, _), names in zip(
-        texts, split(found, texts, by_fold, separator, source, problems, caller), strict=True
-    ):
+    if by_fold:
+        read = _texts_of_known(texts, by_fold, separator, source, problems, caller)
+    else:
+        read = _texts_of_unknown(texts, separator, source, found, caller)
+    for (position, _, _), names in zip(texts, read, strict=True):
         found.names[position] = names
 
 
@@ -443,7 +444,6 @@ _Texts: TypeAlias = Sequence[tuple[int, Row, str]]
 
 
 def _texts_of_known(
-    found: RowLabels,
     texts: _Texts,
     known: Mapping[str, str],
     separator: str | None,
@@ -492,15 +492,9 @@ def _spelled(names: Sequence[str], known: Mapping[str, str]) -> list[str]:
 
 
 def _texts_of_unknown(
-    found: RowLabels,
-    texts: _Texts,
-    known: Mapping[str, str],
-    separator: str | None,
-    source: str,
-    problems: list[Problem],
-    caller: Caller,
+    texts: _Texts, separator: str | None, source: str, found: RowLabels, caller: Caller
 ) -> list[list[str]]:
-    """Return the names in texts of which only the separator tells where one ends."""
+    """Return the names in texts of which only the separator tells where one ends; `found` gets notes."""
     used: dict[str, Row] = {}
     if separator is None:
         for _, row, text in texts:
