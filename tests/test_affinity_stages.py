@@ -440,7 +440,7 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(
         save(self, file, **options)
 
     monkeypatch.setattr(Image.Image, "save", save_until_full)
-    with pytest.raises(DiskFullError, match=r"no room left to write .*\.png .*make room and run the same command"):
+    with pytest.raises(DiskFullError, match=r"no room left to write .*\.png .*make room and rerun the same command"):
         run(arguments(network_trained, *STAGES))
     times = {path: path.stat().st_mtime_ns for path in written}
     assert len(times) == 5

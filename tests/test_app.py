@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -30,7 +31,17 @@ from bitrans_hf.hub.views import VIEWS, invert_affinity
 
 gradio = pytest.importorskip("gradio", reason="the app's extra is not installed")
 
-from bitrans_hf.app import MAX_SIDE, SCALES, PictureMaps, write_space  # noqa: E402
+from bitrans_hf.app import (  # noqa: E402
+    MAX_SIDE,
+    SCALES,
+    Page,
+    PictureMaps,
+    clickable_size,
+    lay_out_affinity,
+    lay_out_question,
+    lay_out_result,
+    write_space,
+)
 
 PATIENCE_MS = 60_000  # a page that answers at once on a quiet machine may take long on one that runs other tests
 CLASSES = ["cat", "dog", "horse"]
@@ -128,6 +139,82 @@ def test_a_picture_that_is_too_small_is_refused(tmp_path: Path, size: tuple[int,
     Image.new("RGB", size[::-1]).save(tmp_path / "small.png")
     with pytest.raises(ValueError, match=words):
         PictureMaps(pipe_of(), tmp_path / "small.png")
+
+
+# ---- What the controls do.
+
+
+@pytest.fixture
+def page() -> Iterator[Page]:
+    async def laid_out() -> Page:  # within a loop, or gradio opens loops of its own and leaves them open
+        pipe = pipe_of()
+        with gradio.Blocks():
+            return Page(pipe, gradio.State(None), lay_out_question(pipe), lay_out_result(), lay_out_affinity())
+
+    made = asyncio.run(laid_out())
+    yield made
+    made.masks_folder.cleanup()
+
+
+@pytest.mark.filterwarnings("ignore:The value passed into gr.Dropdown:UserWarning")  # a change is no menu of its own
+def test_a_new_image_is_guessed_and_its_middle_patch_is_asked(page: Page, photo: Path):
+    changes = page.read_picture(str(photo))
+    assert changes[page.current] == str(photo)
+    shares = dict(zip(CLASSES, PictureMaps(pipe_of(), photo).probabilities.tolist(), strict=True))
+    guessed = [name for name in CLASSES if shares[name] > 0.5] or [max(shares, key=shares.__getitem__)]
+    assert changes[page.question.labels].value == guessed
+    assert changes[page.result.shown_class].value == guessed[0]
+    row, column = changes[page.affinity.row], changes[page.affinity.column]
+    assert (row.value, row.maximum, column.value, column.maximum) == (3, 5, 4, 7)
+
+
+@pytest.mark.filterwarnings("ignore:The value passed into gr.Dropdown:UserWarning")  # a change is no menu of its own
+def test_an_image_that_cannot_be_used_clears_the_page_and_says_why(page: Page, tmp_path: Path):
+    Image.new("RGB", (9, 900)).save(tmp_path / "narrow.png")
+    changes = page.read_picture(str(tmp_path / "narrow.png"))
+    assert changes[page.current] is changes[page.result.plain] is changes[page.affinity.image] is None
+    assert "900 x 9" in changes[page.question.status]
+    assert str(tmp_path) not in changes[page.question.status]
+
+
+def test_labels_that_are_chosen_keep_the_shown_class_if_they_can(page: Page, photo: Path):
+    shown = page.result.shown_class
+    assert page.choose_labels(str(photo), ["horse", "cat"], "horse")[shown].value == "horse"
+    assert page.choose_labels(str(photo), ["dog", "cat"], "horse")[shown].value == "cat"
+    assert page.choose_labels(str(photo), [], "horse")[shown].value is None
+
+
+def test_the_downloaded_mask_is_cut_at_the_threshold_of_the_page(page: Page, photo: Path):
+    class Visit:
+        session_hash = "visitor"
+
+    mask, maps = page.result.mask, PictureMaps(pipe_of(), photo)
+    seeds = maps.seeds([0, 1], 2, 2)["refined"]
+    for cut in (0.3, 0.7):
+        assert page.write_mask(str(photo), ["cat", "dog"], 2, 2, cut, Visit()).interactive
+        wanted = maps.label_map([0, 1], seeds, cut, maps.size)
+        (file,) = Path(page.masks_folder.name).rglob("*.png")
+        np.testing.assert_array_equal(np.asarray(Image.open(file)), wanted)
+        drawn = page.draw_mask(str(photo), ["cat", "dog"], 2, 2, cut)
+        panels = page.draw_panels(str(photo), ["cat", "dog"], "dog", 2, 2, cut)
+        np.testing.assert_array_equal(np.asarray(drawn[mask]), np.asarray(panels[mask]))
+    assert page.draw_mask(str(photo), [], 1, 1, 0.4)[mask] is None
+    page.forget_visitor(Visit())
+    assert not file.exists()
+
+
+def test_a_click_moves_the_query_to_the_patch_under_the_pointer(page: Page, photo: Path):
+    class Click:
+        index = (0, 0)
+
+    height, width = clickable_size(page.maps_of(str(photo)))
+    for Click.index, patch in (
+        ((0, 0), (1, 1)),
+        ((width - 1, height - 1), (5, 7)),
+        ((width // 2, height // 2), (3, 4)),
+    ):
+        changes = page.click_patch(str(photo), Click())
+        assert (changes[page.affinity.row], changes[page.affinity.column]) == patch
 
 
 # ---- A Space.

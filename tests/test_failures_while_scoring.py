@@ -34,7 +34,7 @@ def test_a_failed_refinement_stops_the_prediction_with_the_image_and_the_reason(
     settings = PredictionRecipe(refiner="crf")
     options = RunOptions(workers=1, quiet=True, cpu=True)
     run = Run(Recipe(), options, Accelerator(cpu=True))
-    with pytest.raises(StageError, match=rf"image {broken}: .*NaN.* the same command goes on"):
+    with pytest.raises(StageError, match=rf"image {broken}: .*NaN.* rerun the same command"):
         predict_masks.predict_split(run, None, None, images, tmp_path, settings)
     assert [path.stem for path in (tmp_path / "crf").iterdir()] == [images["image_id"][0]]
 

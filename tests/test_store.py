@@ -242,7 +242,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_no_half_file(cramped_folder: Pat
         lambda: SeedStore(cramped_folder).write("large", IDS, {"fused": torch.rand(2, 300, 300)}, (600, 600)),
     ]
     for write in writers:
-        with pytest.raises(DiskFullError, match=r"no room left to write .*large\.(png|npz) \(.*make room and run"):
+        with pytest.raises(DiskFullError, match=r"no room left to write .*large\.(png|npz) \(.*make room and rerun"):
             write()
     assert sorted(path.name for path in cramped_folder.iterdir()) == ["small.npz", "small.png"]
     write_label_png(cramped_folder / "small.png", small.T)  # what fits can still be written
