@@ -184,6 +184,16 @@ def test_seeds_go_on_after_a_kill_and_other_images_are_left_alone(tmp_path: Path
 # ---- Killed and resumed.
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="only without a GPU have processes the CPU to share")
+def test_processes_share_the_work_without_being_told_that_there_is_no_gpu(tmp_path: Path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    trained = launch([*launcher, str(TRAINING / "train.py"), *arguments(tmp_path, "--cpu", "false")])
+    said, _ = trained.communicate()
+    assert trained.returncode == 0, said
+    assert said.count("train: loss") == 1  # one main process
+    assert metrics(tmp_path, "train")["steps"] == 12  # 2 epochs of 48 images, 2 processes of 4
+
+
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_killed_run_resumes_to_the_same_weights(num_processes: int, tmp_path: Path):
     launcher = [] if num_processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

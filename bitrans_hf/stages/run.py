@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
+import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState, is_initialized
@@ -90,15 +91,16 @@ class Run:
             datasets.disable_progress_bars()
             disable_progress_bars()
         precision: str = settings.precision
+        # Told so where there is nothing else: Accelerate would not join the processes that torchrun starts there.
+        on_cpu = options.cpu or parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
         if precision == "auto":
-            on_cpu = options.cpu or parse_flag_from_env("ACCELERATE_USE_CPU")  # as Accelerator does
             precision = auto_precision(network or folder, PartialState(cpu=on_cpu, timeout=LONGEST_WAIT))
         if is_initialized() and AcceleratorState().mixed_precision != precision:
             # Stages follow each other in one process, and Accelerate has no public way to change the precision of one;
             # the process group, which is kept apart, stays.
             AcceleratorState._reset_state()
         accelerator = Accelerator(
-            cpu=options.cpu,
+            cpu=on_cpu,
             mixed_precision=precision,
             gradient_accumulation_steps=settings.gradient_accumulation,
             log_with=(options.trackers or None) if trains else None,
