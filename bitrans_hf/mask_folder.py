@@ -23,7 +23,7 @@ from .data.image_files import list_images
 from .file_names import label_path
 from .files import OUTPUT_MARK, atomic_write, mark_output, refuse_overwriting, refuse_same_folder
 from .hub.errors import InputError
-from .hub.pipeline_bitrans import LocalisedPicture, PipelineItem, PseudoMaskPipeline
+from .hub.pipeline_bitrans import LocalizedImage, PipelineItem, PseudoMaskPipeline
 from .progress import progress, say_progress, say_result, working
 from .refine.pseudo_labels import write_label_png
 
@@ -115,7 +115,7 @@ def write_masks(
     if_stopped(lambda: f"before all {len(todo):,} masks were made; masks that are written are kept")
     refused: list[str] = []
     for picture, answer in answered:
-        if not isinstance(answer, RefusedPicture):
+        if not isinstance(answer, RefusedImage):
             write_label_png(mask_path(options.out, picture), answer, picture.image_id)
         elif options.strict:
             raise InputError(answer.reason)
@@ -147,14 +147,14 @@ class PictureList(Dataset[PipelineItem]):
 
 
 @dataclass(frozen=True)
-class RefusedPicture:
+class RefusedImage:
     """An image that cannot be used, and why, in one sentence that names it."""
 
     reason: str
 
 
 class LabelMapPipeline(PseudoMaskPipeline):
-    """The pipeline with one label map (H, W) uint8 for each image, and a `RefusedPicture` instead of an error."""
+    """The pipeline with one label map (H, W) uint8 for each image, and a `RefusedImage` instead of an error."""
 
     @property
     def class_names(self) -> list[str]:
@@ -167,19 +167,19 @@ class LabelMapPipeline(PseudoMaskPipeline):
         try:
             return cast("dict[str, list[Any]]", super().preprocess(item, **options))
         except InputError as error:
-            return {"images": [RefusedPicture(str(error))]}
+            return {"images": [RefusedImage(str(error))]}
 
     def _forward(self, inputs: Mapping[str, Any], **options: Any) -> dict[str, list[Any]]:  # type: ignore[override]
         entries = [entry[0] if isinstance(entry, list) else entry for entry in inputs["images"]]
-        usable = [entry for entry in entries if not isinstance(entry, RefusedPicture)]
-        localised: Iterator[LocalisedPicture] = iter(super()._forward({"images": usable}, **options)["images"])
-        return {"images": [entry if isinstance(entry, RefusedPicture) else next(localised) for entry in entries]}
+        usable = [entry for entry in entries if not isinstance(entry, RefusedImage)]
+        localized: Iterator[LocalizedImage] = iter(super()._forward({"images": usable}, **options)["images"])
+        return {"images": [entry if isinstance(entry, RefusedImage) else next(localized) for entry in entries]}
 
-    def postprocess(self, outputs: Mapping[str, Any], **options: Any) -> np.ndarray | RefusedPicture:  # type: ignore[override]
+    def postprocess(self, outputs: Mapping[str, Any], **options: Any) -> np.ndarray | RefusedImage:  # type: ignore[override]
         """Lay one image's masks, which do not overlap, into one label map."""
         entry = outputs["images"]
         entry = entry[0] if isinstance(entry, list) else entry
-        if isinstance(entry, RefusedPicture):
+        if isinstance(entry, RefusedImage):
             return entry
         label_map = np.zeros(entry.picture.size, dtype=np.uint8)
         for answer in super().postprocess({"images": [entry]}, **options):

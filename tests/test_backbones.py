@@ -144,7 +144,7 @@ def test_layers_that_no_map_needs_are_left_out():
     assert not any("seg_head" in name for name, _ in backbone.named_parameters())
 
 
-def test_overlapping_patches_are_centred_on_their_cells():
+def test_overlapping_patches_are_centered_on_their_cells():
     # One layer whose branches are cut off: its token is the patch's embedding plus the position.
     backbone = bitrans_backbone((0,), output_stride=4)
     layer = backbone.encoder.layers[0]

@@ -45,7 +45,7 @@ def outline(shape: DrawnShape) -> np.ndarray:
     x, y = radii * np.cos(angles), radii * np.sin(angles)
     area = 0.5 * abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1)))
     size = shape.diameter / 2 * math.sqrt(math.pi / area)
-    row, column = shape.centre
+    row, column = shape.center
     angles = angles + shape.rotation
     return np.stack([column + size * radii * np.cos(angles), row + size * radii * np.sin(angles)], axis=1)
 
@@ -124,8 +124,8 @@ def test_objects_stand_out_from_what_is_around_them(scenes: list[Scene]):
             continue
         inside = scene.mask > 0
         row, column = np.mgrid[:64, :64]
-        centre = scene.objects[0].centre
-        near = np.hypot(row - centre[0], column - centre[1]) < scene.objects[0].radius + 3
+        center = scene.objects[0].center
+        near = np.hypot(row - center[0], column - center[1]) < scene.objects[0].radius + 3
         colors = scene.image.astype(float)
         contrasts.append(np.linalg.norm(colors[inside].mean(axis=0) - colors[near & ~inside].mean(axis=0)))
     assert min(contrasts) > 50
@@ -145,7 +145,7 @@ def linear_accuracy(features: np.ndarray, classes: np.ndarray) -> float:
 
 def object_texture(scene: Scene, visible: np.ndarray, shape: DrawnShape) -> np.ndarray:
     """Color mean, spread and roughness of a window that every shape holds, and a histogram of the object's pixels."""
-    row, column = (round(value) for value in shape.centre)
+    row, column = (round(value) for value in shape.center)
     window = scene.image[row - 2 : row + 3, column - 2 : column + 3].astype(float)
     roughness = [np.abs(np.diff(window, axis=axis)).mean(axis=(0, 1)) for axis in (0, 1)]
     bins = (scene.image[visible] // 64).astype(int) @ np.array([16, 4, 1])

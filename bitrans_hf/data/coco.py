@@ -1,7 +1,7 @@
 """COCO 2014 and 2017: image labels from `instances_*.json`, and masks painted from its instances by a stated rule.
 
-Files of label tools are read too, which take liberties with the format. Boxes suffice for labels. Where the mask of an
-image is not known it is None: such images are trained on and not scored.
+Files written by label tools are read too, although they take liberties with the format. Boxes are enough for labels.
+An image whose mask is unknown has the mask None: it is used for training and left out of scores.
 """
 
 from __future__ import annotations
@@ -53,29 +53,29 @@ def load_coco(
 ) -> Dataset:
     """Load a split of COCO, or of a data set in its layout.
 
-    A class counts as shown by an image if any of its instances does, crowd regions included: 82,081 of the 82,783
-    images of train2014 and 40,137 of the 40,504 of val2014 have a label. Class ids are 0 to 79 in the order of the
-    category ids, whose gaps vanish. Categories without annotations stay, so that all splits have the same classes;
-    background, and the root category that Roboflow puts above all others, are none. Images are not decoded here.
+    An image shows a class if any of its instances belongs to it, crowd regions included: 82,081 of the 82,783 images
+    of train2014 and 40,137 of the 40,504 of val2014 have a label. Class ids are 0 to 79 in the order of the category
+    ids, without their gaps. Categories without annotations are kept, so that all splits have the same classes;
+    background and the root category that Roboflow puts above all others are not classes. Images are not decoded here.
 
     Args:
         root: The folder with `annotations/instances_<split>.json` and the images in `<split>`, `images/<split>` or
             `images`; or with `<split>/_annotations.coco.json` beside the images.
-        split: train2014, val2014, train2017 or val2017; without the year where there is one year only.
-        classes: Part of the category names, in the order that their ids shall have; labels of other classes are
-            dropped and become background in the masks. Default: all.
-        masks: True: masks are painted when `open_mask` is given the `mask` of a row, which names the instances; each
-            process then reads the whole JSON file at its first mask. A folder: the PNGs that `write_coco_masks` wrote
-            there once, which is the better way for a whole split. False: the column is None throughout.
-        overlap: Part of the `CocoMaskRule`; default "later", or that of the folder.
-        crowd: Part of the `CocoMaskRule`; default "background", or that of the folder.
-        drop_empty: Leave out images that show none of `classes`.
+        split: train2014, val2014, train2017 or val2017; the year may be left out if the folder has only one.
+        classes: A subset of the category names in the order of their new ids; labels of other classes are dropped, and
+            their pixels become background. Default: all.
+        masks: True: masks are painted when `open_mask` gets the `mask` of a row, which names the instances; each
+            process reads the whole JSON file at its first mask. A folder: PNGs that `write_coco_masks` wrote, which is
+            faster for a whole split. False: the column is all None.
+        overlap: See `CocoMaskRule`; default "later", or the folder's rule.
+        crowd: See `CocoMaskRule`; default "background", or the folder's rule.
+        drop_empty: Leave out images without any of `classes`.
 
     Returns:
         A dataset in the order of the file: `image_id` (`COCO_train2014_000000000009`, in 2017 `000000000009`), `image`
         (undecoded), `labels` (ascending class ids), `mask`. `mask_rule` gives back the rule of the masks. A mask is
-        None where an object has no outline or one that cannot be read, or where the size in the JSON is not the
-        image's; how many and why is logged.
+        None if an object has no readable outline or if the size in the JSON differs from the image's; the log says how
+        many and why.
 
     Raises:
         DataError: a file is missing or damaged, or does not fit; the message names it.
@@ -146,17 +146,16 @@ def write_coco_masks(
 ) -> CocoMaskRule:
     """Paint the masks of a split once, as `<folder>/<image_id>.png` with the VOC palette.
 
-    Files appear by atomic rename and those that are there stay, so that a run that was killed goes on. `rule.json`
-    says how they were painted, and which images have no mask because it cannot be known; another rule needs another
-    folder.
+    Files appear by atomic rename and existing ones are kept, so a run that was killed can be resumed. `rule.json`
+    records how they were painted and which images have no mask because it is unknown; use one folder per rule.
 
     Args:
-        root: As for `load_coco`; without images, their sizes must be in the JSON.
+        root: As for `load_coco`; if the images are absent, the JSON must give their sizes.
         split: As for `load_coco`.
         folder: Made if need be.
         overlap: Part of the `CocoMaskRule`.
         crowd: Part of the `CocoMaskRule`.
-        progress: Wraps the list of images.
+        progress: Wraps the list of images, for example in a progress bar.
 
     Raises:
         DataError: as `load_coco`, or the folder holds masks of another rule or file.
@@ -224,7 +223,7 @@ _ROBOFLOW = "_annotations.coco.json"
 
 
 def _annotation_file(root: Path, split: str) -> tuple[str, Path]:
-    """Return `split` with its year, and its JSON file; a name that is no split of the folder is refused."""
+    """Return `split` with its year, and its JSON file; refuse a name that is not a split of the folder."""
     folder = root / "annotations"
     files = {path.parent.name: path for path in sorted(root.glob(f"*/{_ROBOFLOW}"))}
     files |= {path.stem.removeprefix("instances_"): path for path in sorted(folder.glob("instances_*.json"))}
@@ -259,8 +258,8 @@ def _image_folder(root: Path, split: str, *, required: bool = True) -> Path | No
 def _with_files(instances: Instances, folder: Path | None) -> list[CocoImage]:
     """Return the images with the names of their files as they are in `folder`.
 
-    Tools write names with folders of another machine, backslashes, percent signs, or in another case: such a name is
-    read as that of the one file in the folder that fits its end.
+    Tools write names with folders of another machine, backslashes, percent-encoding or other letter case; such a name
+    means the one file in the folder that matches its end.
 
     Raises:
         DataError: files are missing, or images share one.
@@ -292,7 +291,7 @@ def _with_files(instances: Instances, folder: Path | None) -> list[CocoImage]:
 
 
 def _is_plain(file_name: str) -> bool:
-    """Return whether a name is one inside a folder as it stands."""
+    """Return whether a name, as written, is a path inside a folder."""
     if "/" not in file_name and "\\" not in file_name and ":" not in file_name:
         return file_name not in ("", ".", "..")
     parts = file_name.split("/")
@@ -300,7 +299,7 @@ def _is_plain(file_name: str) -> bool:
 
 
 class _FileIndex:
-    """The files in a folder, by what is the same for names that mean one file."""
+    """The files in a folder, indexed by a form that all spellings of one name share."""
 
     def __init__(self, folder: Path) -> None:
         self.by_path: dict[str, list[str]] = defaultdict(list)
@@ -312,7 +311,7 @@ class _FileIndex:
                 self.by_name[folded_name(name)].append(path)
 
     def find(self, file_name: str) -> str | None:
-        """Return the path in the folder that a name means; None where none or several fit."""
+        """Return the path in the folder that a name means; None if no file or several match."""
         for text in dict.fromkeys((file_name, unquote(file_name), unquote(file_name).partition("?")[0])):
             parts = [part for part in text.replace("\\", "/").split("/") if part not in ("", ".", "..")]
             for start in range(len(parts)):
@@ -326,7 +325,7 @@ class _FileIndex:
 
 
 def _check_unique(path: Path, images: Sequence[CocoImage]) -> None:
-    """Refuse two images whose masks would have one name."""
+    """Refuse two images whose masks would have the same name."""
     seen: dict[str, CocoImage] = {}
     for image in images:
         if (first := seen.setdefault(image.image_id, image)) is not image:
@@ -340,7 +339,7 @@ def _check_unique(path: Path, images: Sequence[CocoImage]) -> None:
 def _written_masks(
     folder: Path, path: Path, image_ids: Sequence[str], overlap: str | None, crowd: str | None
 ) -> tuple[CocoMaskRule, list[Path | None]]:
-    """Return the rule of a folder of masks and the mask of each image, after checking that they are as asked for."""
+    """Return the rule of a folder of masks and each image's mask, after checking both against the request."""
     if not (folder / _RULE_FILE).is_file():
         raise DataError(f"{folder} has no rule.json, expected masks that write_coco_masks wrote; write them first.")
     record = _read_rule(folder / _RULE_FILE)
@@ -378,7 +377,7 @@ def _read_rule(path: Path) -> Mapping[str, Any]:
 
 
 class _Reason(NamedTuple):
-    """Why the mask of an image is not known: a kind that is counted, and of the first image the whole story."""
+    """Why the mask of an image is unknown: a kind to count by, and the details for the first image of that kind."""
 
     kind: str
     story: str
@@ -389,9 +388,9 @@ _MOST_LOOKED_AT = 1000
 
 
 def _canvases(images: Sequence[CocoImage], folder: Path | None) -> list[Canvas | _Reason]:
-    """Return what to paint each image's instances on, or why it is not known.
+    """Return the canvas for each image's instances, or why it is unknown.
 
-    The size is that of the JSON, or of the file where the JSON has none. Of a large data set, some files are compared.
+    The size is the JSON's, or the file's if the JSON has none. In a large data set only some files are compared.
     """
     told: list[Canvas | None] = [
         None if image.height is None or image.width is None else Canvas(image.height, image.width) for image in images
@@ -407,7 +406,7 @@ def _canvases(images: Sequence[CocoImage], folder: Path | None) -> list[Canvas |
 
 
 def _compared(image: CocoImage, told: Canvas | None, folder: Path | None) -> Canvas | _Reason:
-    """Return what to paint on after comparing the size that the JSON tells with the one of the file."""
+    """Return the canvas after comparing the size in the JSON with the file's."""
     where = f"image {image.number} ({image.file_name})"
     if folder is None:
         no_size = _Reason("whose size is in no file", f"{where} has no height and width above 0 in the JSON")
@@ -436,7 +435,7 @@ _EXIF_ORIENTATION = 0x0112
 def _unknown_masks(
     instances: Instances, images: Sequence[CocoImage], canvases: Sequence[Canvas | _Reason], rule: CocoMaskRule
 ) -> dict[Key, _Reason]:
-    """Return by image number why a mask is not known: for its size, or for its first instance without an outline."""
+    """Return why each mask is unknown, by image number: its size, or its first instance without an outline."""
     reasons: dict[Key, _Reason] = {}
     for image, canvas in zip(images, canvases, strict=True):
         if isinstance(canvas, _Reason):
@@ -464,7 +463,7 @@ def _unknown_masks(
 
 
 def _say_unknown(path: Path, reasons: Mapping[Key, _Reason], total: int) -> None:
-    """Log how many masks are not known, why, and the first image of each kind."""
+    """Log how many masks are unknown, why, and the first image of each kind."""
     if not reasons:
         return
     kinds: dict[str, list[str]] = defaultdict(list)

@@ -28,9 +28,9 @@ _IMAGE_KEYS = ("id", "file_name", "height", "width")
 
 
 def _without_good_polygons(found: re.Match[bytes]) -> bytes:
-    """Put a short text in the place of polygons of three corners or more; all else stays, to be looked at closely.
+    """Replace polygons of three corners or more by a short text; keep everything else for a closer look.
 
-    Nearly all of a file are these, and reading their numbers would take most of the time.
+    They make up nearly all of a file, and parsing their numbers would take most of the time.
     """
     commas = [part.count(b",") for part in found[1].split(b"]")]
     good = commas[0] >= 5 and commas[0] % 2 and all(more >= 6 and more % 2 == 0 for more in commas[1:])
@@ -52,7 +52,7 @@ class CocoImage(NamedTuple):
 
 
 class Canvas(NamedTuple):
-    """What an image's instances are painted on: the size they are drawn for, and the EXIF turn of the file, if any."""
+    """What an image's instances are painted on: the size they were drawn for, and the file's EXIF rotation, if any."""
 
     height: int
     width: int
@@ -60,7 +60,7 @@ class Canvas(NamedTuple):
 
 
 class Annotation(NamedTuple):
-    """One object: its name in messages, its class (None where its category is none), and its outline as written."""
+    """One object: its name in messages, its class (None if its category is no class), its outline as written."""
 
     name: str
     class_id: int | None
@@ -70,9 +70,9 @@ class Annotation(NamedTuple):
 
 @dataclass
 class Instances:
-    """What a JSON file says: class names by class id, images in order, class ids and annotations by image number.
+    """The content of a JSON file: class names by class id, images in order, class ids and annotations by image number.
 
-    `notes` are what was read in another way than it stands, `annotations` those that have to be looked at: all that
+    `notes` say what was read differently from how it is written. `annotations` are those that need a look: all that
     are painted, or those whose outlines are not plain polygons.
     """
 
@@ -86,7 +86,7 @@ class Instances:
 
 @collector_paused()
 def read_instances(path: Path, outlines: Literal["unread", "checked", "kept"]) -> Instances:
-    """Read `instances_*.json`: pycocotools' own reader does no checks, and prints.
+    """Read `instances_*.json`. pycocotools' own reader checks nothing, and prints.
 
     Args:
         path: The file.
@@ -99,7 +99,7 @@ def read_instances(path: Path, outlines: Literal["unread", "checked", "kept"]) -
     """
 
     def take(part: Mapping[str, Any]) -> Any:
-        """Turn parts of the file into what is kept of them while it is parsed."""
+        """Reduce each part of the file to what is kept, while the file is parsed."""
         if "category_id" in part and "image_id" in part:  # first: there are seven of these for each image
             odd = None
             if outlines != "unread":
@@ -140,7 +140,7 @@ def read_instances(path: Path, outlines: Literal["unread", "checked", "kept"]) -
 
 
 def _key(value: Any, where: str) -> Key:
-    """Return an id in the one form in which ids are compared: tools mix 12, 12.0 and "12"."""
+    """Return an id in a form that compares equal for 12, 12.0 and "12", which tools mix."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, str) and value.strip():

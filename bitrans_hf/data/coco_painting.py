@@ -18,26 +18,26 @@ from .common import DataError
 from .outlines import OutlineError, read_outline
 
 COCO_REFERENCE = "coco:"
-"""How a mask cell begins that names COCO instances to be painted in place of a file."""
+"""Prefix of a mask cell that names COCO instances to paint instead of a file."""
 
 OVERLAPS: Mapping[str, str] = {
     "later": "later objects over earlier ones, in the order of the file",
     "smaller": "smaller objects over larger ones",
     "ignore": f"pixels of objects of different classes are {IGNORE_INDEX}",
 }
-"""Who may get the pixels that several objects cover, in words."""
+"""The choices for pixels that several objects cover, in words."""
 
 CROWDS: Mapping[str, str] = {
     "background": "crowd regions are background",
     "ignore": f"crowd regions are {IGNORE_INDEX} where no object covers them",
     "object": "crowd regions have their class where no object covers them",
 }
-"""What may become of regions marked `iscrowd`, in words."""
+"""The choices for regions marked `iscrowd`, in words."""
 
 
 @dataclass(frozen=True)
 class CocoMaskRule:
-    """How instances become a label map; there is no official rule, and scores differ by it. `str()` says it.
+    """How instances become a label map. There is no official rule, and scores depend on it. `str()` states it.
 
     Attributes:
         overlap: Who gets a pixel that several objects cover: the "later" one in the file, the "smaller" one (of fewer
@@ -67,11 +67,11 @@ UNTURNED: Mapping[int, Callable[[NDArray[np.uint8]], NDArray[np.uint8]]] = {
     7: lambda upright: np.rot90(upright, 2).T,
     8: lambda upright: np.rot90(upright, -1),
 }
-"""EXIF orientation -> from the upright view to the stored pixels, where these lie on their side."""
+"""EXIF orientation -> from the upright view to the stored pixels, where height and width are exchanged."""
 
 
 def is_crowd(annotation: Annotation) -> bool:
-    """Read `iscrowd`, which tools write as number, text, true or null.
+    """Read `iscrowd`, which tools write as a number, text, true or null.
 
     Raises:
         OutlineError: it is something else.
@@ -87,7 +87,7 @@ def is_crowd(annotation: Annotation) -> bool:
 def paint(
     instances: Instances, image: CocoImage, canvas: Canvas, rule: CocoMaskRule, keep: Sequence[int] | None = None
 ) -> NDArray[np.uint8]:
-    """Paint the label map (H, W) of one image as its file stores it.
+    """Paint the label map (H, W) of one image, aligned with the stored pixels.
 
     Args:
         instances: With outlines.
@@ -140,14 +140,14 @@ def paint(
 
 
 _IGNORED = -1
-"""Ignored pixels until classes are chosen: of more than 254 classes, 255 is one."""
+"""Label of ignored pixels until classes are chosen: with more than 254 classes, 255 is a class."""
 
 
 # ---- Masks on demand: a cell names the instances, `open_mask` has them painted.
 
 
 def references(path: Path, rule: CocoMaskRule, keep: Sequence[int] | None) -> Callable[[Key, Canvas], str]:
-    """Return what makes the cell of an image."""
+    """Return a function from an image's number to its mask cell."""
     start = f"{COCO_REFERENCE}{quote(str(path))}?image="
     chosen = {} if keep is None else {"keep": ",".join(map(str, keep))}
     end = f"&{urlencode({**asdict(rule), **chosen}, safe=',')}"

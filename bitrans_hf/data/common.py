@@ -1,4 +1,4 @@
-"""What every loader shares: images and masks opened safely, masks in another class order, names and paths."""
+"""What every loader shares: safe opening of images, class lists, names and paths."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ..hub.image_decoding import DECODING_ERRORS, TOO_LARGE, decoding_notes, ope
 from .mask_values import MaskValueError
 
 ImageCell: TypeAlias = Mapping[str, Any] | PILImage.Image | str | Path
-"""An image as a row may hold it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
+"""An image as a row holds it: `{"path", "bytes"}`, a decoded PIL image, or a path."""
 
 
 class ImageRow(TypedDict):
@@ -43,16 +43,16 @@ _SAVE_AGAIN = "save it again as UTF-8, in a spreadsheet as 'CSV UTF-8'."
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 
 _INVISIBLE = str.maketrans("", "", "\u00ad\u200b\u200e\u200f\u2060\ufeff")
-"""Soft hyphen, zero-width blanks, marks of direction and the byte order mark: no one sees them in a name."""
+"""Soft hyphen, zero-width spaces, direction marks and the byte order mark: invisible in a name."""
 
 _JOINERS = str.maketrans("", "", "\u200c\u200d")
-"""They shape letters in some scripts, so that names keep them."""
+"""They shape letters in some scripts, so names keep them."""
 
 _Opened = TypeVar("_Opened")
 
 
 class DataError(InputError):
-    """A data set that cannot be used as it is: what was found, what was expected, what to do.
+    """A data set that cannot be used as it is; the message says what was found, what was expected and what to do.
 
     Attributes:
         kind: Of masks, what is wrong in a word: "unreadable", "colors", "size" or "ids"; "" otherwise.
@@ -70,17 +70,17 @@ class MaskError(DataError):
 
 
 class UnreadableImageError(DataError):
-    """An image or mask whose file is missing, damaged or no image; the message names the file."""
+    """An image or mask whose file is missing, damaged or not an image; the message names the file."""
 
     kind = "unreadable"
 
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """Keep Python's collector of cycles out of a loop that makes many objects; also a decorator.
+    """Pause Python's cyclic garbage collector in a loop that makes many objects; also works as a decorator.
 
-    It would look through all of them, and through all imported libraries, every some thousand new ones: half of the
-    time that COCO's 122,218 rows take.
+    It would scan all of them, and all imported libraries, after every few thousand new objects, which takes half of
+    the time for COCO's 122,218 rows.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -110,12 +110,12 @@ def open_image(cell: ImageCell) -> PILImage.Image:
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What one look at an image file tells.
+    """What opening an image file once tells.
 
     Attributes:
         size: (height, width) as it is stored.
-        orientation: How its EXIF tag turns it upright: 1 not at all, 2 to 4 within its size, 5 to 8 to the side.
-        notes: What was guessed or left out when it was decoded, and whether it shows nothing; see `decoding_notes`.
+        orientation: EXIF orientation: 1 upright, 2 to 4 flipped or upside down, 5 to 8 height and width exchanged.
+        notes: What was guessed or left out in decoding, and whether the image is blank; see `decoding_notes`.
     """
 
     size: tuple[int, int]
@@ -124,7 +124,7 @@ class ImageFacts:
 
 
 def look_at_image(cell: ImageCell, *, decode: bool) -> ImageFacts:
-    """Open an image once and return what there is to know of it.
+    """Open an image once and return its facts.
 
     Args:
         cell: As for `open_image`.
@@ -168,7 +168,7 @@ def image_size(cell: ImageCell) -> tuple[int, int]:
 def read_image_file(
     cell: ImageCell, kind: str, read: Callable[[PILImage.Image], _Opened], *, decode: bool = True
 ) -> _Opened:
-    """Return what `read` makes of the image in `cell`; every way of failing becomes one named error."""
+    """Return `read` of the image in `cell`; every failure becomes one error that names the file."""
     name = cell_name(cell)
     try:
         if isinstance(cell, PILImage.Image):
@@ -196,7 +196,7 @@ def read_image_file(
 
 
 def cell_name(cell: ImageCell) -> str:
-    """Return what an image is called in messages."""
+    """Return the name of an image for messages."""
     if isinstance(cell, Mapping):
         return str(cell.get("path") or "held in memory")
     if isinstance(cell, PILImage.Image):
@@ -222,13 +222,13 @@ def read_class_file(path: Path) -> list[str]:
 
 @functools.lru_cache(maxsize=1 << 16)  # a table says the same few names many times
 def tidy_name(name: str) -> str:
-    """Return a name as it is compared and stored: Unicode NFC, single blanks, none outside, none invisible."""
+    """Return a name as it is compared and stored: Unicode NFC, single inner spaces, no outer or invisible ones."""
     return " ".join(unicodedata.normalize("NFC", name).translate(_INVISIBLE).split())
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def folded_name(name: str) -> str:
-    """Return what is the same for names that look alike: case, full-width letters and ligatures make no difference."""
+    """Return a form that is equal for names that look alike, whatever their case, letter width and ligatures."""
     plain = unicodedata.normalize("NFKC", tidy_name(name).translate(_JOINERS)).casefold()
     return tidy_name(unicodedata.normalize("NFKC", plain))
 
@@ -250,11 +250,11 @@ def first_alike(names: Iterable[str]) -> tuple[str, str] | None:
 def check_classes(names: Sequence[str], source: str) -> list[str]:
     """Return the object classes that a list names, in the order of their ids; `source` says where it is from.
 
-    Background is no class. A list may begin with it, since it has the label id 0 in any case, and it is left out.
+    Background is not a class. A list may begin with it, since it always has label id 0; it is left out.
 
     Raises:
-        DataError: no class is named, one is named twice or two look alike, or background stands after another class,
-            where it would leave the ids of the classes behind it unclear.
+        DataError: no class is named, one is named twice, two look alike, or background follows another class, which
+            would leave the ids of later classes unclear.
     """
     if isinstance(names, str):
         raise DataError(f"{source} is the text {names!r}, expected a list of class names such as [{names!r}].")
@@ -281,7 +281,7 @@ def check_classes(names: Sequence[str], source: str) -> list[str]:
 
 
 def suggest(name: str, known: Sequence[str]) -> str:
-    """Say which of `known` may have been meant by `name`: a piece of a message."""
+    """Suggest which of `known` was meant by `name`, as part of a message."""
     close = difflib.get_close_matches(name, known, n=1)
     shown = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")
     return f"did you mean {close[0]!r}?" if close else f"known are: {shown}."
@@ -302,7 +302,7 @@ def chosen_classes(wanted: Sequence[str] | None, available: Sequence[str], sourc
 
 
 def inner_path(file_name: str, where: str) -> str:
-    """Return `file_name` with forward slashes, refusing every path that leaves its folder; `where` is its place."""
+    """Return `file_name` with forward slashes, refusing any path that leaves its folder; `where` is for messages."""
     if _ADDRESS.match(file_name):
         raise DataError(
             f"{where} names {file_name!r}, which is an address on the web; download the images and write their file "
@@ -318,13 +318,13 @@ def inner_path(file_name: str, where: str) -> str:
 
 
 def without_suffix(file_name: str) -> str:
-    """Return a file name with forward slashes without what follows the last dot of its last part."""
+    """Return a file name with forward slashes and without its suffix."""
     folder, slash, name = file_name.rpartition("/")
     return folder + slash + (name.rpartition(".")[0] or name)
 
 
 def missing_files(folder: Path, names: Sequence[str]) -> list[str]:
-    """Return those of `names` that are no files in `folder`; one listing in place of a question for each file."""
+    """Return those of `names` that are not files in `folder`, by one listing instead of a query per file."""
     present = set(os.listdir(folder))  # noqa: PTH208 - 122,218 paths would take half a second to make
     return [name for name in names if name not in present and not (folder / name).is_file()]
 
@@ -353,7 +353,7 @@ _NO_TEXT = (
     (b"\xd0\xcf\x11\xe0", "a workbook of an old Excel", "save the sheet as CSV UTF-8"),
     (b"PAR1", "a Parquet file", "give it the suffix .parquet"),
 )
-"""How files begin that are given the suffix of a text, what they are, and what to do."""
+"""First bytes of files that carry a text suffix but are not text, what they are, and what to do."""
 
 
 def read_text(path: Path) -> str:

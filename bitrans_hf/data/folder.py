@@ -1,4 +1,4 @@
-"""Your own images: a folder of images and a table, or folders named by class, that say what each of them shows."""
+"""Your own images: a folder of images, labeled by a table or by folders named after classes."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ logger = logging.getLogger(__name__)
 TABLE_NAMES = tuple(
     f"{stem}{suffix}" for stem in ("labels", "metadata") for suffix in (".csv", ".tsv", ".jsonl", ".parquet")
 )
-"""Names under which a table is found by itself: in the folder, in its images folder, or in each of its subfolders."""
+"""Names under which a table is found automatically: in the folder, its images folder, or each of its subfolders."""
 
 SPLIT_FOLDERS = frozenset(
     {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation", "holdout"}
     | {"unlabeled"}
 )
-"""Without a table, folders of these names hold class folders and are none; see `_is_split_name`."""
+"""Without a table, folders with these names contain class folders and are not classes; see `_is_split_name`."""
 
 _WORDS_BESIDE_SPLITS = frozenset({"set", "data", "dataset", "split", "part", "fold", "images", "image", "imgs", "img"})
 
 _IMAGE_FOLDERS = frozenset({"images", "image", "imgs", "img", "jpegimages"})
-"""Folders of these names between folders of splits and of classes, or within these, say nothing."""
+"""Folders with these names between split and class folders, or inside them, carry no meaning."""
 
 _MASK_FOLDERS = frozenset(
     {"mask", "annotation", "annotations", "labels", "gt", "groundtruth", "segmentation", "segmentations"}
     | {"segmentationclass", "segmentationmasks", "maskimages"}
 )
-"""What people call the folder of masks beside `masks`, without blanks and signs."""
+"""Other common names of the folder `masks`, without spaces and punctuation."""
 
 _MASK_ENDING = re.compile(
     r"(?<=.)[_\-. ](?:mask|masks|seg|segmentation|gt|groundtruth|annotation|label|labels)(?:[_\-. ]?\d+)?$",
@@ -67,7 +67,7 @@ _ARCHIVES = frozenset({".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".ra
 _OTHER_TABLES = frozenset({".xlsx", ".xls", ".ods", ".json", ".txt", ".xml"})
 
 _NOTHING = frozenset({"none", "nothing", "no", "empty", "negative", "n/a", "na", "unlabeled", "unknown"})
-"""Names by which people may mean that an image shows none of the classes."""
+"""Names that may mean that an image shows none of the classes."""
 
 _DENIAL = re.compile(r"(?:no|not|non|without)[\W_]+(.+)")
 
@@ -89,29 +89,30 @@ def load_folder(
 
     The table has a column `file_name` and either a column `labels` or one 0/1 column for each class. A cell of
     `labels` is text with a separator; a list of class names, or of class ids where the classes are given; the text of
-    such a list as Python, numpy or JSON write it; or an object of a label tool. Names that differ in blanks or
-    Unicode form alone are one name; other names that look alike are refused, unless a list of classes says which
-    spelling counts. Background is no class. A file name may lack the suffix of its image. Columns `split`,
-    `image_id` and `mask_file_name` are optional; a `metadata.jsonl` for imagefolder is read as it is. Without a table,
-    images in `<class>/` or `<split>/<class>/` have that class. Images are not opened here. Images without a
-    row are counted in a log message and left out. `check_folder` lists all that is wrong with a folder.
+    such a list as Python, numpy or JSON write it; or an object of a label tool. Names that differ only in whitespace
+    or Unicode form are the same name; other names that look alike are refused, unless a list of classes says which
+    spelling counts. Background is not a class. A file name may lack its suffix. Columns `split`, `image_id` and
+    `mask_file_name` are optional; a `metadata.jsonl` for imagefolder is read as it is. Without a table, images in
+    `<class>/` or `<split>/<class>/` have that class. Images are not opened here. Images without a row are counted in a
+    log message and left out. `check_folder` lists all that is wrong with a folder.
 
     Args:
         root: The folder.
         table: CSV (comma, semicolon or tab), JSONL or Parquet; default: `labels` or `metadata` with such a suffix, in
             `root`, in the images folder, or one in each subfolder, whose name is then the split.
         split: Keep only rows of this split; None keeps all.
-        images: Folder of the images, relative to `root`; default: `images` if there, else `root` itself. Names that
-            are not there are looked for beside the table, as imagefolder does, and those of `metadata` there first.
+        images: Folder of the images, relative to `root`; default: `images` if it exists, else `root` itself. Names
+            that are not found are looked for beside the table, as imagefolder does; names from `metadata` are looked
+            for there first.
         masks: Folder of masks, relative to `root`, with the same names as the images but ending in `.png`, label ids
-            as pixels (0 background, 1 for the first class, 255 ignored); default: `masks` if there. Names that differ
-            from those of the images all in one way are read too, and logged: see `match_masks`. A column
-            `mask_file_name` comes before it. False: no masks.
+            as pixels (0 background, 1 for the first class, 255 ignored); default: `masks` if it exists. If all names
+            differ from those of the images in the same way, they are matched too, and the log says so: see
+            `match_masks`. A column `mask_file_name` takes precedence. False: no masks.
         classes: Class names in the order of their ids; default: `classes.txt` in `root`, else all names of the table
-            in alphabetical order. With a `classes.txt` this may be a part of it in any order: labels of other
-            classes are dropped and the masks, drawn in the order of the file, are given the new ids.
-        separator: What separates names in a text of `labels`; default: found out among `;`, `|`, `,` and line breaks,
-            and blanks too where the classes are given.
+            in alphabetical order. With a `classes.txt` this may be a subset of it in any order: labels of other
+            classes are dropped, and masks, which use the ids of the file, are renumbered.
+        separator: Separator between names in `labels`; default: detected among `;`, `|`, `,` and line breaks, and
+            spaces too if the classes are given.
         allow_empty: Read an empty cell of `labels` as "none of the classes" instead of refusing it. Rows that say so
             themselves (zeros in all columns, an empty list, background alone) need no permission.
         caller: Whose options the advice in messages names.
@@ -166,27 +167,27 @@ def load_folder(
 
 @dataclass
 class FolderContent:
-    """What a folder holds, with everything that is wrong with single rows of it; the lists have an entry for each row.
+    """The content of a folder, and everything that is wrong with single rows; each list has one entry per row.
 
     Attributes:
         root: The folder.
-        source: Where the labels are from, in words.
+        source: Where the labels come from, in words.
         rows: Of the tables.
         problems: What is wrong with single rows.
         classes: All classes, in the order of the ids in masks.
-        chosen: The classes to load, in the order of their ids.
+        chosen: Classes to load, in the order of their ids.
         image_ids: Ids.
         folder: The folder that the rows' file names are relative to.
         has_table: Whether the rows are those of tables; otherwise folders name the classes.
-        masks: Paths of masks that are there.
+        masks: Paths of the masks that exist.
         mask_values: What the pixel values of masks mean; None where they are label ids.
-        mask_notes: What was taken for granted about masks.
-        unmatched_masks: Masks that belong to no row, as paths within the folder of masks.
+        mask_notes: Assumptions made about masks.
+        unmatched_masks: Masks without a row, as paths within the folder of masks.
         names: Class names.
         kept: Positions of the rows of the split that was asked for.
         unlisted: Images without a row.
-        unused_columns: Columns of the tables that mean nothing here.
-        notes: What was found and is no fault, in sentences.
+        unused_columns: Columns of the tables that are not used.
+        notes: Findings that are not problems, in sentences.
     """
 
     root: Path
@@ -211,7 +212,7 @@ class FolderContent:
 
 @dataclass(frozen=True)
 class FolderQuery:
-    """What a caller says about a folder: the arguments of `load_folder`."""
+    """What the caller says about a folder: the arguments of `load_folder`."""
 
     root: Path
     table: str | Path | None = None
@@ -226,12 +227,12 @@ class FolderQuery:
 
     @property
     def class_file(self) -> Path | None:
-        """The list of classes that lies in the folder, if one does."""
+        """The folder's own list of classes, if it has one."""
         path = self.root / "classes.txt"
         return path if path.is_file() else None
 
     def known_classes(self) -> list[str] | None:
-        """Return the classes in the order of their ids, as a file or the caller says it; None where neither does."""
+        """Return the classes in the order of their ids, from a file or the caller; None if neither gives them."""
         if self.class_file is not None:
             return read_class_file(self.class_file)
         return None if self.classes is None else check_classes(self.classes, "classes")
@@ -322,7 +323,7 @@ def _rows_and_images(query: FolderQuery, mask_folder: Path | None) -> tuple[Fold
 
 
 def _classes_of_rows(content: FolderContent, labels: RowLabels) -> list[str]:
-    """Return the classes that the rows name, where no list of them is given.
+    """Return the classes named by the rows, for use when no list is given.
 
     Raises:
         DataError: no row names a class.
@@ -338,7 +339,7 @@ def _classes_of_rows(content: FolderContent, labels: RowLabels) -> list[str]:
 
 
 def shown_names(names: Sequence[str], count: int) -> str:
-    """Return the first `count` names, and dots where there are more."""
+    """Return the first `count` names, followed by dots if there are more."""
     return ", ".join(names[:count]) + (", ..." if len(names) > count else "")
 
 
@@ -364,14 +365,14 @@ def _mask_folder(root: Path, masks: str | Path | bool | None) -> Path | None:
 
 
 def _folder_called(root: Path, name: str) -> Path | None:
-    """Return the folder of this name in `root`, or the one that differs in case alone."""
+    """Return the folder with this name in `root`, or the one that differs only in case."""
     folders = [path for path in root.iterdir() if path.name.lower() == name and path.is_dir()]
     exact = [path for path in folders if path.name == name]
     return (exact or folders)[0] if exact or len(folders) == 1 else None
 
 
 def _other_mask_folders(root: Path) -> list[Path]:
-    """Return the folders in `root` that hold masks, as their names say, and are not called `masks`."""
+    """Return the folders in `root` that hold masks, judging by their names, and are not called `masks`."""
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     called = [path for path in folders if re.sub(r"[\W_]", "", folded_name(path.name)) in _MASK_FOLDERS]
     return [path for path in called if mask_files(path)]
@@ -404,7 +405,7 @@ def _tables_in(folder: Path, caller: Caller) -> list[Path]:
 
 
 def _advice_without_table(root: Path, caller: Caller) -> str:
-    """Say what to do about a folder without labels, after a look at the files in it."""
+    """Say what to do about a folder without labels, depending on the files in it."""
     by_suffix: dict[str, list[str]] = {}
     for path in sorted(root.iterdir()):
         if path.is_file() and not path.name.startswith("."):
@@ -502,7 +503,7 @@ def _rows_of_class_folders(listing: ImageListing, split: str | None, notes: list
 
 
 def _masks_beside_images(names: Sequence[str]) -> set[str]:
-    """Return the images that are called as another one in their folder with an ending such as `_mask`."""
+    """Return the images named like another one in their folder plus an ending such as `_mask`."""
     stems = {without_suffix(name) for name in names}
     endings = {stem: _MASK_ENDING.sub("", stem) for stem in stems}
     return {
@@ -513,9 +514,9 @@ def _masks_beside_images(names: Sequence[str]) -> set[str]:
 
 
 def _telling_folders(names: Sequence[str], notes: list[str]) -> dict[str, list[str]]:
-    """Return the folders of each name that tell its class or its split.
+    """Return, for each name, the folders that state its class or split.
 
-    Left out are one such as `images` that stands at one place in all of them, and one around all others.
+    A folder such as `images` at the same level of every name, and a folder around all others, are left out.
     """
     folders_of = {name: name.split("/")[:-1] for name in names}
     depth = min(map(len, folders_of.values()), default=0)
@@ -534,7 +535,7 @@ def _telling_folders(names: Sequence[str], notes: list[str]) -> dict[str, list[s
 
 
 def _is_split_name(name: str) -> bool:
-    """Return whether a folder is called as splits are: `val`, `Training set`, `test2`."""
+    """Return whether a folder has the name of a split: `val`, `Training set`, `test2`."""
     words = re.findall(r"[^\W\d_]+", folded_name(name))
     return folded_name(name) in SPLIT_FOLDERS or (
         not SPLIT_FOLDERS.isdisjoint(words)
@@ -575,7 +576,7 @@ def _first_line(path: Path) -> str:
 
 
 def _refuse_ids_with_background(rows: Sequence[Row], class_file: Path) -> None:
-    """Refuse class ids where the list of classes begins with background, which may or may not be counted."""
+    """Refuse class ids if the list of classes begins with background, which may or may not count."""
     for row in rows:
         cell = row.cells.get("labels")
         if isinstance(cell, list) and any(isinstance(class_id, int) for class_id in cell):
@@ -586,7 +587,7 @@ def _refuse_ids_with_background(rows: Sequence[Row], class_file: Path) -> None:
 
 
 def _rows_of_split(rows: Sequence[Row], split: str | None, source: str, caller: Caller) -> list[int]:
-    """Return the positions of the rows of `split`, in whatever case it is written."""
+    """Return the positions of the rows of `split`, ignoring case."""
     if split is None:
         return list(range(len(rows)))
     if not all("split" in row.cells for row in rows):
@@ -621,7 +622,7 @@ def _find_ids(content: FolderContent, listing: ImageListing) -> None:
 
 
 def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) -> None:
-    """Fill in the masks: what a row names, else the file of the image's name in the mask folder."""
+    """Fill in the masks: the file that a row names, else the file with the image's name in the mask folder."""
     folder, named_masks = content.folder, set()
     unnamed = [row.file_name for row in content.rows if wanted and not row.text("mask_file_name")]
     match = MaskMatch() if mask_folder is None else match_masks(list(dict.fromkeys(unnamed)), mask_folder)
@@ -666,7 +667,7 @@ def _find_masks(content: FolderContent, mask_folder: Path | None, wanted: bool) 
 
 
 def _unmatched_message(content: FolderContent, mask_folder: Path) -> str:
-    """Say that masks belong to no image, and what they should be called."""
+    """Say that masks match no image, and how they should be named."""
     unmatched, total = content.unmatched_masks, sum(mask is not None for mask in content.masks)
     row = next((row for row, mask in zip(content.rows, content.masks, strict=True) if mask is None), content.rows[0])
     return (
@@ -679,7 +680,7 @@ def _unmatched_message(content: FolderContent, mask_folder: Path) -> str:
 def _check_labels(
     content: FolderContent, labels: RowLabels, class_list: Path | str, allow_empty: bool, caller: Caller
 ) -> None:
-    """Note names of unknown classes, and rows of the split that name none and do not say that there is none."""
+    """Note unknown class names, and rows of the split that name no class without saying that there is none."""
     known, kept = set(content.classes), set(content.kept)
     bad = {problem.name for problem in content.problems if problem.kind == "labels"}
     for position, (row, names) in enumerate(zip(content.rows, content.names, strict=True)):
@@ -700,7 +701,7 @@ def _check_labels(
 
 
 def notes_on_classes(content: FolderContent) -> list[str]:
-    """Say which classes no image shows, and which all images show."""
+    """Say which classes appear in no image, and which in all images."""
     counts = Counter(name for position in content.kept for name in set(content.names[position]))
     notes = []
     if never := [name for name in content.chosen if not counts[name]]:
@@ -724,7 +725,7 @@ def notes_on_classes(content: FolderContent) -> list[str]:
 
 
 def note_on_contrast(classes: Sequence[str], counts: Mapping[str, int], images: int) -> str | None:
-    """Say which classes all images show, so that nothing tells them from what is around them; None for no class."""
+    """Name the classes that all images show, which cannot be told from their surroundings; None if there are none."""
     always = [name for name in classes if images and counts.get(name, 0) == images]
     if not always:
         return None

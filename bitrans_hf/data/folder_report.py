@@ -1,4 +1,4 @@
-"""What a folder of your own images holds, and everything that is wrong with it, before anything is trained."""
+"""What a folder of your own images contains, and everything that is wrong with it, before training."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .mask_report import MaskFinding, all_together, look_at_mask
 from .tables import Caller, Problem
 
 USUAL_PATCH = 16
-"""Side in pixels of a patch of DeiT. What model a folder is for is not known when it is looked over."""
+"""Side of a DeiT patch in pixels. The model that will use a folder is unknown when the folder is checked."""
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What `check_folder` found; `str()` is the whole of it, `summary()` fits before a training log.
+    """What `check_folder` found; `str()` gives all of it, `summary()` a version short enough for a training log.
 
     Attributes:
         root: The folder.
@@ -28,13 +28,13 @@ class FolderReport:
         images: Images that would be loaded.
         classes: Their classes in the order of ids.
         images_per_class: Class -> images that show it.
-        labels_per_image: Number of labels -> images that have so many.
-        splits: Split -> images, whatever split was asked for; empty without splits.
+        labels_per_image: Number of labels -> number of images with that many.
+        splits: Split -> number of images, for all splits of the folder; empty without splits.
         masks: Images with a mask.
         unused_columns: Columns of the table that mean nothing here.
         problems: Everything that is wrong, in the order of the table.
-        notes: What is no fault and should be known, in sentences: files left out, a class that every image shows.
-        remarks: What may be a fault of single images: one that shows nothing, bits that are guessed, further frames.
+        notes: Worth knowing but not wrong, in sentences: files left out, a class that every image shows.
+        remarks: Possible problems of single images: a blank image, guessed bit depth, further frames.
     """
 
     root: Path
@@ -98,7 +98,7 @@ def check_folder(
     decode: bool = True,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda checked, _: checked,
 ) -> FolderReport:
-    """Report what a folder holds and all that is wrong with it, without stopping at the first problem.
+    """Report what a folder contains and everything that is wrong with it, without stopping at the first problem.
 
     Args:
         root: As for `load_folder`, like all that is not named here.
@@ -111,12 +111,12 @@ def check_folder(
         allow_empty: See there.
         caller: See there.
         mask_values: See there.
-        decode: Open every image and mask completely. False: read the beginning of each image, which is much
-            faster and misses damage further inside, and touch no mask.
+        decode: Decode every image and mask completely. False: read only the header of each image and no mask, which is
+            much faster and misses damage inside.
         progress: Wraps the iterator over checked images, given their number.
 
     Raises:
-        DataError: there is nothing to report on: no folder, no table, or one that cannot be read as such.
+        DataError: there is nothing to report on: no folder, or no readable table.
     """
     query = FolderQuery(Path(root), table, split, images, masks, classes, separator, allow_empty, caller, mask_values)
     found = look_through(query)
@@ -148,7 +148,7 @@ def check_folder(
 
 
 def _unlisted(found: FolderContent) -> Iterator[Problem]:
-    """Give the images without a row."""
+    """Yield the images without a row."""
     lack, remedy = f"has no row in {found.source}", "add one or take it out"
     if not found.has_table:
         lack, remedy = "lies in no class folder", "move it into one or take it out"
@@ -157,7 +157,7 @@ def _unlisted(found: FolderContent) -> Iterator[Problem]:
 
 
 def _broken_links(found: FolderContent, there: Sequence[int]) -> Iterator[Problem]:
-    """Give the links to files that are not there."""
+    """Yield the links to files that do not exist."""
     for name in sorted({found.rows[position].file_name for position in set(found.kept).difference(there)}):
         if (found.folder / name).is_symlink():
             yield Problem(
@@ -166,7 +166,7 @@ def _broken_links(found: FolderContent, there: Sequence[int]) -> Iterator[Proble
 
 
 def _of_files(results: Sequence[CheckedFile]) -> Iterator[Problem]:
-    """Give what is wrong with images and masks, in the order of the rows; the second of two equal files is a copy."""
+    """Yield what is wrong with images and masks, in the order of the rows; the second of two equal files is a copy."""
     first_of: dict[bytes, str] = {}
     for each in results:
         yield from each.problems

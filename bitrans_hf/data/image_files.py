@@ -26,7 +26,7 @@ _OTHER_SUFFIXES = frozenset(
     | {".3fr", ".arw", ".cr2", ".cr3", ".crw", ".dng", ".nef", ".nrw", ".orf", ".pef", ".raf", ".raw", ".rw2", ".srw"}
     | {".avif", ".avifs"}  # which Pillow knows from 11.2 on
 )
-"""Images that Pillow does not read, unless a plug-in has been registered."""
+"""Image types that Pillow does not read unless a plug-in is registered."""
 
 _FOREIGN_FOLDERS = frozenset(
     {"__macosx", "__pycache__", "@eadir", "$recycle.bin", "system volume information", "lost+found"}
@@ -34,7 +34,7 @@ _FOREIGN_FOLDERS = frozenset(
 """Folders that archives, disks and file servers leave behind, in lower case."""
 
 _RECORDS = frozenset({OUTPUT_MARK, "masks.json", "recipe.json"})
-"""What this package writes, and wrote before it had the mark, beside results: such images are not the user's."""
+"""Files that this package writes, or once wrote, beside its results: images there are not the user's."""
 
 
 @dataclass
@@ -43,9 +43,9 @@ class ImageListing:
 
     Attributes:
         names: Paths relative to the folder, with forward slashes, in alphabetical order.
-        unreadable_types: Those of images whose type cannot be read here.
+        unreadable_types: Paths of images whose type cannot be read here.
         results: Subfolders left out because they hold results of this package.
-        empty_folders: Subfolders without an image that have no subfolders.
+        empty_folders: Subfolders without images or subfolders.
     """
 
     names: list[str] = field(default_factory=list)
@@ -69,13 +69,13 @@ class ImageListing:
 
 
 def suffix_of(name: str) -> str:
-    """Return what follows the last dot of a file name, with the dot and in lower case; "" where there is none."""
+    """Return the suffix of a file name in lower case, with its dot; "" if there is none."""
     return os.path.splitext(name)[1].lower()  # noqa: PTH122 - making 100,000 paths takes a second
 
 
 @functools.cache
 def image_suffixes() -> frozenset[str]:
-    """Return the suffixes of images that this Pillow reads, with registered plug-ins: ".jpg" and others."""
+    """Return the image suffixes that this Pillow reads, including registered plug-ins: ".jpg" and others."""
     Image.init()
     readable = {
         suffix
@@ -96,8 +96,8 @@ def unreadable_suffixes() -> frozenset[str]:
 def list_images(folder: Path, *, excluded: Collection[Path | None] = ()) -> ImageListing:
     """List the images in a folder and its subfolders, links to folders included.
 
-    Hidden files and folders are left out, and so are the folders that archives, disks and file servers add, results of
-    this package, and a folder that is reached a second time by a link.
+    Left out are hidden files and folders, folders that archives, disks and file servers add, results of this package,
+    and a folder that a link reaches a second time.
 
     Args:
         folder: To look through.
@@ -140,7 +140,7 @@ def list_images(folder: Path, *, excluded: Collection[Path | None] = ()) -> Imag
 
 
 def _leads_elsewhere(target: Path, root: Path, seen: set[Path]) -> bool:
-    """Return whether a link leads to a folder that is not looked through without it, and note the folder."""
+    """Return whether a link leads to a folder that is not listed otherwise, and note the folder."""
     if target in seen or target.is_relative_to(root) or root.is_relative_to(target):
         return False
     seen.add(target)
@@ -151,7 +151,7 @@ class ImageFinder:
     """Finds the file that a table means by a name.
 
     Args:
-        names: The images that are there.
+        names: The images that exist.
     """
 
     def __init__(self, names: Sequence[str]):
@@ -163,8 +163,7 @@ class ImageFinder:
     def found(self, name: str) -> str | None:
         """Return the one image that `name` means, in the spelling of its file, or None.
 
-        Unicode forms and blanks make no difference, and a name without the suffix of an image means the image with
-        that stem.
+        Unicode form and spaces do not matter, and a name without an image suffix means the image with that stem.
         """
         if name in self.names:
             return name
@@ -178,7 +177,7 @@ class ImageFinder:
         return _grouped(sorted(self.names), _last_part)
 
     def advice(self, name: str) -> str:
-        """Return what to do about a name that means no image, or several."""
+        """Return what to do about a name that matches no image, or several."""
         stem = _spelling(_stem(name) if suffix_of(name) in image_suffixes() else name)
         for group in (self._by_spelling.get(_spelling(name), ()), self._by_stem.get(stem, ())):
             if len(group) > 1:
@@ -205,7 +204,7 @@ def _spelling(name: str) -> str:
 
 
 def _last_part(name: str) -> str:
-    """Return the name without folders, case, and the zeros before a number that spreadsheets drop, with its suffix."""
+    """Return the last part of a name in lower case, without the leading zeros that spreadsheets drop."""
     last = _spelling(name).casefold().rpartition("/")[2]
     stem, suffix = os.path.splitext(last)  # noqa: PTH122
     return (stem.lstrip("0") or "0") + suffix if stem.isdecimal() else last

@@ -1,4 +1,4 @@
-"""What a cell of a label table says: names with a separator, a list of Python, numpy or JSON, an object of a tool."""
+"""What a cell of a label table says: separated names, a Python, numpy or JSON list, or an object from a label tool."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from ..hub.errors import InputError
 from .common import folded_name, is_background, tidy_name
 
 SEPARATORS = (";", "|", "\n", ",")
-"""What may stand between class names, from the surest to the least sure; blanks come last, as names hold them."""
+"""Possible separators of class names, from most to least certain; spaces come last, since names contain them."""
 
 _LABEL_KEYS = frozenset(
     {"choices", "label", "class", "classes", "category", "categories", "category_name", "class_name", "tag", "tags"}
 )
-"""Under what label tools put the names; and under every key that ends in "labels", such as `rectanglelabels`."""
+"""Keys under which label tools put the names, besides every key that ends in "labels", such as `rectanglelabels`."""
 
 _CONTAINER_KEYS = frozenset(
     {"value", "result", "annotations", "shapes", "objects", "regions", "region_attributes", "file_attributes"}
 )
-"""Under what they put the objects that hold such a key."""
+"""Keys under which they put the objects that contain such a key."""
 
 _FLAGS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 _MISSING = frozenset({"nan", "NaN", "None", "null", "NULL", "<NA>", "NaT"})
@@ -45,18 +45,18 @@ _CURLY_DOUBLE = str.maketrans(dict.fromkeys("\u201c\u201d\u201e\u201f\u00ab\u00b
 
 
 class UnclearCellError(InputError):
-    """A cell that may be a list or an object, and cannot be read as one."""
+    """A cell that looks like a list or an object and cannot be read as one."""
 
 
 def is_missing(cell: Any) -> bool:
-    """Return whether a cell is empty, or what pandas and Python write for one that is: None, `nan`, "<NA>"."""
+    """Return whether a cell is empty, or what pandas and Python write for an empty one: None, `nan`, "<NA>"."""
     if isinstance(cell, str):
         return not tidy_name(cell) or tidy_name(cell) in _MISSING
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
 def plain_text(text: str) -> str:
-    """Return a cell's text as its writer meant it, before it is looked at.
+    """Return a cell's text as its writer meant it, before it is parsed.
 
     HTML entities become characters, since their ";" separates nothing; the curly quotes that word processors make of
     straight ones become straight; and a whole number that pandas or a spreadsheet wrote as a float is one again.
@@ -71,7 +71,7 @@ def plain_text(text: str) -> str:
 
 
 def literal_names(cell: Any) -> list[str | int] | None:
-    """Return the class names, or class ids, in a cell that is a list or an object, or is the text of one.
+    """Return the class names, or class ids, in a cell that is a list or an object, or the text of one.
 
     Args:
         cell: Any value of a CSV, JSONL or Parquet table.
@@ -80,7 +80,7 @@ def literal_names(cell: Any) -> list[str | int] | None:
         Names in their one form (`tidy_name`), or ids; None where `cell` is text that is neither list nor object.
 
     Raises:
-        UnclearCellError: it is a list or an object of something else, or is cut off.
+        UnclearCellError: it is a list or an object of something else, or is truncated.
     """
     if isinstance(cell, str):
         if not _looks_literal(cell):
@@ -123,12 +123,12 @@ def separators_in(text: str) -> list[str]:
 
 
 def readings_with(text: str, known: Mapping[str, str], separators: Sequence[str]) -> list[list[str]]:
-    """Return the ways, at most two, in which known names and separators make up a text.
+    """Return the ways, at most two, to split a text into known names and separators.
 
     Args:
         text: Of a cell.
         known: Folded name -> name, see `folded_name`.
-        separators: What may stand between names, several of them in one text too.
+        separators: Possible separators between names; one text may use several.
     """
     ends = [match.span() for match in re.finditer("|".join(re.escape(sign) for sign in separators), text)]
     starts = [0, *(end for _, end in ends)]
@@ -175,7 +175,7 @@ def _parsed(text: str) -> Any:
 
 
 def _python_value(text: str) -> Any:
-    """Return what a text says that Python or numpy wrote: `['a' 'b']`, `{'a'}`, `array(['a'], dtype=object)`."""
+    """Return the value of a text that Python or numpy wrote: `['a' 'b']`, `{'a'}`, `array(['a'], dtype=object)`."""
     if call := _CALL.fullmatch(text):
         text = call["inside"].strip() or "[]"
     text = _NUMPY_TEXT.sub(r"\1", text)

@@ -1,4 +1,4 @@
-"""Image labels from the files that other projects pass around, without running anything they contain."""
+"""Image labels from the files that other projects publish, without executing anything in them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def read_label_file(path: str | Path, num_classes: int) -> dict[str, list[int]]:
 
     Args:
         path: A `.npy` with a pickled dict from image id to a 0/1 array (num_classes,), as PSA, SEAM and MCTformer ship
-            it, or the same dict in a `.pkl`; both are read by an unpickler that knows arrays of numbers, numbers and
-            text, and nothing else. Or a `.npz` with `ids` (n,)
-            and `labels`, 0/1 of shape (n, num_classes) or such rows after `np.packbits`.
+            it, or the same dict in a `.pkl`; both are read by an unpickler that accepts only numbers, text and arrays
+            of numbers. Or a `.npz` with `ids` (n,) and `labels`, 0/1 of shape (n, num_classes) or such rows after
+            `np.packbits`.
         num_classes: Number of object classes that each row must have.
 
     Returns:
@@ -71,7 +71,7 @@ def _read_npz(path: Path, num_classes: int) -> dict[str, NDArray[Any]]:
 
 
 def _read_pickled_dict(path: Path) -> Mapping[str, Any]:
-    """Read a pickled dict, in a `.npy` behind the header of the 0-dimensional array that `np.save` makes of it."""
+    """Read a pickled dict; in a `.npy` it follows the header of a 0-dimensional array, as `np.save` writes it."""
     try:
         with path.open("rb") as file:
             if path.suffix == ".npy":
@@ -118,7 +118,7 @@ class _StandIn:
 
 
 class _Dtype(_StandIn):
-    """Takes what a pickled dtype is made of and keeps its code: no C code of numpy sees foreign values."""
+    """Takes the parts of a pickled dtype and keeps its code, so that no C code of numpy sees untrusted values."""
 
     def __init__(self, code: str, align: object = False, copy: object = True) -> None:
         if code not in _NUMBER_CODES and code not in ("O8", "O"):
@@ -134,7 +134,7 @@ class _Dtype(_StandIn):
 
 
 class _Array(_StandIn):
-    """Takes what a pickled array is made of."""
+    """Takes the parts of a pickled array."""
 
     def __init__(self, *reconstruct_arguments: object) -> None:
         self.shape: Any = ()

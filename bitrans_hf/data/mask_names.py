@@ -1,4 +1,4 @@
-"""Which file of a folder of masks belongs to which image: same name, or the same change of name throughout."""
+"""Which mask file belongs to which image: the same name, or the same change of name throughout."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class MaskMatch:
 
     Attributes:
         paths: Image name, as given -> its mask.
-        rule: How names differ, in words; "" where each mask has the name of its image.
-        ambiguous: Image name -> the masks that could all be meant; none of them is in `paths`.
-        unmatched: Masks that belong to no image, as paths within the folder.
+        rule: How names differ, in words; "" if each mask has its image's name.
+        ambiguous: Image name -> the masks that all match it; none of them is in `paths`.
+        unmatched: Masks that match no image, as paths within the folder.
     """
 
     paths: Mapping[str, Path] = field(default_factory=dict)
@@ -41,14 +41,14 @@ def match_masks(
     """Find the masks of images.
 
     `a.jpg` has the mask `a.png`; failing that, `a` with another suffix or in another case (`A.PNG`, `a.tif`), or
-    `a.jpg.png`. The names that are left are matched by what all of them add, if there is one such way: `a_mask.png`,
-    `mask_a.png`, `a_sat.jpg` and `a_mask.png`, or the same names in other subfolders.
+    `a.jpg.png`. The remaining names are matched by what all of them add, if exactly one such rule exists:
+    `a_mask.png`, `mask_a.png`, `a_sat.jpg` and `a_mask.png`, or the same names in other subfolders.
 
     Args:
         image_names: Paths within the images folder with forward slashes, with or without suffix; no two alike.
         folder: Of the masks, with subfolders; hidden files and folders are not looked at.
-        image_word: What has the `image_names`, for `rule`.
-        mask_word: What is in `folder`, for `rule`.
+        image_word: Word for what the `image_names` name, for `rule`.
+        mask_word: Word for what `folder` contains, for `rule`.
     """
     files = mask_files(folder)
     paths: dict[str, Path] = {}
@@ -104,7 +104,7 @@ def _files(folder: Path) -> Iterator[tuple[str, Path]]:
 def _by_rule(
     images: Sequence[str], masks: Sequence[str], image_word: str, mask_word: str
 ) -> tuple[str, dict[str, str]]:
-    """Match what is left by one change of name; nothing where no change, or more than one, matches all of a side."""
+    """Match the remaining names by one change of name; nothing if not exactly one change matches a whole side."""
     found: dict[tuple[tuple[str, str], ...], str] = {}
     for flat in (False, True):
         mask_names = _variants(masks, flat)
@@ -128,7 +128,7 @@ def _by_rule(
 
 
 def _variants(names: Sequence[str], flat: bool) -> dict[str, dict[str, str]]:
-    """Return the names as they are, and without the words that all of them begin or end with.
+    """Return the names as they are, and without the words with which all of them begin or end.
 
     Returns:
         What is left out, in words -> key -> name; a variant in which two names have one key is not there.

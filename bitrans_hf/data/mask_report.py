@@ -1,4 +1,4 @@
-"""What is wrong with the masks of a folder: each of them, and all of them together."""
+"""What is wrong with the masks of a folder, one by one and all together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .masks import open_mask_with_palette
 from .tables import Caller, Problem, option
 
 NUM_SAMPLED = 100
-"""Masks that are opened before a run; `check_folder` opens all."""
+"""Number of masks opened before a run; `check_folder` opens all."""
 
 _TURNED_TO_THE_SIDE = frozenset({5, 6, 7, 8})
 _Color = tuple[int, int, int]
@@ -31,9 +31,9 @@ class MaskFinding:
         shows: Whether a pixel belongs to a class; None where the mask cannot be read.
         ignores: Whether a pixel is ignored (255).
         labeled: Whether the labels of its image name a class.
-        doubtful_exif: The image's EXIF tag turns it, and the size does not tell which view the mask is drawn on.
+        doubtful_exif: The image's EXIF tag rotates it, and its size does not tell which view the mask was drawn on.
         colors: Label id -> color in the palette, of a palette image whose indices are the label ids.
-        problems: What is wrong with it alone.
+        problems: What is wrong with this mask.
     """
 
     name: str
@@ -95,12 +95,12 @@ def look_at_mask(found: FolderContent, position: int, image: ImageFacts, caller:
 def all_together(
     found: FolderContent, findings: Sequence[MaskFinding], *, values_given: bool, caller: Caller = "python"
 ) -> tuple[list[Problem], list[str]]:
-    """Return the problems and notes that only all masks together show.
+    """Return the problems and notes that only show across all masks.
 
     Args:
         found: The folder.
         findings: Of the masks that were opened.
-        values_given: What pixel values mean was said by the caller, so that masks without objects are believed.
+        values_given: The caller said what pixel values mean, so masks without objects are accepted.
         caller: Whose options the advice names.
     """
     problems, notes = [], []
@@ -143,7 +143,7 @@ def all_together(
 
 
 def no_object(masks: Sequence[MaskFinding], num_classes: int, caller: Caller) -> str:
-    """Say that no mask shows an object, and why that may be."""
+    """Say that no mask shows an object, and the likely reason."""
     binary = option(caller, "mask_values", "binary" if num_classes == 1 else "0=0,255=1")
     ids = option(caller, "mask_values", "ids")
     if any(finding.ignores for finding in masks):
@@ -179,7 +179,7 @@ def check_masks(
     caller: Caller = "python",
     num_masks: int = NUM_SAMPLED,
 ) -> tuple[int, list[str]]:
-    """Look at some masks of a folder, evenly spread over all of its splits, before a run depends on them.
+    """Check some masks of a folder, spread evenly over its splits, before a run depends on them.
 
     Args:
         root: As for `load_folder`, like all that is not named here.
@@ -188,13 +188,13 @@ def check_masks(
         separator: See there.
         mask_values: See there.
         caller: See there.
-        num_masks: How many are opened at most.
+        num_masks: Largest number of masks to open.
 
     Returns:
         How many were opened, and notes.
 
     Raises:
-        DataError: one of them cannot be scored against.
+        DataError: a mask cannot be used for scores.
     """
     query = FolderQuery(Path(root), table, None, None, None, classes, separator, True, caller, mask_values)
     found = look_through(query)

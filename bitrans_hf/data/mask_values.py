@@ -1,4 +1,4 @@
-"""What the pixel values of masks mean where they are not label ids: two-valued masks, other numbers, colors."""
+"""The meaning of mask pixels that are not label ids: binary masks, other numbers, colors."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ FORMS = (
     "the VOC palette), or a list of your own such as 0=0,128=255,255=1 (value=label id), 0-127=0,128-255=1 (ranges) "
     "or 0/0/0=0,128/0/0=1 (red/green/blue=label id)"
 )
-"""The ways to say what pixel values mean, in words for a message or a help text."""
+"""The ways to state what pixel values mean, for a message or a help text."""
 
 OPTION = 'mask_values="{}"'
-"""How somebody who calls `load_folder` says what pixel values mean."""
+"""The option of `load_folder` that states what pixel values mean."""
 
 
 class MaskValueError(InputError):
@@ -41,13 +41,13 @@ class MaskValueError(InputError):
     """
 
     def __init__(self, message: str, kind: str, form: str = ""):
-        """Keep what is wrong; "{}" in `message` is where the caller's option stands that reads `form`."""
+        """Keep what is wrong; "{}" in `message` is the place of the caller's option that reads `form`."""
         super().__init__(message.replace("{}", OPTION.replace("{}", form)))
         self.kind = kind
         self._message, self._form = message, form
 
     def advising(self, option: str) -> str:
-        """Return the message with the option of this caller; "{}" in `option` is where the form stands."""
+        """Return the message with this caller's option; "{}" in `option` is the place of the form."""
         return self._message.replace("{}", option.replace("{}", self._form))
 
 
@@ -57,7 +57,7 @@ class MaskValues:
 
     Attributes:
         text: As given.
-        ranges: (lowest, highest, label id) of pixel values of gray and palette masks; the first that fits counts.
+        ranges: (lowest, highest, label id) of pixel values of gray and palette masks; the first match counts.
         colors: Red << 16 | green << 8 | blue -> label id; masks are then opened as RGB.
     """
 
@@ -99,10 +99,10 @@ class MaskValues:
         return cls(str(text), tuple(ranges), colors)
 
     def require_classes(self, num_classes: int) -> None:
-        """Check that the meanings fit `num_classes` object classes.
+        """Check the label ids against `num_classes` object classes.
 
         Raises:
-            InputError: a two-valued mask cannot say which of several classes it shows, or a label id is too large.
+            InputError: a binary mask cannot say which of several classes it shows, or a label id is too large.
         """
         if self.text == "binary" and num_classes > 1:
             raise InputError(
@@ -163,8 +163,8 @@ class MaskValues:
 def stored_values(image: PILImage.Image) -> NDArray[Any]:
     """Return the values (H, W) of a gray or palette mask, with palette indices as they are.
 
-    An image of three equal channels is a gray one, and an alpha channel of one value says nothing: both are read.
-    Where the alpha channel alone varies, it is the mask.
+    An image of three equal channels is read as gray, and a constant alpha channel is ignored. If only the alpha
+    channel varies, it is the mask.
 
     Raises:
         MaskValueError: the image has colors or transparency, or its numbers are no integers.
@@ -234,7 +234,7 @@ def checked_ids(pixels: NDArray[Any], num_classes: int | None) -> Ids:
 
 
 def _advice(values: NDArray[Any], num_classes: int | None) -> tuple[str, str]:
-    """Say what to do about a mask that holds `values`, some of which are no label ids, and the form that reads it."""
+    """Return the advice for a mask with `values` that are not all label ids, and the form that reads it."""
     if np.count_nonzero(values) == 1:
         object_value = int(values[values != 0][0])
         advice = f"if {object_value} is the object, give {{}}; otherwise check the list of classes."
@@ -258,7 +258,7 @@ def _advice(values: NDArray[Any], num_classes: int | None) -> tuple[str, str]:
 
 
 def _form_of(value: int, num_classes: int | None) -> str:
-    """Return how one says that `value` is the object: with several classes, which of them has to be said."""
+    """Return the form that makes `value` the object; with several classes it must name one of them."""
     return "binary" if num_classes == 1 else f"0=0,{value}=1"
 
 
@@ -277,7 +277,7 @@ def _color_text(color: int) -> str:
 
 
 def _shown(values: Iterable[int], name: Callable[[int], str]) -> str:
-    """List the first few values, and how many there are if more."""
+    """List the first few values, and the number of the others."""
     numbers = [int(value) for value in values]
     more = f", ... ({len(numbers)} of them)" if len(numbers) > _MAX_VALUES_SHOWN else ""
     return ", ".join(name(value) for value in numbers[:_MAX_VALUES_SHOWN]) + more

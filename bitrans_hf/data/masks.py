@@ -1,4 +1,4 @@
-"""Masks as label ids: opened from files, painted from COCO's instances, or brought into another order of classes."""
+"""Masks as label ids: opened from files, painted from COCO's instances, or renumbered for another order of classes."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ def open_mask(
     """Open a mask as label ids: 0 background, class id + 1 for objects, 255 ignored.
 
     Args:
-        cell: The `mask` of a row, a path or a PIL image. Palette and gray images hold label ids as they are, also
-            where they are saved with three equal channels, as 16 or 32-bit integers or with one bit.
+        cell: The `mask` of a row, a path or a PIL image. Palette and gray images hold label ids directly, even if
+            saved with three equal channels, as 16 or 32-bit integers, or with one bit.
         image_size: (height, width) of the image; given, the mask must have this size.
         num_classes: Number of object classes; given, other ids than 0 to `num_classes` and 255 are refused.
         values: What the pixel values mean where they are not label ids.
-        values_option: How the caller says `values`, for the advice in errors; "{}" is where their form stands.
+        values_option: The caller's option for `values`, for the advice in errors; "{}" is the place of the form.
 
     Returns:
         (H, W) uint8.
 
     Raises:
         UnreadableImageError: the file is missing, damaged or no image.
-        DataError: the mask is not known (None), the image is no index image, or its size or its ids do not fit.
+        DataError: the mask is None, is not an index image, or has the wrong size or ids.
     """
     mask = open_mask_with_palette(cell, num_classes=num_classes, values=values, values_option=values_option)[0]
     if image_size is not None and mask.shape != tuple(image_size):
@@ -125,7 +125,7 @@ def _label_ids(image: PILImage.Image, num_classes: int | None, values: MaskValue
 
 
 def label_lookup(source: Sequence[str], target: Sequence[str]) -> NDArray[np.uint8] | None:
-    """Return the table (256,) from label ids for the classes `source` to those for `target`, or None if all stay.
+    """Return the lookup table (256,) from the label ids of `source` to those of `target`, or None if none changes.
 
     Classes that are not in `target` become background; 255 stays 255.
     """
@@ -146,10 +146,10 @@ def masks_in_order(
     values: MaskValues | None = None,
     values_option: str = OPTION,
 ) -> Sequence[Path | bytes | None]:
-    """Return `masks`, drawn with the ids of `source` or with `values` that mean them, with the ids of `target`.
+    """Return `masks`, whose pixels are ids of `source` or `values` that mean them, with the ids of `target`.
 
-    A mask that needs no change stays a path. Others become PNG bytes, about 3 kB and 2 ms each: a row of a data set
-    can hold a path or bytes but no recipe, and files written to some cache would outlive the data they come from.
+    A mask that needs no change stays a path. Others become PNG bytes, about 3 kB and 2 ms each: a row can hold a path
+    or bytes but not a rule, and files in a cache would outlive their source.
 
     Raises:
         DataError: a mask is unreadable or holds ids beyond `source`.

@@ -1,7 +1,7 @@
-"""Outlines of objects as COCO files hold them, polygons or run lengths: checked number by number, then painted.
+"""Outlines of objects in COCO's forms, polygons or run lengths: checked number by number, then painted.
 
-pycocotools paints the polygons. It checks nothing and reads beyond its input where numbers do not fit together, so
-nothing reaches it unchecked.
+pycocotools paints the polygons. It checks nothing and reads past its input if numbers are inconsistent, so everything
+is checked first.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ Region: TypeAlias = NDArray[np.bool_]
 """(H, W), True on the pixels of an object."""
 
 _FAR = 100_000
-"""Corners farther out than this, in pixels, are not drawn by anybody; pycocotools' memory grows with the distance."""
+"""Largest coordinate of a corner in pixels: more is an error, and pycocotools' memory grows with it."""
 
 _MOST_CHARACTERS = 7
-"""Of one compressed run length: 35 bits, more than any image needs."""
+"""Most characters of one compressed run length: 35 bits, more than any image needs."""
 
 
 class OutlineError(Exception):
-    """An outline that cannot be read; the message is what is wrong, without the place."""
+    """An outline that cannot be read; the message says what is wrong, but not where."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Outline:
     runs: list[tuple[tuple[int, int], NDArray[np.int64]]] = field(default_factory=list)
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise OutlineError if run lengths are for another size than this of the image."""
+        """Raise OutlineError if run lengths are for another size than the image's."""
         for size, _ in self.runs:
             if size != (height, width):
                 raise OutlineError(
@@ -70,14 +70,14 @@ class Outline:
 
 
 def read_outline(segmentation: Any) -> Outline | None:
-    """Check and read a `segmentation`; None where there is none, as of objects that have a box alone.
+    """Check and read a `segmentation`; None if there is none, as for objects that have only a box.
 
-    Beside what COCO's own files hold (a list of polygons as flat lists of numbers, run lengths as numbers or as
-    compressed text) these are read: one flat polygon, corners as pairs, numbers as text. Parts of fewer than three
-    corners enclose nothing and are skipped beside others.
+    Besides the forms of COCO's own files (polygons as flat lists of numbers, run lengths as numbers or as compressed
+    text), one flat polygon, corners as pairs and numbers as text are accepted. Parts with fewer than three corners
+    enclose nothing and are skipped if there are others.
 
     Raises:
-        OutlineError: it is something else, or does not fit together.
+        OutlineError: it has another form, or is inconsistent.
     """
     if _is_absent(segmentation):
         return None
@@ -157,7 +157,7 @@ def _numbers(values: Sequence[Any], what: str) -> NDArray[np.float64]:
 
 
 def _read_runs(part: Mapping[str, Any]) -> tuple[tuple[int, int], NDArray[np.int64]]:
-    """Return (height, width) and run lengths that fit it."""
+    """Return (height, width) and run lengths that sum to it."""
     counts, size = part.get("counts"), part.get("size")
     if not isinstance(size, list) or len(size) != 2:
         raise OutlineError(f"its segmentation has run lengths of size {_shown(size)}, expected [height, width]")
@@ -195,8 +195,8 @@ def _whole(numbers: NDArray[np.float64], what: str) -> NDArray[np.int64]:
 def _decompressed(text: bytes) -> NDArray[np.int64]:
     """Return the run lengths of COCO's compressed text.
 
-    Each character holds five bits and whether more follow, the lowest first; from the fourth on, a number is the
-    difference to the one two places before.
+    Each character holds five bits, lowest first, and a flag for more to follow; from the fourth number on, each is the
+    difference from the one two places earlier.
     """
     codes = np.frombuffer(text, dtype=np.uint8).astype(np.int64) - 48
     if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:

@@ -1,6 +1,6 @@
 """The rows of every loader: their columns, and how they become a `datasets.Dataset`.
 
-The one file that builds data sets, so that what only looks at a folder need not import `datasets`.
+The only file that builds data sets, so that checking a folder does not import `datasets`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _MASK_RULE = "masks: "
 def row_features(classes: Sequence[str], *, decode_masks: bool = True) -> Features:
     """Return the columns of every loader, for object classes named in the order of their ids.
 
-    Images stay undecoded, because decoding by `datasets` would turn them upright by their EXIF tag, while masks are
-    drawn on the stored pixels: see `open_image`. Masks that are painted on demand only `open_mask` can open.
+    Images stay undecoded: `datasets` would rotate them by their EXIF tag, while masks are drawn on the stored pixels,
+    see `open_image`. Only `open_mask` can open masks that are painted on demand.
     """
     return Features(
         {
@@ -44,13 +44,13 @@ def build_dataset(
     *,
     mask_rule: str | None = None,
 ) -> Dataset:
-    """Put rows together; images and masks given as paths are not opened.
+    """Build a data set; images and masks given as paths are not opened.
 
     Args:
         image_ids: One id per row.
         images: Path of each image.
-        labels: Ids of the object classes in each image, in any order, repeats allowed; stored sorted and unique.
-            None where they are not known, which is not the same as none.
+        labels: Ids of the object classes in each image, in any order, repeats allowed; stored sorted and unique. None
+            if unknown, which is not the same as none.
         masks: For each row the path of an index image, the bytes of a PNG, a reference (text) to what is painted on
             demand, or None where no mask is known.
         classes: Names of the object classes, in the order of their ids.
@@ -81,9 +81,9 @@ def _image_cells(contents: Sequence[bytes | None], paths: Sequence[str | None]) 
 
 
 def mask_rule(dataset: Dataset) -> str | None:
-    """Return in words how the masks of `dataset` were made, to be written beside every score; None where not known.
+    """Return how the masks of `dataset` were made, to be written beside every score; None if unknown.
 
-    It is kept by `select`, `filter`, `map` and `save_to_disk`, not by Parquet files and the Hub.
+    It survives `select`, `filter`, `map` and `save_to_disk`, but not Parquet files and the Hub.
     """
     description = dataset.info.description or ""
     return description.removeprefix(_MASK_RULE) if description.startswith(_MASK_RULE) else None

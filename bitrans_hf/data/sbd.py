@@ -20,7 +20,7 @@ SBD_SPLITS = ("train", "val")
 
 
 def sbd_folder(root: str | Path) -> Path:
-    """Return the folder with `cls`, `train.txt` and `val.txt`, given it or `benchmark_RELEASE` or the one above.
+    """Return the folder with `cls`, `train.txt` and `val.txt`, given that folder, `benchmark_RELEASE` or its parent.
 
     Raises:
         DataError: there is no such folder.

@@ -1,4 +1,4 @@
-"""Images with label maps for training a segmentation network: cut, scaled and flipped together."""
+"""Images with label maps for training a segmentation network: scaled, flipped and cropped together."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class PairAugmentation:
     """How an image and its label map become a training crop.
 
     Attributes:
-        crop_size: Side S of the square crops in pixels. An image that is smaller after scaling lies in the upper left
-            corner; the rest is 0 in the normalized image and `padding_label` in the label map.
+        crop_size: Side S of the square crops in pixels. A smaller image is placed in the upper left corner; the rest
+            is 0 in the normalized image and `padding_label` in the label map.
         scale: Smallest and largest factor of the image's sides, drawn uniformly.
         one_scale_for_batch: All images of a batch get the same factor.
         hflip: Probability of a horizontal flip.
@@ -73,7 +73,7 @@ PAIR_PRESETS: Mapping[str, Mapping[str, Any]] = {
     },
     "deeplab-v1": {"crop_size": 448, "scale": (0.5, 1.5), "hsv_jitter": 10},
 }
-"""Options of `PairAugmentation` by name: MCTformer's `seg/`, literally, and the DeepLab-V1 that retrains SEAM."""
+"""Options of `PairAugmentation` by name: MCTformer's `seg/`, and the DeepLab-V1 that retrains SEAM."""
 
 
 def pair_augmentation(preset: str, **options: Any) -> PairAugmentation:
@@ -101,14 +101,14 @@ def augment_pair(
     scale: float,
     generator: np.random.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale, flip and cut an image and its label map.
+    """Scale, flip and crop an image and its label map.
 
     Args:
         image: RGB.
         label_map: Label ids (H, W) of the image's size.
         augmentation: What to do.
-        scale: Factor of the sides, drawn by the caller because a batch may share it.
-        generator: Of the other draws.
+        scale: Factor for both sides, drawn by the caller because a batch may share it.
+        generator: For all other random draws.
 
     Returns:
         Normalized pixel values (3, S, S) float32, and label ids (S, S) int64.
@@ -140,9 +140,9 @@ def augment_pair(
 def _bilinear(
     pixels: NDArray[np.uint8], rows: NDArray[np.int64], columns: NDArray[np.int64], size: tuple[int, int]
 ) -> NDArray[np.float32]:
-    """Return some rows and columns of `pixels` (H, W, 3) resized to `size`, as OpenCV does: nothing is smoothed.
+    """Return some rows and columns of `pixels` (H, W, 3) resized to `size` without antialiasing, as OpenCV does.
 
-    In NumPy, because torch's rounding depends on the number of threads, and a crop should not.
+    In NumPy, because torch's rounding depends on the number of threads, and a crop must not.
     """
     (above, below, down), (before, after, right) = (
         _neighbors(places, new, old) for places, new, old in zip((rows, columns), size, pixels.shape, strict=False)
@@ -159,10 +159,10 @@ def _bilinear(
 def _neighbors(
     places: NDArray[np.int64], new: int, old: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """Return, for places on a side of `new` pixels, the two pixels of `old` that they lie between, and how far."""
-    centres = np.clip((places + 0.5) * old / new - 0.5, 0, old - 1)
-    first = np.floor(centres).astype(np.int64)
-    return first, np.minimum(first + 1, old - 1), (centres - first).astype(np.float32)
+    """Return the two pixels of `old` around each position on a side of `new` pixels, and the weight of the second."""
+    centers = np.clip((places + 0.5) * old / new - 0.5, 0, old - 1)
+    first = np.floor(centers).astype(np.int64)
+    return first, np.minimum(first + 1, old - 1), (centers - first).astype(np.float32)
 
 
 def _nearest(
@@ -175,7 +175,7 @@ def _nearest(
 
 
 def _shifted_hsv(image: PILImage.Image, shift: NDArray[np.int64]) -> PILImage.Image:
-    """Shift hue (round a circle of 180), saturation and value (cut off at 0 and 255)."""
+    """Shift hue (modulo 180), saturation and value (clipped to [0, 255])."""
     levels = np.arange(256)
     hue = (levels + round(float(shift[0]) * 256 / 180)) % 256  # PIL's circle has 256 hues
     others = [np.clip(levels + by, 0, 255) for by in shift[1:]]
@@ -186,7 +186,7 @@ def _shifted_hsv(image: PILImage.Image, shift: NDArray[np.int64]) -> PILImage.Im
 
 
 def with_label_maps(dataset: Dataset, label_maps: Sequence[ImageCell | None]) -> Dataset:
-    """Return the rows of `dataset` with a column of label maps to train on, in place of ground truth.
+    """Return the rows of `dataset` with a column of label maps to train on, instead of ground truth.
 
     Args:
         dataset: Rows of `image_id`, `image` and `labels`.

@@ -1,8 +1,8 @@
 """Drawn scenes with exact masks: textured shapes on clutter, made on the fly from a seed.
 
-A class is a silhouette and nothing else. Objects and clutter are drawn light, the background and its patches dark, all
-with the same textures and whatever the class, and silhouettes of one size have equal areas, so that only shape tells
-what an image holds.
+A class is a silhouette and nothing else. Whatever the class, objects and clutter are light, the background and its
+patches dark, and all share the same textures; silhouettes of one size have equal areas. Only shape tells what an image
+shows.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from .rows import row_features
 FloatArray = NDArray[np.float32]
 
 REFERENCE_SIZE = 64
-"""Side in pixels of the scenes that every length below is given for; other sizes scale all lengths alike."""
+"""Side in pixels of the scenes for which the lengths below are given; other sizes scale them."""
 
 DIAMETER_RANGE_PX = (18.0, 36.0)
 """Diameter of the disc of an object's area, in pixels of a 64-pixel scene."""
 
 MIN_IMAGE_SIZE = 32
-"""Below this the smallest objects have too few pixels to show their shape."""
+"""Smallest side in pixels: below it, the smallest objects have too few pixels to show their shape."""
 
 OBJECT_COUNT = (1, 3)
-"""Fewest and most objects of a scene."""
+"""Smallest and largest number of objects in a scene."""
 
 MIN_VISIBLE_FRACTION = 0.6
-"""Share of an object's silhouette that stays in sight when a later one covers a part of it."""
+"""Share of an object's silhouette that stays visible when later ones cover part of it."""
 
 _ONE_CLASS_FRACTION = 1 / 3  # scenes whose objects are all of one class: 1.5 labels a scene, as VOC's 1.56
 _PLACEMENT_TRIES = 40
@@ -61,13 +61,13 @@ class DrawnShape:
 
     Attributes:
         class_id: Index into `SHAPE_CLASSES`.
-        center: (row, column) of the circumcentre in pixels, (0.0, 0.0) being the middle of the first pixel.
+        center: (row, column) of the circumcenter in pixels; (0.0, 0.0) is the center of the first pixel.
         diameter: Diameter in pixels of the disc with the silhouette's area.
-        rotation: Angle in radians, from the direction of growing columns towards growing rows.
+        rotation: Angle in radians, from the column axis toward the row axis.
     """
 
     class_id: int
-    centre: tuple[float, float]
+    center: tuple[float, float]
     diameter: float
     rotation: float
 
@@ -138,16 +138,16 @@ def make_shapes(
 ) -> Dataset:
     """Draw `n` scenes of shapes among clutter, with their image labels and exact masks.
 
-    Scene i of a seed is the same whatever `n` is, and the scenes of two seeds have nothing in common, so that a
-    training and a validation set only need different seeds.
+    Scene i of a seed does not depend on `n`, and scenes of different seeds are independent, so a training and a
+    validation set only need different seeds.
 
     Args:
         n: Number of scenes, at least 1.
         seed: Which stream of scenes, 0 or greater.
         image_size: Side of the square scenes in pixels, at least 32. At 64, objects have the area of
             discs of 18 to 36 pixels; they scale with it.
-        objects: Fewest and most objects of a scene, both counted; each pair of numbers has streams of its own. A scene
-            may hold fewer than drawn where no place is left, but always one.
+        objects: Smallest and largest number of objects in a scene, inclusive; each pair has its own streams. A scene
+            may have fewer where no room is left, but at least one.
 
     Returns:
         A dataset with `image_id` ("shapes-<seed>-<index>", for other numbers of objects than one to three
@@ -180,13 +180,13 @@ def make_shapes(
 def draw_scene(
     seed: int, index: int, *, image_size: int = REFERENCE_SIZE, objects: tuple[int, int] = OBJECT_COUNT
 ) -> Scene:
-    """Draw one scene, a function of the arguments alone.
+    """Draw one scene; the result depends on the arguments alone.
 
     Args:
         seed: Which stream of scenes, 0 or greater.
         index: Which scene of the stream, 0 or greater.
         image_size: Side of the square scene in pixels, at least 32.
-        objects: Fewest and most objects, both counted, as in `make_shapes`.
+        objects: Smallest and largest number of objects, inclusive, as in `make_shapes`.
 
     Returns:
         The scene, with at least one object; each object keeps at least 60 % of its silhouette in sight.
@@ -225,7 +225,7 @@ def _check_seed(seed: int) -> None:
 
 
 def _stream(objects: tuple[int, int]) -> tuple[int, ...]:
-    """What sets apart the streams of scenes with another range of objects."""
+    """Key that separates the streams of scenes with another range of objects."""
     return () if objects == OBJECT_COUNT else objects
 
 
@@ -256,10 +256,10 @@ def _place_objects(
             shape = DrawnShape(class_id, (0.0, 0.0), diameter, rotation)
             # The whole circumscribed circle lies inside the image.
             row, column = rng.uniform(shape.radius - 0.5, image_size - 0.5 - shape.radius, size=2).tolist()
-            shape = replace(shape, centre=(row, column))
-            if any(math.dist(shape.centre, other.centre) < 0.4 * (diameter + other.diameter) for other in objects):
+            shape = replace(shape, center=(row, column))
+            if any(math.dist(shape.center, other.center) < 0.4 * (diameter + other.diameter) for other in objects):
                 continue
-            window, y, x = _window(shape.centre, shape.radius + 1.0, image_size)
+            window, y, x = _window(shape.center, shape.radius + 1.0, image_size)
             inside = _signed_distance(shape, y, x) <= 0.0
             covered = np.bincount(owner[window][inside] + 1, minlength=len(objects) + 1)[1:]
             visible = np.bincount(owner.ravel() + 1, minlength=len(objects) + 1)[1:] - covered
@@ -281,18 +281,18 @@ def _signed_distance(shape: DrawnShape, y: FloatArray, x: FloatArray) -> FloatAr
 
 
 def _window(
-    centre: tuple[float, float], reach: float, image_size: int
+    center: tuple[float, float], reach: float, image_size: int
 ) -> tuple[tuple[slice, slice], FloatArray, FloatArray]:
-    """Return the square window of half side `reach` around `centre`, and (row, column) offsets from the center."""
+    """Return the square window of half side `reach` around `center`, and the (row, column) offsets from it."""
     # Clamping both ends leaves an empty window, not a wrapped one, where a stroke has walked out of the image.
     rows, columns = (
         slice(
             min(max(math.floor(value - reach), 0), image_size), min(max(math.ceil(value + reach) + 1, 0), image_size)
         )
-        for value in centre
+        for value in center
     )
-    y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] - np.float32(centre[0])
-    x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :] - np.float32(centre[1])
+    y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] - np.float32(center[0])
+    x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :] - np.float32(center[1])
     return (rows, columns), y, x
 
 
@@ -304,7 +304,7 @@ def _pick_color(
 ) -> FloatArray:
     """Return a random color (3,) with channels in `colors`, at its distances from `others` (k, 3).
 
-    Distances are Euclidean in RGB; of 64 tries the first that keeps all, else the one that comes closest.
+    Distances are Euclidean in RGB; of 64 tries, the first that keeps all of them, else the closest.
     """
     candidates = rng.uniform(*colors, size=(64, 3)).astype(np.float32)
     room = (np.linalg.norm(candidates[:, None] - others[None], axis=2) / min_distances).min(axis=1)
@@ -404,8 +404,8 @@ def _draw_stroke(
 
 
 def _draw_object(rng: np.random.Generator, canvas: FloatArray, shape: DrawnShape, color: FloatArray) -> None:
-    """Draw `shape` onto `canvas` (H, W, 3) in place, its outline smoothed over one pixel."""
-    window, y, x = _window(shape.centre, shape.radius + 1.0, canvas.shape[0])
+    """Draw `shape` onto `canvas` (H, W, 3) in place, with its outline antialiased over one pixel."""
+    window, y, x = _window(shape.center, shape.radius + 1.0, canvas.shape[0])
     alpha = np.clip(0.5 - _signed_distance(shape, y, x), 0.0, 1.0)[:, :, None]
     paint = _paint(rng, y, x, color, canvas.shape[0] / REFERENCE_SIZE)
     canvas[window] += alpha * (paint - canvas[window])

@@ -1,4 +1,4 @@
-"""Data sets for other machines: Parquet files that hold the images and masks themselves."""
+"""Data sets for other machines: Parquet files that contain the images and masks themselves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .common import DataError, UnreadableImageError
 from .masks import index_png, open_mask
 
 _ROWS_AT_ONCE = 100
-"""Rows in memory, and in a row group: what a reader of single rows has to load."""
+"""Rows held in memory, and rows in a row group, which a reader of single rows has to load."""
 
 
 def write_parquet(
@@ -31,17 +31,17 @@ def write_parquet(
 ) -> list[Path]:
     """Write a data set as `<folder>/data/<split>-00000-of-00001.parquet`, ..., with the bytes of its files inside.
 
-    `Dataset.to_parquet` writes the paths of local files and nothing else. `datasets.load_dataset(folder)` reads the
-    result anywhere, `push_to_hub` on that publishes it, and so does uploading the folder. Images and masks keep
-    their bytes, masks that are painted on demand are painted, and of local paths only the file names stay. The files
-    appear together, when all of them are complete. A hundred rows are in memory at a time.
+    `Dataset.to_parquet` writes only the paths of local files. `datasets.load_dataset(folder)` reads the result
+    anywhere; publish it by its `push_to_hub` or by uploading the folder. Images and masks keep their bytes, masks that
+    are painted on demand are painted, and only the names of local files are kept. All files appear together once they
+    are complete. A hundred rows are in memory at a time.
 
     Args:
         dataset: From a loader of this package.
-        folder: Made if need be; may hold other splits already.
+        folder: Created if necessary; may already hold other splits.
         split: Name of the split.
         rows_per_file: Rows in each file.
-        progress: Wraps the starts of the batches that are written one after another.
+        progress: Wraps the start positions of the batches, for example in a progress bar.
 
     Returns:
         The files.
@@ -85,7 +85,7 @@ def _batch_starts(num_rows: int, rows_per_file: int) -> Iterable[int]:
 
 
 def _with_bytes(cell: Mapping[str, Any] | None, column: str) -> Mapping[str, Any] | None:
-    """Return an image cell that holds its file, under the file's name alone."""
+    """Return an image cell with the bytes of its file and the file's name."""
     if cell is None:
         return None
     path = cell["path"]

@@ -26,7 +26,7 @@ from .label_cells import (
 )
 
 OWN_COLUMNS = ("file_name", "labels", "split", "image_id", "mask_file_name")
-"""Columns with a meaning of their own; where there is no column `labels`, every other one is a class."""
+"""Columns with a fixed meaning; without a column `labels`, every other one is a class."""
 
 # What pandas calls the column of row numbers that nobody named.
 _INDEX_COLUMN = re.compile(r"|Unnamed: \d+(?:\.\d+)?|__index_level_\d+__")
@@ -40,7 +40,7 @@ _YES_NO = {
 _SEPARATOR_LINE = re.compile(r'"?sep=(.)"?\r?\n', re.IGNORECASE)
 
 Caller: TypeAlias = Literal["python", "check", "masks", "recipe"]
-"""Who is advised: somebody who calls `load_folder`, `bitrans check`, `bitrans masks`, or a stage with a recipe."""
+"""Who gets the advice: a caller of `load_folder`, `bitrans check`, `bitrans masks`, or a stage with a recipe."""
 
 _OPTIONS: Mapping[str, Mapping[Caller, str]] = {
     "separator": {
@@ -69,7 +69,7 @@ def option(caller: Caller, name: str, value: str = "") -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a folder.
+    """A problem with a folder.
 
     Attributes:
         kind: "table" (a row that cannot be read, or names a file outside), "missing" (image), "duplicate" (two rows
@@ -101,7 +101,7 @@ class Row:
     cells: Mapping[str, Any]
 
     def text(self, column: str) -> str:
-        """Return a cell as text without blanks around it, "" where there is none."""
+        """Return a cell as text without surrounding whitespace, "" if there is none."""
         cell = self.cells.get(column)
         return "" if cell is None else str(cell).strip()
 
@@ -110,7 +110,7 @@ class Row:
 
 
 def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
-    """Read the rows of a table; those that cannot be read are added to `problems`.
+    """Read the rows of a table; add those that cannot be read to `problems`.
 
     Raises:
         DataError: the table as a whole cannot be read, has no column file_name, or is of an unknown kind.
@@ -141,10 +141,10 @@ def read_rows(path: Path, problems: list[Problem]) -> list[Row]:
 
 
 def _tidy_columns(written: Sequence[str], path: Path) -> dict[str, str]:
-    """Return the columns of a row and how they are written; columns of row numbers are left out.
+    """Return the columns of a row and their spelling, without columns of row numbers.
 
     Raises:
-        DataError: a column is there twice, or two look alike.
+        DataError: a column occurs twice, or two look alike.
     """
     own = {folded_name(name): name for name in OWN_COLUMNS}
     loose = {_letters(name): name for name in OWN_COLUMNS if not any(folded_name(str(key)) == name for key in written)}
@@ -167,12 +167,12 @@ def _without_quotes(name: str) -> str:
 
 
 def _letters(column: str) -> str:
-    """Return what `File Name`, `file-name` and `filename` have in common."""
+    """Return a form that is equal for `File Name`, `file-name` and `filename`."""
     return re.sub(r"[\W_]+", "", folded_name(column))
 
 
 def _advice_on_header(cells: Mapping[str, Any]) -> str:
-    """Say which column of a row without `file_name` holds the name of its image, if one does."""
+    """Say which column of a row without `file_name` contains the name of its image, if any."""
     if any(suffix_of(str(column).strip()) in image_suffixes() for column in cells):
         return "put a line with the names of the columns before the first row, such as file_name,labels."
     for column, cell in cells.items():
@@ -272,13 +272,14 @@ def _read_parquet(path: Path, problems: list[Problem]) -> Iterator[tuple[str, Ce
 
 @dataclass
 class RowLabels:
-    """What the rows of a table say, in their order.
+    """The labels of the rows of a table, in their order.
 
     Attributes:
         names: Class names of each row, in its own order.
-        stated: Whether a row that names no class says so: by zeros, an empty list or background, not by an empty cell.
-        notes: What was found and is no fault, in sentences.
-        columns: 0/1 columns of classes; empty where a column `labels` gives them.
+        stated: Whether a row without classes says so explicitly: by zeros, an empty list or background, not by an
+            empty cell.
+        notes: Findings that are not problems, in sentences.
+        columns: 0/1 columns of classes; empty if a column `labels` gives them.
     """
 
     names: list[list[str]] = field(default_factory=list)
@@ -295,21 +296,21 @@ def labels_of_rows(
     problems: list[Problem],
     caller: Caller = "python",
 ) -> RowLabels:
-    """Return the class names that each row gives; cells that give none are added to `problems`.
+    """Return the class names of each row; add cells without a name to `problems`.
 
-    Names are in their one form, in the spelling of `known` where that is given. Background, which is no class, is
-    left out.
+    Names are normalized (`tidy_name`), and spelled as in `known` if given. Background, which is not a class, is left
+    out.
 
     Args:
         rows: One or more.
-        known: Classes in the order of their ids, where they are given; class ids in place of names need it.
-        separator: Between the names in a text; None to find it out.
+        known: Classes in the order of their ids, if given; required where cells hold class ids instead of names.
+        separator: Separator between the names in a text; None to detect it.
         source: The table in words.
-        problems: Is added to.
+        problems: Receives the problems found.
         caller: Whose options the advice names.
 
     Raises:
-        DataError: it is not clear what separates names, or columns fit neither way of giving labels.
+        DataError: the separator is unclear, or the columns match neither form of labels.
     """
     found = RowLabels()
     if any("labels" in row.cells for row in rows):
@@ -423,7 +424,7 @@ def _names_of_values(
     by_fold: Mapping[str, str],
     problems: list[Problem],
 ) -> list[str]:
-    """Return the names of a list: as they are written or as `known` writes them, or those of class ids."""
+    """Return the names of a list, as written or as `known` spells them, or the names of class ids."""
     ids = [value for value in values if isinstance(value, int)]
     if not ids:
         return [by_fold.get(folded_name(name), name) for name in map(str, values)]
@@ -451,7 +452,7 @@ def _texts_of_known(
     problems: list[Problem],
     caller: Caller,
 ) -> list[list[str]]:
-    """Return the names in texts that known classes and separators make up; `known` is folded name -> name."""
+    """Return the names in texts made of known classes and separators; `known` maps folded names to names."""
     if separator is not None:
         return [_spelled(split_text(text, separator), known) for _, _, text in texts]
     whole: dict[str, list[list[str]]] = {}
@@ -494,7 +495,7 @@ def _spelled(names: Sequence[str], known: Mapping[str, str]) -> list[str]:
 def _texts_of_unknown(
     texts: _Texts, separator: str | None, source: str, found: RowLabels, caller: Caller
 ) -> list[list[str]]:
-    """Return the names in texts of which only the separator tells where one ends; `found` gets notes."""
+    """Return the names in texts where only the separator tells names apart; `found` receives notes."""
     used: dict[str, Row] = {}
     if separator is None:
         for _, row, text in texts:
@@ -520,7 +521,7 @@ def _texts_of_unknown(
 def _refuse_unclear_blanks(
     found: RowLabels, read: Sequence[Sequence[str]], texts: _Texts, source: str, caller: Caller
 ) -> None:
-    """Refuse texts such as "haze primary" beside "haze": the blank, or "/", may separate names or belong to them."""
+    """Refuse texts such as "haze primary" beside "haze": the space, or "/", may separate names or be part of one."""
     places: dict[str, Row] = {}
     for (_, row, _), names in zip(texts, read, strict=True):
         for name in names:
@@ -552,7 +553,7 @@ def _refuse_unclear_blanks(
 def _refuse_unclear_commas(
     found: RowLabels, read: Sequence[Sequence[str]], texts: _Texts, source: str, caller: Caller
 ) -> None:
-    """Refuse texts such as "salt, coarse" whose pieces do not recombine: the commas may belong to a name."""
+    """Refuse texts such as "salt, coarse" whose pieces do not recombine: the commas may be part of a name."""
     row_of: dict[tuple[str, ...], Row] = {}
     for (_, row, _), names in zip(texts, read, strict=True):
         row_of.setdefault(tuple(names), row)
@@ -576,7 +577,7 @@ def _refuse_unclear_commas(
 
 
 def _report_alike(names_of_rows: Sequence[Sequence[str]], rows: Sequence[Row], problems: list[Problem]) -> None:
-    """Note class names that look alike and are not the same, once for each spelling."""
+    """Note class names that look alike but differ, once per spelling."""
     first_of: dict[str, tuple[str, Row]] = {}
     seen: set[str] = set()
     for names, row in zip(names_of_rows, rows, strict=True):

@@ -1,4 +1,4 @@
-"""What all training data sets share: the epoch, and what becomes of images that cannot be read."""
+"""What all training data sets share: the epoch, and the replacement of unreadable images."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ Opened = TypeVar("Opened")
 
 
 Item: TypeAlias = dict[str, torch.Tensor | int | str]
-"""What a network is trained on, by the names of its arguments, with `index` and `unreadable` of `TrainingSet`."""
+"""Arguments of a network's forward pass by name, with `index` and `unreadable` of `TrainingSet`."""
 
 
 class Origin(NamedTuple):
-    """Where an item comes from: the position of its image, and the `image_id` asked for if that cannot be read."""
+    """Where an item comes from: the position of its image, and the requested `image_id` if that cannot be read."""
 
     position: int
     unreadable: str
 
 
 class TrainingSet(torch.utils.data.Dataset[Item], Generic[Opened]):
-    """Base of data sets whose items are augmented anew in every epoch.
+    """Base of data sets whose items get a new augmentation in every epoch.
 
-    Item `index` of an epoch must be a function of (seed, epoch, index) alone: then the number of workers, of processes
-    and a resumed run change nothing. An image that cannot be read is replaced by the next readable one: an item's
-    `index` is then that of the replacement, and `unreadable` the `image_id` that was asked for, "" otherwise. It
-    travels in the item so that the training loop learns of it from any worker process.
+    Item `index` of an epoch must be a function of (seed, epoch, index) alone: then the numbers of workers and
+    processes and a resumed run change nothing. An unreadable image is replaced by the next readable one: `index` is
+    then the replacement's, and `unreadable` the `image_id` that was requested, otherwise "". It is part of the item so
+    that the training loop hears of it from any worker process.
     """
 
     def __init__(self, dataset: Dataset, columns: Sequence[str], *, seed: int, strict: bool) -> None:
         """Wrap a data set of this package.
 
         Args:
-            dataset: Rows of `image_id` and `columns`; other columns are not looked at.
+            dataset: Rows of `image_id` and `columns`; other columns are not read.
             columns: What `_open` needs of a row.
             seed: Of all random draws, 0 or greater.
             strict: Raise `UnreadableImageError` instead of replacing an image.
@@ -61,7 +61,7 @@ class TrainingSet(torch.utils.data.Dataset[Item], Generic[Opened]):
         self._epoch: torch.Tensor = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose augmentation later items have; call it before iterating over a loader."""
+        """Set the epoch for the augmentation of later items; call it before iterating over a loader."""
         self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class TrainingSet(torch.utils.data.Dataset[Item], Generic[Opened]):
         raise NotImplementedError
 
     def _readable(self, asked: int) -> tuple[Opened, Origin]:
-        """Return the first row from `asked` on that can be read, opened, and where it comes from."""
+        """Return the first readable row from `asked` on, opened, and its origin."""
         for step in range(len(self)):
             index = (asked + step) % len(self)
             try:

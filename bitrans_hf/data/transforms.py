@@ -1,4 +1,4 @@
-"""From a stored image to the tensor a model trains on, reproducibly whatever process asks for it."""
+"""From a stored image to the tensor that a model trains on, reproducible in any process."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def training_transform(image_size: int, preset: str = "reference", **options: An
     Args:
         image_size: Side S of the square crops in pixels.
         preset: "reference" is MCTformer's: random resized crop, flip, RandAugment, random erasing. "crop_flip" leaves
-            out the last two and crops less tightly. "flip" resizes to the square and flips, for images whose
-            objects must stay in sight. "rescale_crop" is IRN's: the longer side is drawn, proportions stay, and what a
-            crop has beside a smaller image is 0 once normalized.
-        **options: Values that the preset lets one change:
+            out the last two and crops less tightly. "flip" resizes to the square and flips, for images whose objects
+            must stay visible. "rescale_crop" is IRN's: the longer side is drawn, proportions stay, and what a crop has
+            beside a smaller image is 0 once normalized.
+        **options: Options of the preset:
             reference: `scale=(0.08, 1.0)`, `ratio=(3/4, 4/3)`, `hflip=0.5`, `rand_augment="rand-m9-mstd0.5-inc1"`
             (timm's grammar), `erasing=0.25` (probability);
             crop_flip: `scale=(0.4, 1.0)`, `ratio=(3/4, 4/3)`, `hflip=0.5`;
@@ -140,15 +140,15 @@ class TrainingImages(TrainingSet[tuple[list[int], PILImage.Image]]):
     """Augmented images with multi-hot image labels.
 
     An item is `{"pixel_values": (3, S, S) float, "labels": (C,) float32 of 0 and 1, "index": int, "unreadable": str}`
-    and a function of (seed, epoch, index) alone; the random generators of the caller stay as they were. The labels of
-    an image that cannot be read are those of its replacement, too: see `TrainingSet`.
+    and a function of (seed, epoch, index) alone; the caller's random generators are left unchanged. An unreadable
+    image is replaced together with its labels: see `TrainingSet`.
     """
 
     def __init__(self, dataset: Dataset, transform: Transform, *, seed: int = 0, strict: bool = False) -> None:
         """Wrap a data set of this package.
 
         Args:
-            dataset: Rows of `image_id`, `image` and `labels`; other columns, masks above all, are not looked at.
+            dataset: Rows of `image_id`, `image` and `labels`; other columns, masks in particular, are not read.
             transform: From a PIL RGB image to a tensor, e.g. a `training_transform`.
             seed: Of all random draws, 0 or greater.
             strict: Raise `UnreadableImageError` instead of replacing an image.
@@ -180,10 +180,10 @@ class TrainingImages(TrainingSet[tuple[list[int], PILImage.Image]]):
 
 @contextmanager
 def seeded(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Seed the three generators that augmentations draw from, and put them back afterwards.
+    """Seed the three generators that augmentations draw from, and restore them afterwards.
 
-    Of torch only the CPU generator is touched: `torch.manual_seed` would also reset those of the GPUs, from which the
-    model draws.
+    Only torch's CPU generator is touched: `torch.manual_seed` would also reset those of the GPUs, which the model
+    uses.
     """
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 - timm draws from it
     words = np.random.SeedSequence(seed, spawn_key=(epoch, index)).generate_state(3)

@@ -1,4 +1,4 @@
-"""PASCAL VOC 2012 in the layout of its devkit, with image labels and, where allowed, masks; SBD merged in."""
+"""PASCAL VOC 2012 in its devkit layout, merged with SBD: image labels and, if requested, masks."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def load_voc(
 ) -> Dataset:
     """Load a split of PASCAL VOC from a devkit folder.
 
-    Image labels come from `label_file` if given, else from `Annotations/*.xml`, else from the masks (said aloud in the
-    log, since this is more supervision than image labels). Of `test`, whose annotations are not public, both labels
-    and masks are None. Images are not opened here.
+    Image labels come from `label_file` if given, else from `Annotations/*.xml`, else from the masks (the log says so,
+    since this is more supervision than image labels). Of `test`, whose annotations are not public, both labels and
+    masks are None. Images are not opened here.
 
     Args:
         root: The folder with `JPEGImages` and `ImageSets`, or one above it (`VOCdevkit`).
         split: Name of a list in `ImageSets/Segmentation`: train, val, test, ... `train_aug`, (VOC train + SBD train +
-            SBD val) - VOC val, is in no archive: `prepare_voc` writes it, or `sbd` says where the parts are.
-        classes: Part of the 20 VOC names, in the order that their ids shall have; labels of other classes are dropped
-            and become background in the masks. Default: all in VOC's order.
+            SBD val) - VOC val, is in no archive: `prepare_voc` writes it, or `sbd` locates its parts.
+        classes: A subset of the 20 VOC names in the order of their new ids; labels of other classes are dropped, and
+            their pixels become background. Default: all in VOC's order.
         label_file: A `cls_labels.npy`, `.pkl` or `.npz` for all 20 classes, see `read_label_file`.
         sbd: SBD's folder `benchmark_RELEASE`, for `train_aug` without a list.
-        masks: Give masks where a file is known, `SegmentationClass` before `SegmentationClassAug`. False: the column
-            is None throughout and no mask file is touched, so that training cannot see a pixel label.
-        drop_empty: Leave out images that show none of `classes`.
+        masks: Return the masks that exist, those of `SegmentationClass` before `SegmentationClassAug`. False: the
+            column is all None and no mask file is opened, so that training cannot see a pixel label.
+        drop_empty: Leave out images without any of `classes`.
 
     Returns:
         A dataset in the order of the list: `image_id`, `image` (undecoded), `labels` (ascending class ids), `mask`.
@@ -126,11 +126,11 @@ class VocReport:
     Attributes:
         root: The devkit folder.
         counts: Images of each split; "sbd_train" and "sbd_val" are SBD's own lists.
-        expected: The same of the whole data sets.
+        expected: The counts of the whole data sets.
         pictures_per_class: Images of train_aug and val that show each class; empty without annotations.
-        masks_written: Masks that were written now, into `SegmentationClassAug`.
-        masks_there: Masks that were there already.
-        notes: What is not as in the whole data sets, one sentence each; empty unless `partial` was allowed.
+        masks_written: Masks that were written into `SegmentationClassAug`.
+        masks_there: Masks that existed already.
+        notes: Differences from the whole data sets, one sentence each; empty unless `partial` was set.
     """
 
     root: Path
@@ -160,22 +160,22 @@ def prepare_voc(
     partial: bool = False,
     progress: Callable[[Sequence[str], str], Iterable[str]] = lambda image_ids, _: image_ids,
 ) -> VocReport:
-    """Make a devkit complete with SBD, and check every count and file of it.
+    """Complete a devkit with SBD, and check all of its counts and files.
 
     Writes `SegmentationClassAug/<id>.png` for the images of train_aug and val (VOC's own file where there is one, else
-    SBD's mask) and, when all are there, `ImageSets/Segmentation/train_aug.txt`. Files appear by atomic rename; those
-    that exist are kept, so an interrupted run can be resumed, and a complete folder is only checked.
+    SBD's mask) and, when all are there, `ImageSets/Segmentation/train_aug.txt`. Files appear by atomic rename;
+    existing ones are kept, so an interrupted run can be resumed, and a complete folder is only checked.
 
     Args:
         root: The devkit folder or one above it.
         sbd: SBD's folder `benchmark_RELEASE`; not needed where `SegmentationClassAug` and `train_aug.txt` are ready.
-        partial: Accept a part of the data: other counts, images of SBD that are not there, no annotations. Each
-            departure is a note of the report.
-        progress: Wraps the image ids of a long loop, given the name of what is done.
+        partial: Accept a part of the data: other counts, missing images of SBD, no annotations. The report notes each
+            difference.
+        progress: Wraps the image ids of a long loop, given the name of the task.
 
     Raises:
-        DataError: a count is wrong (unless `partial`), or files are missing or damaged. All that can be written is
-            written before: fix the named files and rerun.
+        DataError: a count is wrong (unless `partial`), or files are missing or damaged. Everything else is written
+            first: fix the named files and rerun.
     """
     root = _devkit_folder(Path(root))
     report = VocReport(root)
@@ -257,7 +257,7 @@ def _partial_only(what: str, report: VocReport, partial: bool) -> None:
 
 
 def _check_or_write_mask(root: Path, image_id: str, sbd: str | Path | None, report: VocReport) -> None:
-    """Write one mask into `SegmentationClassAug` if it is not there; check its size and its ids."""
+    """Write one mask into `SegmentationClassAug` if it does not exist; check its size and ids."""
     target = root / "SegmentationClassAug" / f"{image_id}.png"
     own = root / "SegmentationClass" / f"{image_id}.png"
     size = image_size(root / "JPEGImages" / f"{image_id}.jpg")
@@ -291,8 +291,8 @@ class ReducedVoc:
     Attributes:
         root: The folder of the copy.
         max_side: Longest side of its images in pixels.
-        written: Images and masks that were written now.
-        there: Images and masks that were there already.
+        written: Images and masks that were written.
+        there: Images and masks that existed already.
     """
 
     root: Path
@@ -314,21 +314,21 @@ def write_reduced_voc(
     *,
     progress: Callable[[Sequence[str], str], Iterable[str]] = lambda image_ids, _: image_ids,
 ) -> ReducedVoc:
-    """Write a copy of a devkit with smaller images and masks, for a CPU or a machine that little can be sent to.
+    """Write a copy of a devkit with smaller images and masks, for CPUs and slow uploads.
 
     Images (bicubic, JPEG of quality 95) and masks (nearest pixel, PNG with its palette) become round(w * s) x
-    round(h * s) pixels, s = max_side / max(w, h); smaller ones are copied. So are `ImageSets` and `Annotations`, whose
-    boxes stay those of the large images. Scores on the copy are not those on VOC. Files appear by atomic rename and
-    existing ones are kept, so an interrupted run can be resumed.
+    round(h * s) pixels, s = max_side / max(w, h); smaller ones are copied. `ImageSets` and `Annotations` are copied
+    too; their boxes keep the original scale. Scores on the copy are not those on VOC. Files appear by atomic rename
+    and existing ones are kept, so an interrupted run can be resumed.
 
     Args:
         root: The devkit folder or one above it.
         target: Folder of the copy.
         max_side: Longest side in pixels.
-        progress: Wraps the image ids, given the name of what is done.
+        progress: Wraps the image ids, given the name of the task.
 
     Raises:
-        DataError: images or masks are damaged, or a file of another size is there; all others are written before.
+        DataError: images or masks are damaged, or a file of another size exists; everything else is written first.
         ValueError: `max_side` is below 1, or the copy would lie over the original.
     """
     root, copy = _devkit_folder(Path(root)), ReducedVoc(Path(target), max_side)
@@ -431,7 +431,7 @@ def _image_paths(root: Path, image_ids: Sequence[str], split: str) -> list[Path]
 
 
 def _mask_paths(root: Path, image_ids: Sequence[str]) -> list[Path | None]:
-    """Return the mask of each image; VOC's own one, which marks object borders as 255, before the merged SBD one."""
+    """Return the mask of each image: VOC's own, which marks object borders as 255, before the merged SBD one."""
     paths: dict[str, Path] = {}
     for name in ("SegmentationClassAug", "SegmentationClass"):
         folder = root / name
@@ -483,7 +483,7 @@ def _image_labels(
 
 
 def _labels_from_xml(path: Path) -> list[int]:
-    """Return the classes of all objects in an annotation, those marked difficult too, as `cls_labels.npy` counts."""
+    """Return the classes of all objects in an annotation, including difficult ones, as `cls_labels.npy` does."""
     try:
         tree = ElementTree.parse(path)
     except FileNotFoundError as error:

@@ -132,7 +132,7 @@ def _looks_like_base64(text: str) -> bool:
 
 
 @dataclass(frozen=True)
-class PreparedPicture:
+class PreparedImage:
     """An image on its way into the network.
 
     Attributes:
@@ -149,7 +149,7 @@ class PreparedPicture:
 
 
 @dataclass(frozen=True)
-class LocalisedPicture:
+class LocalizedImage:
     """What the network made of an image.
 
     Attributes:
@@ -158,7 +158,7 @@ class LocalisedPicture:
         probabilities: (C,) probability of each class' presence in [0, 1], averaged over scales and flips.
     """
 
-    picture: PreparedPicture
+    image: PreparedImage
     maps: list[torch.Tensor]
     probabilities: torch.Tensor
 
@@ -318,7 +318,7 @@ class PseudoMaskPipeline(Pipeline):
         max_side: int | None = None,
         upright: bool = True,
         timeout: float | None = None,
-    ) -> dict[str, list[PreparedPicture]]:
+    ) -> dict[str, list[PreparedImage]]:
         """Open an image, look up its labels and make its scaled views."""
         source = item
         if isinstance(item, Mapping) and "image" in item:
@@ -338,7 +338,7 @@ class PseudoMaskPipeline(Pipeline):
             raise InputError(f"image {name_of(source)} is {problem}")
         views = processor.scaled_views(image, scales)
         # In a list, or the loader would look for tensors to pad.
-        return {"images": [PreparedPicture(size, np.asarray(image), views, class_ids)]}
+        return {"images": [PreparedImage(size, np.asarray(image), views, class_ids)]}
 
     def _forward(  # type: ignore[override]
         self,
@@ -348,8 +348,8 @@ class PseudoMaskPipeline(Pipeline):
         refine: bool = True,
         refine_steps: int = 1,
         normalize_affinity: bool = False,
-    ) -> dict[str, list[LocalisedPicture]]:
-        localised = []
+    ) -> dict[str, list[LocalizedImage]]:
+        localized = []
         for entry in inputs["images"]:  # a batch of several comes as a list of lists of one
             picture = entry[0] if isinstance(entry, list) else entry
             maps, probabilities = [], []
@@ -366,9 +366,9 @@ class PseudoMaskPipeline(Pipeline):
                 )
                 maps.append(fused[0].float().cpu())
                 probabilities.append(output.logits.float().sigmoid().mean(dim=0).cpu())
-            kept = PreparedPicture(picture.size, picture.pixels, [], picture.class_ids)
-            localised.append(LocalisedPicture(kept, maps, torch.stack(probabilities).mean(dim=0)))
-        return {"images": localised}
+            kept = PreparedImage(picture.size, picture.pixels, [], picture.class_ids)
+            localized.append(LocalizedImage(kept, maps, torch.stack(probabilities).mean(dim=0)))
+        return {"images": localized}
 
     def postprocess(  # type: ignore[override]
         self,
@@ -379,8 +379,8 @@ class PseudoMaskPipeline(Pipeline):
     ) -> list[PseudoMask]:
         """Cut one image's maps into masks."""
         entry = outputs["images"]
-        localised: LocalisedPicture = entry[0] if isinstance(entry, list) else entry
-        picture, probabilities = localised.picture, localised.probabilities
+        localized: LocalizedImage = entry[0] if isinstance(entry, list) else entry
+        picture, probabilities = localized.image, localized.probabilities
         class_ids = picture.class_ids
         if class_ids is None:
             class_ids = (probabilities > label_threshold).nonzero().flatten().numpy()
@@ -388,7 +388,7 @@ class PseudoMaskPipeline(Pipeline):
             return []
         working_size = picture.pixels.shape[:2]
         present = torch.from_numpy(class_ids)
-        total = sum_over_scales(({"": maps[present]} for maps in localised.maps), working_size)[""]
+        total = sum_over_scales(({"": maps[present]} for maps in localized.maps), working_size)[""]
         background = torch.full((1, *working_size), threshold, dtype=torch.float32)
         scores = torch.cat([background, min_max_normalized(total)])
         if refiner is not None:

@@ -209,8 +209,8 @@ def draw_grid(images: Sequence[Sequence[GalleryLine]], columns: Sequence[str], h
             if column in cells:
                 grid.paste(cells[column], (left + (cell_width - cells[column].width) // 2, top))
             elif column == TARGET and PHOTO in cells:
-                centre = (left + cell_width / 2, top + line_height / 2)
-                draw.text(centre, "not known", fill="#888888", font=font, anchor="mm")
+                center = (left + cell_width / 2, top + line_height / 2)
+                draw.text(center, "not known", fill="#888888", font=font, anchor="mm")
         top += line_height + gap
     return grid
 

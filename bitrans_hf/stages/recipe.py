@@ -481,7 +481,7 @@ class PublishRecipe:
         create: Make repositories that are not there.
         branch: Where to commit.
         licence: Of the weights, as the Hub spells it.
-        image: Image for the model's card; null for the report's gallery where the images are drawn by us, and
+        picture: Image for the model's card; null for the report's gallery where the images are drawn by us, and
             none where they are photographs.
     """
 
