@@ -44,19 +44,19 @@ PRESETS = FOLDER / "presets"
 # `str` first: the parser takes the first type that fits, and would read the text "no" as false otherwise.
 Changes: TypeAlias = dict[str, str | bool | int | float | list[Any] | Options | None]
 SET_BY_THE_ABLATION = ("seed", "name", "output_dir")
-"""Keys that no variant may change: they say which run it is."""
+"""Keys that no variant may change: they identify the run."""
 FIXED_FOR_ALL = (
     *(f"data.{key}" for key in ("source", "root", "classes", "sbd_root", "mask_folder", "mask_overlap", "mask_crowd")),
     *(f"data.{key}" for key in ("drop_empty", "num_val", "image_size", "seed")),
     "seeds.splits",
 )
-"""Keys whose values must be those of the baseline, so that all rows are scored on the same images and masks."""
+"""Keys that must equal the baseline's, so that all rows are scored on the same images and masks."""
 LATER_STAGES = ("affinity", "pseudo_labels", "segmentation", "prediction", "publish")
 """Recipe sections that a table of seeds leaves out."""
 MOST_GALLERY_ROWS = 8
-"""Rows that the page shows images of when `gallery_rows` names none: more would be too small to look at."""
+"""Largest number of rows with images on the page if `gallery_rows` names none: more would be too small to see."""
 CHOSEN = "chosen"
-"""Name, beside those of the seed variants, of the variant that a row's own recipe names."""
+"""Key, beside the seed variants, for the variant that a row's own recipe names."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class Ablation:
         }
 
     def row_changes(self, variant: str) -> Changes:
-        """Return the keys that a row changes, with those that are changed in every row."""
+        """Return the keys that a row changes, including those that every row changes."""
         return {**self.changes, **self.variants[variant]}
 
     def preset_files(self, variant: str) -> list[Path]:
@@ -188,7 +188,7 @@ class Ablation:
 
 
 def fixed_values(recipe: Recipe) -> PlainRecipe:
-    """Return the values of the keys that must be the same in every row."""
+    """Return the values of the keys that must be equal in every row."""
     sections = {section: asdict(getattr(recipe, section)) for section in ("data", "seeds")}
     return {key: sections[key.split(".")[0]][key.split(".")[1]] for key in FIXED_FOR_ALL}
 
@@ -213,7 +213,7 @@ def ablate(ablation: Ablation) -> Path:
     """Run what is missing and write the report; return the page.
 
     Raises:
-        StageError: runs failed. The others are finished first; the message names the failed ones and the reason.
+        StageError: runs failed. The others are finished first; the message names the failed ones and their reasons.
     """
     made_with = provenance()
     # Every row is parsed before the first one runs: a mistyped key must not show up after hours.
@@ -265,7 +265,7 @@ def ablate(ablation: Ablation) -> Path:
 
 
 def read_run(folder: Path) -> RunScores:
-    """Return what a run measured."""
+    """Return the scores of a run."""
     stages = {
         stage: read_json(path)
         for stage in ("train", "seeds")
@@ -288,7 +288,7 @@ def total_seconds(runs: Mapping[str, RunScores]) -> dict[str, float]:
 
 
 def spent(seconds: Mapping[str, float], devices: Sequence[str]) -> str:
-    """Say how long the runs took, and where."""
+    """Describe how long the runs took, and on which hardware."""
     shown = {
         stage: f"{each / 3600:.1f} h" if each >= 3600 else f"{each / 60:.1f} min" for stage, each in seconds.items()
     }
@@ -306,12 +306,12 @@ Summary: TypeAlias = dict[str, dict[str, dict[str, RowScores]]]
 
 
 def has_scores(runs: Mapping[str, RunScores], split: str) -> bool:
-    """Whether the split was scored against masks, in every run."""
+    """Return whether every run scored the split against masks."""
     return all(run.splits[split].miou for run in runs.values())
 
 
 def summarize(ablation: Ablation, runs: Mapping[str, RunScores], chosen: Mapping[str, str], split: str) -> Summary:
-    """Give mean, standard deviation and paired difference to the baseline of every row.
+    """Return mean, standard deviation and paired difference to the baseline for every row.
 
     Args:
         ablation: The table.
@@ -321,8 +321,8 @@ def summarize(ablation: Ablation, runs: Mapping[str, RunScores], chosen: Mapping
 
     Returns:
         Row -> kind of score ("best threshold", and for every split but the first "first split's threshold") -> seed
-        variant, and "chosen" -> the scores. Variants that a row does not have are left out; differences to a baseline
-        that has them not are None.
+        variant, and "chosen" -> the scores. Variants that a row lacks are left out; differences are None if the
+        baseline lacks the variant.
     """
     scores = {run: found.splits[split] for run, found in runs.items()}
     kinds = {
@@ -401,7 +401,7 @@ def write_page(ablation: Ablation, recipes: Mapping[Cell, Recipe], tables: Seque
 
 
 def make_tables(ablation: Ablation, summary: Mapping[str, Summary], chosen: Mapping[str, str]) -> Iterator[Table]:
-    """Give the tables of the ablation for each split, a line for each row and each way of choosing the threshold."""
+    """Return the tables of the ablation for each split, one line per row and per choice of the threshold."""
     compared = ("fused", "refined", CHOSEN)
     titles = {**VARIANT_TITLES, CHOSEN: "Chosen variant"}
     columns = ["", *(VARIANT_TITLES[variant] for variant in SEED_VARIANTS), "Chosen variant", "which"]
@@ -432,30 +432,30 @@ def unbroken(table: Table) -> Table:
 
 
 def row_heading(ablation: Ablation, name: str, row: str) -> str:
-    """Return the name that a table shows for a row; the row's own name and what it is for stand in brackets."""
+    """Return the name of a row in a table; the row's own name and purpose follow in parentheses."""
     remarks = [f"row {row!r}"] * (name != row) + ["baseline"] * (row == ablation.baseline)
     return name + (f" ({', '.join(remarks)})" if remarks else "")
 
 
 def mean_text(scores: RowScores | None) -> str:
-    """Write the mean of a row, "-" where it has no such score."""
+    """Format the mean of a row, "-" if it has no such score."""
     return "-" if scores is None else plus_minus(scores.mean, scores.std)
 
 
 def difference_text(scores: RowScores | None) -> str:
-    """Write the difference of a row to the baseline, "-" where there is none."""
+    """Format the difference of a row from the baseline, "-" if there is none."""
     if scores is None or scores.difference_mean is None:
         return "-"
     return plus_minus(scores.difference_mean, scores.difference_std, "+")
 
 
 def plus_minus(mean: float, std: float | None, sign: str = "") -> str:
-    """Write a mean with its standard deviation, where there is one."""
+    """Format a mean with its standard deviation, if there is one."""
     return f"{mean:{sign}.1f}" + ("" if std is None else f" ± {std:.1f}")
 
 
 def as_text(table: Table) -> str:
-    """Set a table in columns for the terminal."""
+    """Format a table in columns for the terminal."""
     cells = [[table.title, *table.columns[1:]], *table.rows]
     widths = [max(len(row[column]) for row in cells) for column in range(len(table.columns))]
     return "\n".join(
@@ -465,7 +465,7 @@ def as_text(table: Table) -> str:
 
 
 def gallery(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> Iterator[GalleryRow]:
-    """Give the same images with the seeds of the rows, as the paper's Figure 3; several classes come first."""
+    """Return the same images with the rows' seeds, as in the paper's Figure 3; several classes come first."""
     shown = {row: recipes[Cell(row, ablation.seeds[0])] for row in shown_rows(ablation)}
     baseline = recipes[Cell(ablation.baseline, ablation.seeds[0])]
     split = baseline.report.split
@@ -498,5 +498,5 @@ def gallery(ablation: Ablation, recipes: Mapping[Cell, Recipe]) -> Iterator[Gall
 
 
 def shown_rows(ablation: Ablation) -> list[str]:
-    """Return the rows that the page shows images of."""
+    """Return the rows with images on the page."""
     return list(ablation.variants)[:MOST_GALLERY_ROWS] if ablation.gallery_rows is None else ablation.gallery_rows

@@ -4,8 +4,8 @@ accelerate launch training/train_affinity.py --config voc_deit_small
 
 Seeds with much and with little background are refined (dense CRF or pixel-adaptive refinement) and stored as two label
 maps for each image: what is an object in the first is trusted, and what is background in the second. The network
-learns which neighboring cells have the same label. Label maps that are already there are not made again, and training
-goes on from its newest checkpoint. Pixel labels score the label maps where they are known; training never sees them.
+learns which neighboring cells have the same label. Existing label maps are kept, and training resumes from its newest
+checkpoint. Known pixel labels only score the label maps; training never sees them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ from .run import Run, Stage, StageError
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity")
 
 SGD_MOMENTUM = {"literal": 5e-4, "momentum": 0.9}
-"""Presets of the optimizer. PSA's gives its weight decay, 0.0005, where SGD takes the momentum."""
+"""Presets of the optimizer. PSA passes its weight decay, 0.0005, as SGD's momentum."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def train_affinity(recipe: Recipe, options: RunOptions) -> Path:
     """Make the label maps and train the recipe's affinity network; return the folder of the stage.
 
-    `labels/<split>/low/` and `high/` hold the label maps, `model/` the network and an image processor.
+    `labels/<split>/low/` and `high/` contain the label maps, `model/` the network and an image processor.
     """
     if recipe.affinity is None:
         raise StageError("the recipe has no section affinity; add it, or --affinity.backbone bitrans, to train one.")
@@ -144,8 +144,8 @@ def make_label_maps(
 ) -> set[str]:
     """Write `low/` and `high/` of every image into a folder; return the ids of images that are left out.
 
-    Each process makes its share. Left out are images that cannot be read and those that have no seeds, which were left
-    out when the seeds were made.
+    Each process makes its share. Unreadable images and images without seeds, which the seeds stage left out, are left
+    out.
     """
     store = seeds_of_split(run, settings.split)
     variant = settings.variant or run.recipe.seeds.variant
@@ -177,7 +177,7 @@ def make_label_maps(
 
 
 def score_labels(run: Run, images: Dataset, folder: Path) -> StepScores:
-    """Score the label maps "low", "high" and what they agree upon, "confident"; see `score_steps`."""
+    """Score the label maps "low" and "high" and their agreement, "confident"; see `score_steps`."""
     low_of, high_of = stored_label_maps(folder / "low"), stored_label_maps(folder / "high")
 
     def confident_of(image_id: str) -> LabelMap | None:
@@ -192,12 +192,12 @@ def score_labels(run: Run, images: Dataset, folder: Path) -> StepScores:
 
 
 class AffinityCrops(TrainingSet[Image.Image]):
-    """Random crops of images with the labels of their cells: what the loop trains on.
+    """Random crops of images with the labels of their cells, for the training loop.
 
     As PSA: images are cropped without scaling (but for the processor's bound on large ones), padded where they are
-    smaller, flipped, and their colors jittered.
-    An item is `{"pixel_values": (3, S, S) float, "labels": (S // stride, S // stride) int64, "index", "unreadable"}`
-    and a function of (seed, epoch, index) alone. An image that cannot be read is replaced: see `TrainingSet`.
+    smaller, flipped, and their colors jittered. An item is `{"pixel_values": (3, S, S) float, "labels": (S // stride,
+    S // stride) int64, "index", "unreadable"}` and a function of (seed, epoch, index) alone. An unreadable image is
+    replaced: see `TrainingSet`.
 
     Args:
         images: Rows of `image_id` and `image`.
@@ -275,9 +275,9 @@ class AffinityCrops(TrainingSet[Image.Image]):
 
 
 def random_window(side: int, size: int) -> tuple[int, slice]:
-    """Draw where a crop of `size` lies on an image's side: (start in the crop, slice of the image).
+    """Draw the position of a crop of `size` along an image's side: (start in the crop, slice of the image).
 
-    An image that is smaller than the crop is taken whole and put at a random place of it.
+    A smaller image is taken whole and placed at a random position in the crop.
     """
     start = int(torch.randint(abs(side - size) + 1, ()))
     return (0, slice(start, start + size)) if side >= size else (start, slice(0, side))
@@ -292,10 +292,11 @@ def build_network(run: Run, settings: AffinityRecipe, id2label: dict[int, str]) 
     Args:
         run: The run.
         settings: Its section affinity.
-        id2label: Names of the object classes, which the network keeps as a note: it relates cells and knows no class.
+        id2label: Names of the object classes, stored for information: the network relates cells, independent of
+            classes.
 
     Raises:
-        StageError: the run's own encoder is wanted and there is none, as where the run trains a CNN.
+        StageError: the run's own encoder is wanted and there is none, for example because the run trains a CNN.
     """
     fields = {"relation": settings.relation, "radius": settings.radius, "id2label": id2label, **settings.options}
     set_seed(run.recipe.seed)

@@ -1,4 +1,4 @@
-"""A recipe becomes images and networks."""
+"""Build the data sets and networks of a recipe."""
 
 import dataclasses
 import functools
@@ -28,7 +28,7 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
     Args:
         data: Where the images are.
         split: Name of the split; null for all images of a folder.
-        masks: False leaves ground truth out of reach: training never sees it.
+        masks: False hides ground truth, so that training cannot see it.
     """
     if data.source == "voc":
         assert data.root is not None  # checked by Recipe
@@ -80,19 +80,19 @@ def load_images(data: DataRecipe, split: str | None, *, masks: bool) -> Dataset:
 
 @functools.lru_cache(maxsize=len(SHAPE_SPLITS))
 def _drawn(size: int, seed: int, image_size: int) -> Dataset:
-    """Draw the scenes of a split once for all stages of a process, each of which loads it."""
+    """Draw the scenes of a split once per process: every stage loads them."""
     return make_shapes(size, seed, image_size=image_size)
 
 
 def evenly_chosen(images: Dataset, count: int | None) -> Dataset:
-    """Return `count` images at equal distances; all of them for None, or where there are no more."""
+    """Return `count` evenly spaced images; all of them if `count` is None or larger."""
     if count is None or count >= len(images):
         return images
     return images.select([number * len(images) // count for number in range(count)])
 
 
 def check_later_splits(recipe: Recipe) -> None:
-    """Load the splits that the stages after the training use: what is wrong with one shows before hours of training.
+    """Load the splits of the stages after training, so that problems show before hours of training.
 
     Raises:
         DataError: one cannot be loaded.
@@ -109,13 +109,13 @@ def check_later_splits(recipe: Recipe) -> None:
 
 
 def describe_folder(data: DataRecipe, split: str | None) -> str | None:
-    """Say what a folder of somebody's own images holds and what is wrong with it; None for other sources.
+    """Describe a folder of the user's own images and its problems; None for other sources.
 
-    This comes before a training: of images the beginning is read, and of the masks in all splits, against which
-    later stages score, up to a hundred. Training gets none of them.
+    It runs before training: only the headers of images are read, and up to a hundred masks of all splits, which later
+    stages score against. Training gets no mask.
 
     Raises:
-        DataError: a mask cannot be scored against.
+        DataError: a mask cannot be used for scores.
     """
     if data.source != "folder":
         return None
@@ -146,7 +146,7 @@ def describe_folder(data: DataRecipe, split: str | None) -> str | None:
 
 
 def describe_contrast(images: Dataset) -> str | None:
-    """Say which classes every image shows, so that nothing tells them from what surrounds them; None for no class."""
+    """Name the classes that all images show, which cannot be told from their surroundings; None if there are none."""
     classes = class_names(images)
     counts = Counter(classes[class_id] for ids in images["labels"] for class_id in set(ids))
     return note_on_contrast(classes, counts, len(images))
@@ -158,7 +158,7 @@ def build_model(model: BiTransRecipe, id2label: dict[int, str], seed: int) -> Bi
     Args:
         model: What to build.
         id2label: Names of the C object classes.
-        seed: Of everything that is drawn: new weights and the class tokens' noise.
+        seed: For all random draws: new weights and the class tokens' noise.
     """
     fields = {key: value for key, value in dataclasses.asdict(model).items() if value is not None}
     del fields["architecture"]

@@ -17,7 +17,7 @@ def step_of(checkpoint: Path) -> int:
 
 
 class Checkpoints:
-    """The newest state of a training run, `<folder>/step_<number>/`, written aside and renamed when complete.
+    """The newest state of a training run, `<folder>/step_<number>/`, which appears by atomic rename.
 
     Args:
         folder: Of the checkpoints.
@@ -54,7 +54,7 @@ class Checkpoints:
         """Restore the newest complete checkpoint and return its progress; None when there is none.
 
         Raises:
-            StageError: it was made with another number of processes, which changes every batch.
+            StageError: it was saved with another number of processes, which changes every batch.
         """
         newest = newest_checkpoint(self.folder)
         if newest is None:

@@ -56,7 +56,7 @@ KNOWN_CLASSES = {"voc": VOC_CLASSES, "coco": COCO_CLASSES}
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is scored, against what and by which rules.
+    """What to score, against what and by which rules.
 
     Attributes:
         predictions: Folder of `<image_id>.png` label maps, or of seeds (`.npz`).
@@ -64,16 +64,17 @@ class EvaluationOptions:
         targets: Folder of true label maps, `<image_id>.png`, instead of the recipe's data.
         classes: With targets: "voc", "coco", a text file with one name in each line, or the object classes in the
             order of their ids, with commas between.
-        mask_values: With targets: what their pixel values mean, where they are not label ids: "binary", "voc_colors",
-            or a list such as "0=0,128=255,255=1" or "128/0/0=1"; "ids" accepts masks without objects.
+        mask_values: With targets: the meaning of their pixel values, if they are not label ids: "binary",
+            "voc_colors", or a list such as "0=0,128=255,255=1" or "128/0/0=1"; "ids" accepts masks without objects.
         prediction_values: The same for predictions that are masks.
         ids: Text file with one image id in each line; only these are scored.
-        absent: Whether a label that is in no map is left out of the mean ("skip") or counts as IoU 0 ("zero").
-        unsure: What a predicted 255 is: a "miss" of the true label, "background", or left out of the score ("ignore").
-        allow_missing: Score the images that have a prediction when some have none.
-        variant: Seeds: which variant; null for the recipe's seeds.variant.
-        threshold: Seeds: background score; null for the best one, found on the same masks.
-        num_worst: Images on the page, those with the lowest mean IoU.
+        absent: Whether a label in neither prediction nor ground truth is left out of the mean ("skip") or counts as
+            IoU 0 ("zero").
+        unsure: How a predicted 255 counts: as a "miss" of the true label, as "background", or not at all ("ignore").
+        allow_missing: Score the images with a prediction even if others have none.
+        variant: For seeds: the variant; null for the recipe's seeds.variant.
+        threshold: For seeds: the background score; null for the best one, found on the same masks.
+        num_worst: Number of images on the page, those with the lowest mean IoU.
         output: Folder of the result; null for the folder of predictions with `_scores` appended.
     """
 
@@ -102,7 +103,8 @@ def evaluate_masks(recipe: Recipe, options: RunOptions, evaluation: EvaluationOp
     """Score a folder of predictions; return the folder of the result.
 
     Raises:
-        StageError: the predictions are the ground truth itself, some are missing or do not fit, or nothing is known.
+        StageError: the predictions are the ground truth itself, some are missing or do not fit, or there is no ground
+            truth.
     """
     started, made_with = time.perf_counter(), provenance()
     run = Run.start(recipe, options)
@@ -171,12 +173,12 @@ class GroundTruth:
 
     Attributes:
         ids: Ids of the images that have a mask.
-        rows: For each of them a row with "mask", and "image" where there is a photo.
+        rows: For each of them a row with "mask", and "image" if there is one.
         classes: Names of the object classes.
-        mask_rule: How the masks were made, where the data set says it.
-        description: Where they are from.
+        mask_rule: How the masks were made, if the data set records it.
+        description: Where they come from.
         values: What pixel values mean, where they are not label ids.
-        values_option: How that is given, for advice; "{}" is where the form stands.
+        values_option: The option that sets `values`, for advice; "{}" is the place of the form.
     """
 
     ids: Sequence[str]
@@ -197,7 +199,7 @@ class GroundTruth:
         )
 
     def photo(self, position: int, size: tuple[int, int]) -> Image.Image:
-        """Open the image at `position`; a white image of `size` (height, width) where there is none."""
+        """Open the image at `position`; a white image of `size` (height, width) if there is none."""
         cell = self.rows[position].get("image")
         return Image.new("RGB", size[::-1], "white") if cell is None else open_image(cell)
 
@@ -213,7 +215,7 @@ def ground_truth(run: Run, evaluation: EvaluationOptions) -> GroundTruth:
     """Find the true label maps: those of the recipe's data, or of a folder.
 
     Raises:
-        StageError: there is no mask, or the classes are not known.
+        StageError: there is no mask, or the classes are unknown.
     """
     wanted = None
     if evaluation.ids is not None:
@@ -274,10 +276,10 @@ def masks_by_id(folder: Path) -> dict[str, Path]:
 
 
 def given_values(text: str | None, num_classes: int) -> MaskValues | None:
-    """Return what pixel values mean.
+    """Return the meaning of pixel values.
 
     Raises:
-        InputError: it is said in no known form, or does not fit the classes.
+        InputError: the form is unknown, or does not fit the classes.
     """
     values = MaskValues.parse(text)
     if values is not None:
@@ -286,7 +288,7 @@ def given_values(text: str | None, num_classes: int) -> MaskValues | None:
 
 
 def painting_rule(folder: Path) -> str | None:
-    """Return the rule in words by which `prepare_coco.py` painted a folder of masks; None for other folders."""
+    """Return the rule, in words, by which `prepare_coco.py` painted a folder of masks; None for other folders."""
     path = folder / "rule.json"
     if not path.is_file():
         return None
@@ -299,7 +301,7 @@ def given_classes(evaluation: EvaluationOptions) -> Sequence[str]:
 
     Raises:
         StageError: they were not given.
-        DataError: they are no list of different classes.
+        DataError: they are not a list of different classes.
     """
     if evaluation.classes is None:
         raise StageError(
@@ -327,7 +329,7 @@ class MaskPredictions:
         values: What pixel values mean, where they are not label ids.
         paths: Image id -> file, of the images to be scored.
         rule: How names differ from the image ids, in words.
-        unmatched: Files that belong to none of these images.
+        unmatched: Files that match none of these images.
     """
 
     folder: Path
@@ -341,7 +343,7 @@ class MaskPredictions:
         """Return these predictions with the files of images.
 
         Raises:
-            StageError: an image could have several.
+            StageError: several predictions match one image.
         """
         # Names that no file can have are ours alone, see `label_path`.
         own = {name: label_path(self.folder, name) for name in image_ids if label_name(name) != f"{name}.png"}
@@ -358,11 +360,11 @@ class MaskPredictions:
         return dataclasses.replace(self, paths=paths, rule=match.rule, unmatched=unmatched)
 
     def others(self, image_ids: Sequence[str]) -> list[str]:
-        """Return what the folder holds beside the predictions of images."""
+        """Return the other files in the folder."""
         return list(self.unmatched)
 
     def path(self, image_id: str) -> Path:
-        """Return the file of an image, or what it would be called."""
+        """Return the file of an image, or the expected name if it is missing."""
         return self.paths.get(image_id, label_path(self.folder, image_id))
 
     def label_map(self, image_id: str) -> LabelMap:
@@ -417,10 +419,10 @@ Predictions: TypeAlias = MaskPredictions | SeedPredictions
 
 
 def open_predictions(folder: Path, run: Run, evaluation: EvaluationOptions, num_classes: int) -> Predictions:
-    """Look at what a folder holds: label maps or seeds.
+    """Open a folder of predictions: label maps or seeds.
 
     Raises:
-        StageError: it holds neither.
+        StageError: it contains neither.
     """
     if mask_files(folder):
         return MaskPredictions(folder, num_classes, given_values(evaluation.prediction_values, num_classes))
@@ -436,10 +438,10 @@ def open_predictions(folder: Path, run: Run, evaluation: EvaluationOptions, num_
 def matching(
     truth: GroundTruth, predictions: Predictions, folder: Path, evaluation: EvaluationOptions
 ) -> tuple[list[int], list[str]]:
-    """Return the positions of the images that have a prediction, and the ids of those that have none.
+    """Return the positions of the images with a prediction, and the ids of those without.
 
     Raises:
-        StageError: some have none and that is not allowed, or none has one.
+        StageError: some predictions are missing and `allow_missing` is not set, or all are missing.
     """
     known, missing = [], []
     for position, image_id in enumerate(truth.ids):
@@ -457,13 +459,13 @@ def matching(
 
 
 def others(truth: GroundTruth, predictions: Predictions) -> str:
-    """Say what the folder holds instead of the predictions that are missing."""
+    """Describe what the folder contains instead of the missing predictions."""
     found = predictions.others(truth.ids)
     return f", and {len(found)} files there belong to no image, such as {found[0]}" if found else ""
 
 
 def left_out(missing: Sequence[str]) -> str:
-    """Say how many images the score leaves out."""
+    """Report how many images the score leaves out."""
     return f", {len(missing)} without a prediction left out" if missing else ""
 
 
@@ -484,7 +486,7 @@ def refuse_linked_ground_truth(truth: GroundTruth, predictions: Predictions, kno
 
 
 def mask_path(cell: Any) -> Path | None:
-    """Return the file of a mask where it has one."""
+    """Return the file of a mask, if it has one."""
     name = cell.get("path") if isinstance(cell, Mapping) else getattr(cell, "filename", cell)
     return Path(name) if isinstance(name, str) and name else None
 
@@ -494,10 +496,10 @@ def mask_path(cell: Any) -> Path | None:
 
 @dataclass(frozen=True)
 class ScoredImage:
-    """One image's score: `miou` and `accuracy` in percent, nan where all is ignored; pixels with a prediction of 255.
+    """One image's score: `miou` and `accuracy` in percent, nan if all is ignored; `unsure` counts predictions of 255.
 
-    `ignored` counts the true 255. `identical` says that the prediction equals the ground truth in every pixel that is
-    not ignored.
+    `ignored` counts the true 255. `identical`: the prediction equals the ground truth at every pixel that is not
+    ignored.
     """
 
     image_id: str
@@ -545,7 +547,7 @@ def score(
     known: Sequence[int],
     evaluation: EvaluationOptions,
 ) -> tuple[MeanIoU, list[ScoredImage]]:
-    """Count every image once, over all processes; return the counts and the images, worst first.
+    """Score every image once, over all processes; return the confusion counts and the images, worst first.
 
     Raises:
         StageError: some predictions do not fit; the first is named. All processes raise it.
@@ -585,7 +587,7 @@ def score(
 
 
 def stop_at_problems(problems: list[str], num_images: int) -> None:
-    """Raise in every process if any process met a problem, so that none waits for the others.
+    """Raise in every process if any process has a problem, so that none waits for the others.
 
     Raises:
         StageError: with the number of problems and the first.
@@ -602,10 +604,10 @@ def masks_without_objects(
     evaluation: EvaluationOptions,
     recipe: Recipe,
 ) -> list[str]:
-    """Say so where no true mask, or no prediction, holds a pixel of a class; a mean over background says little.
+    """Warn if no true mask, or no prediction, contains an object: a mean over background says little.
 
     Raises:
-        StageError: 255 is in their place, and nobody said that it means what it means here: ignored, or unsure.
+        StageError: they contain 255 instead, and the caller did not state that 255 means ignored, or unsure.
     """
     notes = []
     of_targets, option = evaluation.mask_values, "--mask_values"
@@ -637,7 +639,7 @@ def masks_without_objects(
 def summary(
     metric: MeanIoU, images: Sequence[ScoredImage], classes: Sequence[str], evaluation: EvaluationOptions
 ) -> MaskScores:
-    """Return the scores of all images together.
+    """Return the scores over all images.
 
     Raises:
         StageError: every pixel of the ground truth is ignored.
@@ -673,7 +675,7 @@ def summary(
 def rules(
     truth: GroundTruth, predictions: Predictions, sweep: SweepResult | None, evaluation: EvaluationOptions
 ) -> dict[str, str]:
-    """Say in words by which rules the score was made."""
+    """Describe the rules of the score."""
     result = {
         "absent": "labels in no map "
         + ("are left out of the mean" if evaluation.absent == "skip" else "count as IoU 0"),
@@ -745,7 +747,7 @@ def write_result(
 
 
 def score_table(scores: MaskScores) -> Table:
-    """Make the table of all labels, with the means below."""
+    """Return the table of all labels, with the means below."""
     total = sum(label.target_pixels for label in scores.per_class.values())
     rows = [
         [name, shown(label.iou), shown(label.accuracy), f"{100 * label.target_pixels / total:.2f}"]
@@ -758,7 +760,7 @@ def score_table(scores: MaskScores) -> Table:
 
 
 def text_table(table: Table) -> str:
-    """Set a table in columns for the terminal."""
+    """Format a table in columns for the terminal."""
     widths = [max(map(columns_of, column)) for column in zip(table.columns, *table.rows, strict=True)]
     lines = []
     for cells in (table.columns, *table.rows):
@@ -769,7 +771,7 @@ def text_table(table: Table) -> str:
 
 
 def columns_of(text: str) -> int:
-    """Return how many columns of a terminal a text takes: two for a Chinese character or an emoji, none for marks."""
+    """Return the width of a text in terminal columns: two for a Chinese character or emoji, zero for combining marks."""
     widths = {"W": 2, "F": 2}
     return sum(
         0 if unicodedata.combining(sign) else widths.get(unicodedata.east_asian_width(sign), 1) for sign in text
@@ -777,10 +779,10 @@ def columns_of(text: str) -> int:
 
 
 def shown(value: float) -> str:
-    """Print a percentage, "-" where there is none."""
+    """Format a percentage, "-" if there is none."""
     return "-" if math.isnan(value) else f"{value:.2f}"
 
 
 def cell(value: float) -> float | str:
-    """Return a percentage with two decimals for a table, an empty cell where there is none."""
+    """Return a percentage with two decimals for a table, an empty cell if there is none."""
     return "" if math.isnan(value) else round(value, 2)

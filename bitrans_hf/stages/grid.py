@@ -1,4 +1,4 @@
-"""The runs of a table of variants: some at a time, each stage in a process of its own, equal trainings done once."""
+"""The runs of a table of variants: several at a time, one process per stage, equal trainings done once."""
 
 import json
 import os
@@ -42,11 +42,11 @@ class Job(NamedTuple):
 class RunGrid:
     """The runs that a table needs.
 
-    A run that shares the training of another is not begun before that is finished, and holds no place until then.
+    A run that shares another's training waits for it, and takes no slot meanwhile.
 
     Args:
-        recipes: Run -> its recipe, in the order in which they are begun.
-        arguments: Gives the command-line arguments of a run's stages.
+        recipes: Run -> its recipe, in the order of starting.
+        arguments: Returns the command-line arguments of a run's stages.
         parallel: Stages at the same time.
         quiet: Print no plan and no progress.
     """
@@ -71,7 +71,7 @@ class RunGrid:
         self._processes: set[subprocess.Popen[str]] = set()
 
     def run(self) -> dict[str, str]:
-        """Run what is missing; return the failed runs with the reason."""
+        """Run what is missing; return the failed runs with their reasons."""
         if_stopped(lambda: "before all runs were done; finished runs and checkpoints are kept")
         if not self.quiet:
             say_progress(
@@ -110,7 +110,7 @@ class RunGrid:
         return run_stage(job.stage, self.arguments(job.cell), self.environment, self._processes)
 
     def _follow(self, job: Job, reason: str | None, bar: Counter) -> None:
-        """Note how a stage ended, and get ready what waited for it."""
+        """Note how a stage ended, and release what waited for it."""
         if job.stage == "seeds":
             self._ended(job.cell, reason, bar)
         elif reason is None:  # seeds come before other trainings: a row is whole as soon as it can be
@@ -128,7 +128,7 @@ class RunGrid:
 
     @contextmanager
     def _stopping_processes(self) -> Iterator[None]:
-        """End the processes where the block is stopped; each keeps its own last checkpoint."""
+        """Terminate the processes if the block is interrupted; each keeps its last checkpoint."""
         try:
             yield
         except BaseException:
@@ -138,12 +138,12 @@ class RunGrid:
 
 
 def plan_trainings(recipes: Mapping[Cell, Recipe]) -> dict[Cell, list[Cell]]:
-    """Choose one run to train for all that train alike, of those without finished seeds.
+    """Choose one run to train for all runs with equal trainings and without finished seeds.
 
-    That run is the one whose training is finished, else one that has begun, else the first.
+    It is the one whose training is finished, else one that has started, else the first.
 
     Returns:
-        Run that trains -> the runs, itself among them, that still need its training.
+        Run that trains -> the runs, including itself, that still need its training.
     """
     alike: dict[str, list[Cell]] = {}
     for cell, recipe in recipes.items():
@@ -162,9 +162,9 @@ def plan_trainings(recipes: Mapping[Cell, Recipe]) -> dict[Cell, list[Cell]]:
 
 
 def share_training(source: Recipe, recipe: Recipe) -> None:
-    """Make `train` of a run a relative link to the finished one of `source`, unless it has a finished one itself.
+    """Link `train` of a run to the finished one of `source`, unless its own is finished.
 
-    A training that was begun there is deleted: it would end as the finished one did.
+    A partial training there is deleted: it would end like the finished one.
     """
     if finished(recipe, "train"):
         return
@@ -184,7 +184,7 @@ def stage_folder(recipe: Recipe, stage: str) -> Path:
 
 
 def finished(recipe: Recipe, stage: str) -> bool:
-    """Say whether a run's "train" or "seeds" is finished, by this recipe."""
+    """Return whether a run's "train" or "seeds" is finished with this recipe."""
     depends_on = {"train": TRAINING_DEPENDS_ON, "seeds": SEEDS_DEPEND_ON}[stage]
     return (stage_folder(recipe, stage) / "done.json").is_file() and bool(holds(recipe, stage, depends_on))
 

@@ -1,4 +1,4 @@
-"""Score maps to label maps in a pool of processes, and their scores: what the stages after the seeds share."""
+"""Shared by the stages after the seeds: write label maps in a pool of processes, and score them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,33 +35,33 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Background:
-    """Where the background score comes from: a constant `threshold`, or (1 - max)^`alpha`; the other one is None."""
+    """Source of the background score: a constant `threshold`, or (1 - max)^`alpha`; the other one is None."""
 
     threshold: float | None = None
     alpha: float | None = None
 
     def scores(self, maps: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Put the background score before class maps (K, H, W) in [0, 1]: (1 + K, H, W)."""
+        """Prepend the background score to class maps (K, H, W) in [0, 1]: (1 + K, H, W)."""
         return with_background(maps, threshold=self.threshold, alpha=self.alpha)
 
 
 @dataclass(frozen=True)
 class LabelMapJob:
-    """What it takes to write the label maps of one image, in this or another process.
+    """Everything needed to write the label maps of one image, in this or another process.
 
     Attributes:
-        image_id: Name of the image.
+        image_id: Id of the image.
         image: As a row of the data holds it.
-        labels: (K,) ids of the classes that the image holds.
-        outputs: Files to write, each with its background score. Those that are there already are left as they are.
+        labels: (K,) ids of the classes that the image shows.
+        outputs: Files to write, each with its background score. Existing ones are kept.
         refiner: "crf", "par" or "none".
         crf_preset: Of the CRF.
         seeds: Folder of the seeds and their variant; None with `class_ids` and `scores`.
         class_ids: (K,) 0-based ids of the classes of `scores`.
-        scores: (1 + K, h, w) with background first, at the image's bounded size; the outputs' background scores then
-            mean nothing.
-        max_side: Longest side that the image is refined at; label maps have the image's size.
-        strict: Raise what makes an image unusable.
+        scores: (1 + K, h, w) with background first, at the image's bounded size; the outputs' background scores are
+            then not used.
+        max_side: Longest side at which the image is refined; label maps have the image's size.
+        strict: Raise the error that makes an image unusable.
     """
 
     image_id: str
@@ -81,7 +81,7 @@ def write_label_maps(job: LabelMapJob) -> bool:
     """Refine the scores of one image and write its label maps.
 
     Returns:
-        False where the image cannot be read.
+        False if the image cannot be read.
 
     Raises:
         UnreadableImageError: the image cannot be read, and the job is strict.
@@ -118,10 +118,10 @@ def write_label_maps(job: LabelMapJob) -> bool:
 def read_seeds(
     image_id: str, store: SeedStore, variant: str, labels: Sequence[int], size: tuple[int, int], max_side: int
 ) -> Seeds:
-    """Read the seeds of an image of (H, W) pixels that holds the classes `labels`, at its bounded size.
+    """Read the seeds of an image of (H, W) pixels that shows the classes `labels`, at its bounded size.
 
     Raises:
-        StageError: they do not belong to this image or to these classes, or are broken.
+        StageError: they belong to another image or other classes, or are damaged.
     """
     seeds = store.read(image_id, variant, max_side=max_side)
     height, width = store.size(image_id)
@@ -165,10 +165,10 @@ def stored_label_maps(folder: Path) -> Callable[[str], LabelMap | None]:
 def cell_labels(low: LabelMap, high: LabelMap, stride: int) -> LabelMap:
     """Reduce two label maps (S, S) to labels on a grid of cells of `stride` pixels, by PSA's rule.
 
-    A cell has the label that most of its pixels have in each map: it is background if it is in the "high" map, else it
-    is what the "low" map says, and unsure (255) where that is background. Ignored pixels (255) are not counted; a cell
-    with only ignored pixels becomes 255. PSA averages the scores of a cell before it takes the strongest; here label
-    maps are stored in place of scores, and pixels vote.
+    In each map, a cell takes the label of most of its pixels. It is background if the "high" map says so, otherwise
+    the label of the "low" map, or unsure (255) if that is background. Ignored pixels (255) are not counted; a cell
+    with only ignored pixels becomes 255. PSA averages the scores of a cell and takes the highest; here label maps are
+    stored instead of scores, and pixels vote.
 
     Returns:
         (S // stride, S // stride) uint8.
@@ -180,7 +180,7 @@ def cell_labels(low: LabelMap, high: LabelMap, stride: int) -> LabelMap:
 
 
 def cell_shares(label_map: LabelMap, label_ids: npt.NDArray[np.integer], stride: int) -> npt.NDArray[np.float32]:
-    """Return for each label id the share of a cell's pixels that have it: (L, H // stride, W // stride)."""
+    """Return the share of each label id among a cell's pixels: (L, H // stride, W // stride)."""
     height, width = label_map.shape
     cells = label_map.reshape(height // stride, stride, width // stride, stride)
     return np.stack([(cells == label).mean(axis=(1, 3), dtype=np.float32) for label in label_ids])
@@ -208,17 +208,17 @@ def seeds_of_split(run: Run, split: str | None) -> SeedStore:
 
 
 BYTES_A_PIXEL, BYTES_A_PROCESS = 600, 1e9
-"""What a process that refines takes: 3 x 48 numbers of float32 for each pixel in PAR; libraries and whole images."""
+"""Memory of a process that refines: 3 x 48 float32 numbers per pixel in PAR; libraries and whole images."""
 
 
 def run_jobs(run: Run, jobs: Iterable[LabelMapJob], total: int, refiner: str, name: str) -> set[str]:
-    """Write the label maps of this process' jobs; return the ids of the images that cannot be read.
+    """Write the label maps of this process's jobs; return the ids of unreadable images.
 
-    A refiner keeps a core busy for about a second an image, so that worker processes share the images; without one
-    the work is done in this process. Jobs are taken as the work goes on.
+    A refiner takes about one core second per image, so worker processes share the images; without a refiner, this
+    process does the work. Jobs are consumed lazily.
 
     Raises:
-        StageError: an image failed for another reason than its file; what is finished is kept.
+        StageError: an image failed for another reason than its file; finished images are kept.
         DiskFullError: there is no room.
     """
     workers = 1 if refiner == "none" else num_workers(run, total)
@@ -238,17 +238,17 @@ def run_jobs(run: Run, jobs: Iterable[LabelMapJob], total: int, refiner: str, na
 
 
 def num_workers(run: Run, total: int) -> int:
-    """Return how many processes of this one refine `total` images: its share of the cores unless the run says."""
+    """Return the number of worker processes for `total` images: its share of the cores, unless the run sets it."""
     cores = available_cores() // run.accelerator.num_processes if run.options.workers is None else run.options.workers
     return max(1, min(cores, total))
 
 
 def result_of(outcome: Outcome[Result]) -> Result:
-    """Return what the work on an image gave.
+    """Return the result of the work on an image.
 
     Raises:
-        StageError: it failed. Images that cannot be read are left out before this, so that a score never covers
-            fewer images without a word.
+        StageError: it failed. Unreadable images are left out earlier, so that a score never silently covers fewer
+            images.
     """
     if outcome.error is not None:
         raise StageError(
@@ -300,12 +300,12 @@ class StepCounts:
         }
 
     def sure(self) -> ByName:
-        """Return the share of the pixels that have a label, for steps after which not all have one."""
+        """Return the share of labeled pixels, for steps that leave some pixels unlabeled."""
         return {step: percent(sure / total) for step, (sure, total) in self.pixels.items() if sure < total}
 
 
 def score_steps(run: Run, images: Dataset, label_map_of: Mapping[str, Callable[[str], LabelMap | None]]) -> StepScores:
-    """Score the label maps after each step wherever masks are known.
+    """Score the label maps after each step, for images with known masks.
 
     Args:
         run: Each process works on its share.

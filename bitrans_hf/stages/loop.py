@@ -1,6 +1,6 @@
 """The loop that every stage that trains shares: rates, steps, log lines, checkpoints, resume, and saving the result.
 
-A stage gives a model that returns its loss, a data set, an optimizer and a learning rate for each step:
+A stage provides a model that returns its loss, a data set, an optimizer and a learning rate for each step:
 
     loop = TrainingLoop(recipe.affinity, stage, model, optimizer, dataset, rate)
     metrics = loop.run(validate)
@@ -29,15 +29,15 @@ from .recipe import TrainingRecipe
 from .run import Stage, StageError, newest_checkpoint
 
 NOT_FOR_THE_MODEL = ("index", "unreadable")
-"""Keys of a batch that the loop reads itself; all others are arguments of the model's forward."""
+"""Keys of a batch that the loop consumes; all others are arguments of the model's forward pass."""
 
 
 class TrainingSet(Protocol):
-    """A data set as the loop needs it; `bitrans_hf.data.transforms.TrainingImages` is one.
+    """The interface of a data set for the loop, as `bitrans_hf.data.transforms.TrainingImages` implements it.
 
-    Item `index` of an epoch is a function of (seed, epoch, index) alone, so that a resumed run sees the same. It holds
-    the arguments of the model's forward, "index" (of the image that is shown) and "unreadable" (the id of an image
-    that another one stands in for, or "").
+    Item `index` of an epoch depends on (seed, epoch, index) alone, so that a resumed run sees the same items. It holds
+    the arguments of the model's forward pass, "index" (of the image used) and "unreadable" (the id of an image that
+    was replaced, or "").
     """
 
     image_ids: list[str]
@@ -94,7 +94,7 @@ class RateSchedule:
 
 @dataclass
 class Means:
-    """Means of a network's losses over some batches, of this process or of all.
+    """Mean losses over several batches, of this process or of all.
 
     Attributes:
         sums: Name of the loss -> sum over the batches.
@@ -110,27 +110,27 @@ class Means:
         self.count += 1
 
     def of_all(self) -> "Means":
-        """Return the sums and the count of all processes together."""
+        """Return the sums and the count over all processes."""
         parts: list[Means] = gather_object([self])
         sums = {name: math.fsum(part.sums.get(name, 0.0) for part in parts) for name in self.sums}
         return Means(sums, sum(part.count for part in parts))
 
     def values(self) -> dict[str, float]:
-        """Return the means, in six decimals: the order of adding shows beyond."""
+        """Return the means, rounded to six decimals: further digits depend on the order of summation."""
         return {name: round(total / self.count, 6) for name, total in self.sums.items()}
 
 
 @dataclass
 class Position:
-    """Where a training is: what a checkpoint holds beside the weights and the random states.
+    """Progress of a training: what a checkpoint holds besides weights and random states.
 
     Attributes:
-        step: Optimizer steps that are done.
-        epoch: Epochs that are done.
-        batch: Batches of the epoch under way that are done.
-        seconds: That it took so far.
+        step: Finished optimizer steps.
+        epoch: Finished epochs.
+        batch: Finished batches of the current epoch.
+        seconds: Wall time so far.
         unreadable: Ids of images that could not be read.
-        losses: Of the epoch under way, of all processes.
+        losses: Losses of the current epoch, of all processes.
         result: Losses and scores of the last epoch.
     """
 
@@ -144,14 +144,14 @@ class Position:
 
     @classmethod
     def of(cls, stored: Mapping[str, Any] | None) -> "Position":
-        """Return the position that a checkpoint holds; the beginning without one."""
+        """Return the position in a checkpoint; the start if there is none."""
         known = {key: value for key, value in (stored or {}).items() if key in cls.__dataclass_fields__}
         return cls(**{**known, "losses": Means(**known.get("losses", {}))})
 
 
 @dataclass(frozen=True)
 class Trained:
-    """How a training ended.
+    """Result of a training.
 
     Attributes:
         scores: Mean losses of the last epoch, and its validation scores.
@@ -169,20 +169,21 @@ class Trained:
 class TrainingLoop:
     """The epochs of a run: steps, log lines, validation and checkpoints.
 
-    Making one compiles and distributes the model, and restores the newest checkpoint of a run that was killed; `run`
-    then goes on from there and ends with the weights of a run that was not.
+    The constructor compiles and distributes the model, and restores the newest checkpoint of a killed run; `run`
+    continues from there and ends with the same weights as an uninterrupted run.
 
     Args:
         settings: The recipe's section of the stage.
-        stage: Where the log, the checkpoints and the result go; it has the name of its recipe section.
-        model: Its forward takes the items of the data set and returns `loss`, and `losses` (name -> term) or None.
+        stage: Receives the log, the checkpoints and the result; named like its recipe section.
+        model: Its forward pass takes the items of the data set and returns `loss`, and `losses` (name -> term) or
+            None.
         optimizer: A parameter group may hold "rate_multiplier", by which its learning rate differs (1 without).
         dataset: What to train on.
         rate: Optimizer step and steps of an epoch -> learning rate.
-        more_inputs: Optimizer step and steps of an epoch -> arguments of the model's forward beside the batch.
+        more_inputs: Optimizer step and steps of an epoch -> further arguments of the model's forward pass.
 
     Raises:
-        StageError: too few images for one step, or a checkpoint of another number of processes.
+        StageError: too few images for one step, or a checkpoint from another number of processes.
     """
 
     def __init__(
@@ -261,7 +262,7 @@ class TrainingLoop:
         Args:
             trained: What `run` returned.
             processor: Image processor that goes into the folder with the model.
-            measured: What else the stage measured, for `metrics.json`.
+            measured: Further metrics of the stage, for `metrics.json`.
         """
         if_stopped(lambda: f"in stage {self.stage.name} while the model is saved; the last checkpoint is kept")
         if self.accelerator.is_main_process:
@@ -282,7 +283,7 @@ class TrainingLoop:
         self.stage.run.say_unreadable(trained.unreadable)
 
     def _epoch(self, bar: Counter) -> None:
-        """Run what is left of an epoch."""
+        """Run the rest of an epoch."""
         options, at, last = self.stage.run.options, self.at, self.batches.batches_per_epoch
         self.dataset.set_epoch(at.epoch)
         self.batches.start_at(at.epoch, at.batch)
@@ -308,14 +309,14 @@ class TrainingLoop:
                 self._checkpoint()
 
     def _set_rate(self) -> float:
-        """Give the optimizer the learning rate of this step, and return it."""
+        """Set the optimizer's learning rate for this step, and return it."""
         rate = self.rate(self.at.step, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group.get("rate_multiplier", 1.0)
         return rate
 
     def _forward_backward(self, batch: Mapping[str, Any]) -> dict[str, float]:
-        """Pass a batch through the network and back; return its losses. The last batch of a step moves the weights."""
+        """Run the forward and backward pass of a batch; return its losses. A step's last batch updates the weights."""
         accelerator, unreadable = self.accelerator, self.at.unreadable
         unreadable += [name for name in batch["unreadable"] if name and name not in unreadable]
         inputs = {
@@ -339,7 +340,7 @@ class TrainingLoop:
         return losses
 
     def _log(self, rate: float, speed: float, losses: Mapping[str, float], bar: Counter) -> None:
-        """Write a log line, tell the trackers, and show the loss in the bar."""
+        """Write a log line, report to the trackers, and show the loss in the bar."""
         entry = {"lr": rate, "images_per_second": round(speed, 2), **losses}
         epochs = round(self.at.batch / self.batches.batches_per_epoch + self.at.epoch, 4)
         self.stage.log({"step": self.at.step, "epoch": epochs, **entry})
@@ -353,7 +354,7 @@ class TrainingLoop:
         self.checkpoints.save(self.at.step, stored)
 
     def _plan(self, total: int) -> str:
-        """Say what the run will do."""
+        """Print the plan of the run."""
         settings, accelerator, per_step = self.settings, self.accelerator, self.images_per_step
         left = f", {total - self.at.step:,} of them left" if self.at.step else ""
         return (
@@ -363,7 +364,7 @@ class TrainingLoop:
         )
 
     def _kept(self) -> str:
-        """Say what a stop leaves."""
+        """Describe what is kept after a stop."""
         where = f"in stage {self.stage.name} after step {self.at.step}"
         if newest := newest_checkpoint(self.checkpoints.folder):
             return f"{where}; the checkpoint of step {step_of(newest)} is kept"
@@ -395,16 +396,16 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, int | float | s
 class ShardedBatches(torch.utils.data.Sampler[list[int]]):
     """Batches of one process in one epoch: a shuffled order that is a function of (seed, epoch) alone.
 
-    Every process computes the same order and takes its own part of each global batch, so that a run can go on in the
-    middle of an epoch by skipping batches. Images that do not fill a last optimizer step are left out of the epoch,
-    as the reference's drop_last does.
+    Every process computes the same order and takes its own part of each global batch, so a run can resume in the
+    middle of an epoch by skipping batches. Images that do not fill the last optimizer step are dropped, like drop_last
+    in the reference.
 
     Args:
         num_images: Size of the data set.
         settings: Batch size and accumulation.
-        accelerator: Processes that train together, and which of them this one is.
+        accelerator: The processes that train together, and the rank of this one.
         seed: Of the order.
-        section: Of the recipe that says how to train, for messages.
+        section: The training section of the recipe, for messages.
 
     Raises:
         StageError: there are too few images for one step.
@@ -426,7 +427,7 @@ class ShardedBatches(torch.utils.data.Sampler[list[int]]):
         self.epoch, self.first_batch = 0, 0
 
     def start_at(self, epoch: int, first_batch: int = 0) -> None:
-        """Choose the epoch, and how many of its batches were already used."""
+        """Set the epoch and the number of its batches to skip."""
         self.epoch, self.first_batch = epoch, first_batch
 
     def __len__(self) -> int:

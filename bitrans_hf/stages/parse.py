@@ -38,7 +38,7 @@ def parse_recipe(description: str | None, arguments: Sequence[str] | None = None
 
 @dataclass(frozen=True)
 class NoOptions:
-    """A script that has no options of its own."""
+    """For a script without options of its own."""
 
 
 Group = TypeVar("Group")
@@ -48,7 +48,7 @@ Made = TypeVar("Made")
 def parse_recipe_with(
     own_options: type[Group], description: str | None, arguments: Sequence[str] | None = None
 ) -> tuple[Recipe, RunOptions, Group]:
-    """Read the recipe as `parse_recipe`, and the fields of a dataclass of the script's own options beside it."""
+    """Read the recipe as `parse_recipe` does, together with a dataclass of the script's own options."""
     names, words = config_names(sys.argv[1:] if arguments is None else arguments)
     parser = ArgumentParser(description=(description or "").split("\n\n")[0], allow_abbrev=False)
     parser.add_argument("--config", action=ActionConfigFile, help=CONFIG_HELP)
@@ -74,7 +74,7 @@ def parse_recipe_with(
 
 
 def config_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into what follows each `--config`, and all other words."""
+    """Split a command line into the values of `--config` and all other words."""
     names, others = [], []
     rest = iter(words)
     for word in rest:
@@ -87,10 +87,10 @@ def config_names(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def merged_files(names: Sequence[str]) -> PlainRecipe:
-    """Read recipes and lay each one over those before it.
+    """Read recipes and merge them; later ones override earlier ones.
 
     Raises:
-        InputError: a recipe is not there, or is no mapping of keys to values.
+        InputError: a recipe does not exist, or is not a mapping of keys to values.
     """
     merged: PlainRecipe = {}
     for name in names:
@@ -113,7 +113,7 @@ def merged_files(names: Sequence[str]) -> PlainRecipe:
 
 
 def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> PlainRecipe:
-    """Return a mapping with the values of `above` in place of those of `below`, section by section.
+    """Return `below` overridden by `above`, section by section.
 
     A section that names another `architecture` replaces the whole section below: the two have different keys.
     """
@@ -129,7 +129,7 @@ def laid_over(below: Mapping[str, Any], above: Mapping[str, Any]) -> PlainRecipe
 
 
 def architecture(content: Mapping[str, Any], words: Sequence[str] = ()) -> str:
-    """Return the architecture of the model that files and command line ask for.
+    """Return the model architecture that files and command line name.
 
     Raises:
         InputError: there is no such architecture.

@@ -1,4 +1,4 @@
-"""Which precision suits a device: bf16 where it multiplies bf16 numbers itself, float32 elsewhere."""
+"""The precision for a device: bf16 if the hardware multiplies bf16 numbers, float32 otherwise."""
 
 import platform
 import time
@@ -6,16 +6,16 @@ import time
 import torch
 
 SHOWN = {"no": "float32", "bf16": "bf16"}
-"""Names of the precisions for people; the keys are what Accelerate and recipes call them."""
+"""Display names of the precisions; the keys are those of Accelerate and recipes."""
 
 
 def has_native_bf16(device: torch.device) -> bool:
-    """Say whether a device multiplies bf16 numbers itself, so that bf16 is faster than float32 there.
+    """Return whether a device multiplies bf16 numbers in hardware, which makes bf16 faster than float32.
 
-    NVIDIA's GPUs do from compute capability 8.0 on, and AMD's. On a CPU, oneDNN is asked, which does such products for
-    torch. It says what it would use now: not what the environment forbids it, as `ONEDNN_MAX_CPU_ISA=AVX2` does. On
-    x86 it also says yes where it emulates bf16 with AVX-512, so the CPU must have instructions for it too. Other
-    devices count as having none: Apple's first GPUs emulate bf16, and nothing was tried on the rest.
+    NVIDIA's GPUs do from compute capability 8.0 on, and so do AMD's. On a CPU, oneDNN is asked, which computes such
+    products for torch. Its answer respects limits in the environment such as `ONEDNN_MAX_CPU_ISA=AVX2`. On x86 it also
+    says yes if it emulates bf16 with AVX-512, so the CPU must have bf16 instructions too. Other devices count as
+    having none: Apple's first GPUs emulate bf16, and the rest are untested.
     """
     if device.type == "cuda":
         with torch.cuda.device(device):
@@ -32,13 +32,13 @@ def has_native_bf16(device: torch.device) -> bool:
 
 
 def why(device: torch.device) -> str:
-    """Say in a few words why `has_native_bf16` answers what it does."""
+    """Explain the answer of `has_native_bf16` in a few words."""
     name = {"cpu": "this CPU", "cuda": "this GPU", "mps": "Apple's GPU"}.get(device.type, f"the device {device.type}")
     return f"{name} has native bf16" if has_native_bf16(device) else f"torch has no native bf16 on {name}"
 
 
 def bf16_slowdown(device: torch.device) -> float:
-    """Measure how many times as long a linear layer takes in bf16 as in float32; less than half a second on a CPU."""
+    """Measure how many times longer a linear layer takes in bf16 than in float32, in under half a second."""
     inputs, layer = torch.ones(256, 384, device=device), torch.nn.Linear(384, 384, device=device)
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):

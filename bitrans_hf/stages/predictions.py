@@ -1,9 +1,9 @@
-"""Test the segmentation network: label maps of whole splits, at several scales, refined, scored and packed.
+"""Test the segmentation network: predict whole splits at several scales, refine, score and pack the label maps.
 
 accelerate launch training/predict_masks.py --config voc_deit_small
 
-Every image gets three palette PNGs: of one scale, of all scales, and of all scales after the refiner, so that one run
-gives the score of each step. Finished images are skipped. Only the scores of a few images are held in memory.
+Every image gets three palette PNGs: for one scale, for all scales, and after the refiner, so that one run scores each
+step. Finished images are skipped. Memory holds the scores of only a few images.
 """
 
 import gzip
@@ -43,13 +43,13 @@ DEPENDS_ON = (
 )  # fmt: skip
 
 SINGLE_SCALE, MULTI_SCALE = "single_scale", "multi_scale"
-"""Folders of the label maps before the refiner; the refiner's own is called after it."""
+"""Folders of the label maps before the refiner; the last folder is named after the refiner."""
 
 CRF_PRESETS = {"mctformer": "mctformer", "deeplab-v1": "seam-retrain"}
-"""The dense CRF that ends each published test."""
+"""The dense CRF at the end of each published test."""
 
 VOC_SERVER_FOLDER = "results/VOC2012/Segmentation/comp6_test_cls"
-"""Where the VOC server looks for the maps of a method that used other data than VOC's, such as ImageNet or SBD."""
+"""Where the VOC server expects the maps of methods that used other data than VOC's, such as ImageNet or SBD."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def predict_masks(recipe: Recipe, options: RunOptions) -> Path:
     """Predict and score every split of the recipe; return the folder of the stage.
 
-    `<split>/<step>/*.png` holds the label maps after each step.
+    `<split>/<step>/*.png` are the label maps after each step.
     """
     if recipe.prediction is None:
         raise StageError("the recipe has no section prediction; add it, or --prediction.preset mctformer.")
@@ -113,7 +113,7 @@ def load_network(run: Run, settings: PredictionRecipe) -> tuple[DeepLabForSemant
     """Load the segmentation network and its image processor.
 
     Raises:
-        StageError: it is not there.
+        StageError: it does not exist.
     """
     own = run.stage_folder("segmentation") / "model"
     folder = own if settings.network is None else Path(settings.network)
@@ -133,12 +133,12 @@ def last_step(settings: PredictionRecipe) -> str:
 
 
 def steps(settings: PredictionRecipe) -> list[str]:
-    """Return the names of all steps in their order, which are those of the folders."""
+    """Return the names of all steps in order; the folders have the same names."""
     return list(dict.fromkeys([SINGLE_SCALE, MULTI_SCALE, last_step(settings)]))
 
 
 def view_options(settings: PredictionRecipe) -> ViewOptions:
-    """Return the views of the recipe: the preset's, with scales and flip replaced where it says so."""
+    """Return the views of the recipe: the preset's, with the recipe's own scales and flip if given."""
     views = TEST_PRESETS[settings.preset].copy()
     if settings.scales is not None:
         views["scales"] = settings.scales
@@ -149,7 +149,7 @@ def view_options(settings: PredictionRecipe) -> ViewOptions:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Scores of one image on their way to the last step, at its bounded size.
+    """Scores of one image before the last step, at its bounded size.
 
     Attributes:
         size: (H, W) of the image and of its label maps.
@@ -184,13 +184,13 @@ def predict_split(
     folder: Path,
     settings: PredictionRecipe,
 ) -> set[str]:
-    """Write the label maps of this process' share of a split; return the ids of unusable images of all processes.
+    """Write this process's share of a split's label maps; return the ids of unusable images of all processes.
 
-    The network runs here while a pool of processes refines what it has seen before. An image is done when its last
-    label map is there, which is written last.
+    The network runs here while a pool of processes refines earlier images. An image is finished when its last label
+    map exists.
 
     Raises:
-        StageError: the refiner failed on an image; what is finished is kept.
+        StageError: the refiner failed on an image; finished images are kept.
     """
     own = run.own(len(images))
     ids, final = images["image_id"], folder / last_step(settings)
@@ -239,9 +239,9 @@ def predict_image(
     folder: Path,
     settings: PredictionRecipe,
 ) -> Prediction:
-    """Pass one image through the network and write its label maps of all but the last step.
+    """Pass one image through the network and write its label maps of all steps but the last.
 
-    The refiner "par" runs here and not in another process: it is made of torch, and fast where the scores are.
+    The refiner "par" runs here and not in another process: it uses torch, and is fast on the device of the scores.
     """
     image = open_image(row["image"])
     size = (image.height, image.width)
@@ -304,7 +304,7 @@ def single_and_fused_scores(
 
 
 def score_split(run: Run, images: Dataset, folder: Path, settings: PredictionRecipe) -> StepScores:
-    """Score the label maps of a split after every step, wherever masks are known."""
+    """Score the label maps of a split after every step, if masks are known."""
     scores = score_steps(run, images, {step: stored_label_maps(folder / step) for step in steps(settings)})
     final = folder / last_step(settings)
     return replace(scores, images=sum(label_path(final, image_id).is_file() for image_id in images["image_id"]))

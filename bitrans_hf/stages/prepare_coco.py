@@ -38,5 +38,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def said(choices: Mapping[str, str]) -> str:
-    """Return the choices with their meaning."""
+    """Return the choices with their meanings."""
     return "; ".join(f"{name}: {meaning}" for name, meaning in choices.items())

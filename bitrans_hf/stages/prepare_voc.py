@@ -1,4 +1,4 @@
-"""Make a VOC 2012 devkit complete with SBD's masks, and check every count of both.
+"""Complete a VOC 2012 devkit with SBD's masks, and check all counts of both.
 
 python training/prepare_voc.py --voc VOCdevkit/VOC2012 --sbd benchmark_RELEASE
 
@@ -7,8 +7,7 @@ writes `SegmentationClassAug/*.png` and `ImageSets/Segmentation/train_aug.txt`. 
 
 python training/prepare_voc.py --voc VOCdevkit/VOC2012 --reduced VOC2012_256 --max_side 256
 
-writes a copy with smaller images and masks, of as much as the folder holds: for trainings on a CPU, or on a machine
-that little can be sent to.
+writes a copy with smaller images and masks of everything in the folder, for training on a CPU or for slow uploads.
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
 accelerate launch training/make_pseudo_labels.py --config voc_deit_small
 
-Every image of the recipe's splits that has seeds gets a label map: the background score is put beside the seeds, all
-scores walk along the affinities of the trained network, a refiner follows if the recipe names one, and the strongest
-score wins. Finished images are skipped, so an interrupted run can be resumed and writes the same files. Where
-masks are known, the label maps after each step are scored.
+Every image with seeds gets a label map: the background score joins the seeds, all scores are propagated by a random
+walk along the affinities of the trained network, a refiner follows if the recipe names one, and the highest score
+wins. Finished images are skipped, so an interrupted run can be resumed and writes the same files. If masks are known,
+the label maps after each step are scored.
 """
 
 from collections import defaultdict
@@ -105,7 +105,7 @@ def make_pseudo_labels(recipe: Recipe, options: RunOptions) -> Path:
 
 
 def depends_on(settings: PseudoLabelsRecipe) -> tuple[str, ...]:
-    """Return the parts of the recipe that the result depends on."""
+    """Return the parts of the recipe on which the result depends."""
     own_network = settings.method == "random_walk" and settings.network is None
     return ("seed", "data", "model", "train", "seeds", *(("affinity",) if own_network else ()), "pseudo_labels")
 
@@ -114,7 +114,7 @@ def background_of(run: Run, settings: PseudoLabelsRecipe) -> Background:
     """Return the background score of the recipe.
 
     Raises:
-        StageError: the seeds' best threshold is wanted, and no masks were there to find it.
+        StageError: the seeds' best threshold is wanted, and there were no masks to find it.
     """
     if settings.background == "alpha":
         return Background(alpha=settings.alpha)
@@ -137,10 +137,10 @@ def background_of(run: Run, settings: PseudoLabelsRecipe) -> Background:
 
 
 class RandomWalk:
-    """A trained affinity network and how scores walk along what it says.
+    """A random walk of scores along the affinities of a trained network.
 
-    The network relates cells and knows no classes: one that was trained for other classes, or for another number of
-    them, is used as it is. What has to fit are the seeds, whose classes are checked against the data's.
+    The network relates cells, independent of classes, so it may have been trained for other classes. Only the seeds
+    must match the classes of the data, and that is checked.
 
     Args:
         model: In evaluation mode.
@@ -167,7 +167,7 @@ class RandomWalk:
         """Load the network that the recipe names.
 
         Raises:
-            StageError: there is none, or the folder holds another network.
+            StageError: there is none, or the folder holds another kind of network.
             ValueError: the network cannot have this output stride.
         """
         folder = run.stage_folder("affinity") / "model"
@@ -193,7 +193,7 @@ class RandomWalk:
     def __call__(
         self, images: Sequence[Any], scores: Sequence[npt.NDArray[np.float32]]
     ) -> list[npt.NDArray[np.float32]]:
-        """Walk with the scores of images of one size.
+        """Propagate the scores of images of one size.
 
         Args:
             images: B RGB images of W x H pixels.
@@ -230,12 +230,12 @@ class SplitLabels:
     Args:
         run: Each process makes its share. Its recipe has a section pseudo_labels.
         split: Of the data.
-        folder: Where the label maps go.
-        background: Background score beside the seeds.
+        folder: Folder of the label maps.
+        background: Background score.
         walk: The random walk; None for the refiner alone.
 
     Raises:
-        StageError: the split's seeds are not there.
+        StageError: the split has no seeds.
     """
 
     def __init__(
@@ -263,7 +263,7 @@ class SplitLabels:
             self.affinity_labels = folder.parents[1] / "affinity" / "labels" / folder.name
 
     def note_on_classes(self) -> str:
-        """Say that the network was trained for other classes than the data has, if it was; "" otherwise."""
+        """Return a note if the network was trained for other classes than the data's; "" otherwise."""
         if self.walk is None:
             return ""
         trained = [name for _, name in sorted((self.walk.model.config.id2label or {}).items())]
@@ -276,9 +276,9 @@ class SplitLabels:
         )
 
     def make(self) -> set[str]:
-        """Write the pseudo labels of this process' share; return the ids that all processes left out.
+        """Write this process's share of the pseudo labels; return the ids that all processes left out.
 
-        Left out are images that cannot be read and those without seeds, which were left out when the seeds were made.
+        Unreadable images and images without seeds, which the seeds stage left out, are left out.
         """
         seeded_ids = set(self.store.ids())
         own = []
@@ -345,10 +345,10 @@ class SplitLabels:
             yield self._job(self.images[index], seeds=(self.store.folder, self.variant))
 
     def _walked_jobs(self, own: Sequence[int]) -> Iterator[LabelMapJob]:
-        """Let the scores of all images that are not done walk, and give the jobs that write their label maps.
+        """Propagate the scores of all unfinished images, and yield the jobs that write their label maps.
 
-        Batches hold images of one size and are the same whatever is done already, because the last digits of a
-        network's output depend on its batch: a run that was killed ends with the files of one that was not.
+        Batches hold images of one size and do not depend on what is finished, because the last digits of a network's
+        output depend on its batch: a resumed run ends with the same files as an uninterrupted one.
         """
         assert self.walk is not None
         of_size = defaultdict(list)

@@ -1,4 +1,4 @@
-"""Write what a run has made as folders for the Hub, open them elsewhere, and upload them if a repository is named.
+"""Write a run's results as folders for the Hub, check each in another process, and upload them on request.
 
 python training/publish.py --config shapes                            (folders only)
 python training/publish.py --config shapes --dry-run                  (what would go up)
@@ -51,10 +51,10 @@ class Part:
     """One folder, and the repository it goes to.
 
     Attributes:
-        name: Of the part, a key of `PARTS`.
-        kind: Of the repository.
+        name: Name of the part, a key of `PARTS`.
+        kind: Type of the repository.
         stage: Stage that made it; None for the metric.
-        suffix: What follows the run's repository name.
+        suffix: Appended to the run's repository name.
     """
 
     name: str
@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def publish(recipe: Recipe, options: RunOptions) -> Path:
     """Write and check the folders of a run, upload them if the recipe names a repository; return the stage's folder.
 
-    `<part>/` is what a repository holds. `metrics.json` has the files with their sizes, and the uploads.
+    `<part>/` is the content of a repository. `metrics.json` lists the files with their sizes, and the uploads.
     """
     settings = cast(PublishRecipe, recipe.publish)
     run = Run.start(recipe, options)
@@ -149,10 +149,10 @@ def publish(recipe: Recipe, options: RunOptions) -> Path:
 
 
 def chosen_parts(folder: Path, settings: PublishRecipe) -> list[Part]:
-    """Return what is to be published: what the recipe names, or what the run has made.
+    """Return the parts to publish: those that the recipe names, or all that the run has finished.
 
     Raises:
-        StageError: a part is named whose stage is not finished, or nothing is finished.
+        StageError: the stage of a named part is not finished, or no stage is.
     """
     finished = [part for part in PARTS.values() if part.stage and (folder / part.stage / "done.json").is_file()]
     if settings.parts is None:
@@ -169,7 +169,7 @@ def chosen_parts(folder: Path, settings: PublishRecipe) -> list[Part]:
 
 
 def source_of(folder: Path, part: Part, settings: PublishRecipe) -> Mapping[str, Any]:
-    """Return what a part's folder depends on: the finished stages, the card and the package."""
+    """Return everything that a part's folder depends on: the finished stages, the card and the package."""
     finished = {}
     if part.stage is not None:
         for done in sorted(folder.glob("*/done.json")):
@@ -186,7 +186,7 @@ def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part
     """Write one part's folder.
 
     Raises:
-        StageError: it is not fit to be published.
+        StageError: it fails the checks for publishing.
     """
     if part.name == "metric":
         write_metric_folder(out)
@@ -225,7 +225,7 @@ def write_part(recipe: Recipe, settings: PublishRecipe, folder: Path, part: Part
 
 
 def picture_of(recipe: Recipe, settings: PublishRecipe, folder: Path) -> Path | None:
-    """Return the image of the card: the recipe's, or the report's gallery where its images are our own."""
+    """Return the image of the card: the recipe's, or the report's gallery if its images are our own."""
     if settings.picture is not None:
         picture = Path(settings.picture)
         if not picture.is_file():
@@ -236,10 +236,10 @@ def picture_of(recipe: Recipe, settings: PublishRecipe, folder: Path) -> Path | 
 
 
 def upload_part(settings: PublishRecipe, part: Part, folder: Path) -> Upload:
-    """Upload one part; a failure ends in a sentence and the command to give again.
+    """Upload one part; a failure becomes one sentence with the command to rerun.
 
     Raises:
-        StageError: the Hub did not take it.
+        StageError: the upload failed.
     """
     assert settings.repo is not None
     try:

@@ -1,4 +1,4 @@
-"""What is written beside every result: the recipe's parts that it depends on, scores, and where they were measured."""
+"""Records beside every result: the parts of the recipe that it depends on, scores, and where they were measured."""
 
 import dataclasses
 import json
@@ -67,23 +67,23 @@ def _differences(stored: Any, wanted: Any, prefix: str) -> Iterator[str]:
 
 
 OPTIONS_NOW = ("num_workers", "log_every", "checkpoint_every", "trackers")
-"""Keys of sections that train, once: no result depends on them."""
+"""Former keys of sections that train: no result depends on them."""
 
 ONLY_WAY_NOW: Mapping[str, Mapping[str, str | bool]] = {
     "model": {"scc_classes": "all", "scc_maps": "attention", "detach_second_view": False},
     "prediction": {"crf_classes": "predicted"},
 }
-"""Keys that are gone, with the value that all recipes have now; other values make another result."""
+"""Removed keys with the only value that is left; other values gave other results."""
 
 CHANGED_NO_RESULT = {"model": ("attention_map_mode",), "pseudo_labels": ("keep_scores",)}
-"""Keys that are gone: of files that were added, and of the memory that training took."""
+"""Removed keys that did not change a result: extra files, and memory saved in training."""
 
 
 def up_to_date(stored: Mapping[str, Any]) -> PlainRecipe:
-    """Return parts of a recipe that an older version may have written, as this version writes them.
+    """Convert parts of a recipe from an older version to the form of this version.
 
-    Keys that are gone or are options now are dropped where no result depends on them, and keys that are missing, or
-    null where that was another word for the default, get the default.
+    Removed keys, and keys that are options now, are dropped if no result depends on them. Missing keys get the
+    default, and so does null where it used to mean the default.
     """
     sections = {each.name for each in dataclasses.fields(Recipe)}
     return {
@@ -123,7 +123,7 @@ def provenance(accelerator: Accelerator | None = None) -> dict[str, str]:
     """Return the code's commit, the versions and the hardware that a number was measured with.
 
     Args:
-        accelerator: Its device and precision are recorded; None for work that only CPUs do.
+        accelerator: Its device and precision are recorded; None for CPU-only work.
     """
     device = f"{os.cpu_count()} CPU cores"
     if accelerator is not None and accelerator.device.type == "cuda":
@@ -142,9 +142,9 @@ def provenance(accelerator: Accelerator | None = None) -> dict[str, str]:
 
 
 def commit_of(checkout: Path) -> str:
-    """Return the commit of a checkout, with "-modified" where files differ from it; "unknown" where there is none.
+    """Return the commit of a checkout, with "-modified" if files differ from it; "unknown" if there is none.
 
-    An installed package has none of its own, although it may lie inside a checkout of something else.
+    An installed package has no commit, even if it lies inside another project's checkout.
     """
     if not (checkout / ".git").exists():
         return "unknown"

@@ -1,4 +1,4 @@
-"""Write a page to look at: images of seeds and label maps, loss curves and scores of a run.
+"""Write a page with images of seeds and label maps, loss curves and scores of a run.
 
 python training/make_report.py --config voc_deit_small
 """
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make_report(recipe: Recipe, options: RunOptions) -> Path:
-    """Write the page of a run whose training and seeds are done; return its path."""
+    """Write the page of a run with finished training and seeds; return its path."""
     run = Run.start(recipe, options)
     page = run.stage_folder("report") / "index.html"
     if not run.accelerator.is_main_process:
@@ -56,7 +56,7 @@ def make_report(recipe: Recipe, options: RunOptions) -> Path:
 
 
 def write_page(run: Run, page: Path) -> None:
-    """Write the page from what the stages measured."""
+    """Write the page from the metrics of the stages."""
     recipe, trained, seeds = run.recipe, run.metrics("train"), run.metrics("seeds")
     later = {stage: StepsRecord.from_json(run.metrics(stage)).splits for stage in ("pseudo_labels", "predictions")}
     rows = list(gallery(run))
@@ -88,7 +88,7 @@ def write_page(run: Run, page: Path) -> None:
 
 
 def charts(run: Run) -> Iterator[Chart]:
-    """Give the curves of every stage that trained."""
+    """Return the curves of every stage that trained."""
     yield from charts_from_log(run.stage_folder("train") / "log.jsonl")
     for stage, network in (("affinity", "Affinity network"), ("segmentation", "Segmentation network")):
         if run.is_done(stage):
@@ -107,7 +107,7 @@ def resolved_recipe(run: Run) -> PlainRecipe:
 
 
 def gallery(run: Run) -> Iterator[GalleryRow]:
-    """Give the images of a split: images with several classes first, then spread over the split."""
+    """Return the images of a split to show: those with several classes first, then others spread over the split."""
     recipe = run.recipe
     split = recipe.report.split or ALL_IMAGES
     images = run.images(recipe.report.split, masks=True)
@@ -138,7 +138,7 @@ def gallery(run: Run) -> Iterator[GalleryRow]:
 
 
 def later_label_maps(run: Path, split: str, image_id: str) -> Iterator[tuple[str, LabelMap]]:
-    """Give heading and label map of an image after each stage that follows the seeds, as far as it has one."""
+    """Return heading and label map of an image for each later stage that has one."""
     labels = run / "affinity" / "labels" / split
     low, high = (stored_label_maps(labels / name)(image_id) for name in ("low", "high"))
     if low is not None and high is not None:
@@ -155,13 +155,13 @@ def later_label_maps(run: Path, split: str, image_id: str) -> Iterator[tuple[str
 
 
 def spread(items: Sequence[int], count: int) -> list[int]:
-    """Take `count` items at equal distances."""
+    """Return `count` evenly spaced items."""
     count = min(count, len(items))
     return [items[(2 * number + 1) * len(items) // (2 * count)] for number in range(count)]
 
 
 def score_tables(splits: Mapping[str, SeedScores]) -> Iterator[Table]:
-    """Give a score table for every split with ground truth, and one for its images with several classes."""
+    """Return a score table for every split with ground truth, and one for its images with several classes."""
     for name, scores in splits.items():
         parts = [(scores, scores.scored, "images")]
         if several := scores.several_classes:
@@ -172,14 +172,14 @@ def score_tables(splits: Mapping[str, SeedScores]) -> Iterator[Table]:
 
 
 def step_tables(splits: Mapping[str, StepScores], title: str) -> Iterator[Table]:
-    """Give the scores after each step of a stage, for every split with ground truth."""
+    """Return the scores after each step of a stage, for every split with ground truth."""
     for name, scores in splits.items():
         if table := step_table(scores, f"{title}, {name}: {scores.scored} images"):
             yield table
 
 
 def training_table(trained: Mapping[str, Any]) -> Iterator[Table]:
-    """Give the table of the last epoch's image-level scores, if there was a validation split."""
+    """Return the table of the last epoch's image-level scores, if there was a validation split."""
     titles = {
         "map_class": "mAP of the class tokens (%)",
         "map_patch": "mAP of the patch branch (%)",

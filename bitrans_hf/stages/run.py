@@ -1,4 +1,4 @@
-"""A run and its stages: what is wanted, how, who shares the work; folders that are resumed, and what is said."""
+"""A run and its stages: recipe, options, processes, stage folders that can be resumed, and messages."""
 
 import datetime
 import json
@@ -35,15 +35,15 @@ TrainingSection: TypeAlias = Literal["train", "affinity", "segmentation"]
 """Sections of a recipe that train a network, each in the stage of the same name."""
 
 LONGEST_WAIT = datetime.timedelta(hours=12)
-"""How long processes wait for each other: one may list many files or refine label maps while the others are done."""
+"""How long processes wait for each other: one may list many files or refine label maps after the others are done."""
 
 
 class StageError(InputError):
-    """A stage cannot run, or has to stop; the message says why and what to do."""
+    """A stage that cannot run or has to stop; the message says why and what to do."""
 
 
 def how_to_run(stage: str) -> str:
-    """Return the remedy of a message that misses what another stage makes."""
+    """Return the advice for a message about the missing result of another stage."""
     return f"run the stage {stage} with the same recipe first: python -m bitrans_hf.stages {stage}"
 
 
@@ -73,16 +73,15 @@ class Run:
     ) -> "Run":
         """Begin a stage: join the process group, choose device and precision.
 
-        The precision "auto" is chosen for the device when a network starts to train. From then on it stays: a run
-        that goes on from a checkpoint, and the stages that use the trained network, have the precision it was trained
-        in, whatever machine they run on.
+        The precision "auto" is chosen for the device when a network starts to train, and then stays fixed: a resumed
+        training and the stages that use the trained network keep that precision on any machine.
 
         Args:
             recipe: What is wanted.
             options: What does not change the result.
-            section: The recipe's section of the stage that trains the network; without it in the recipe, `train`.
-            trains: Whether this is that stage, which has trackers.
-            network: Folder of the stage that trained the network; None for the run's own.
+            section: The recipe's section of the stage that trains the network; `train` if the recipe lacks it.
+            trains: Whether this is that stage, which uses trackers.
+            network: Folder of the stage that trained the network; None for this run's.
         """
         settings: TrainingRecipe = getattr(recipe, section) or recipe.train
         folder = Path(recipe.output_dir) / recipe.name / section
@@ -113,7 +112,7 @@ class Run:
 
     @property
     def max_side(self) -> int:
-        """Longest side in pixels that images are worked on at."""
+        """Longest side in pixels at which images are processed."""
         return max_side_of(self.recipe)
 
     @property
@@ -149,7 +148,7 @@ class Run:
         return (self.stage_folder(stage) / "done.json").is_file()
 
     def metrics(self, stage: str) -> Mapping[str, Any]:
-        """Return what a stage measured; nothing where it is not finished."""
+        """Return the metrics of a stage; empty if it is not finished."""
         return read_json(self.stage_folder(stage) / "metrics.json") if self.is_done(stage) else {}
 
     def trained_model(self) -> Path:
@@ -164,7 +163,7 @@ class Run:
         return folder
 
     def remove_unfinished(self, folder: Path) -> None:
-        """Delete the files that a killed run was writing: they have hidden names until they are whole."""
+        """Delete partial files of a killed run: files have hidden names until they are complete."""
         if self.accelerator.is_main_process:
             for path in folder.rglob(".*.tmp.*"):
                 path.unlink(missing_ok=True)
@@ -173,15 +172,15 @@ class Run:
     # ---- Processes.
 
     def own(self, count: int) -> range:
-        """Return the numbers, of `count`, that this process works on."""
+        """Return this process's share of the indices below `count`."""
         return range(self.accelerator.process_index, count, self.accelerator.num_processes)
 
     def union(self, names: Iterable[str]) -> set[str]:
-        """Return the names that any process gives."""
+        """Return the union of the names that the processes give."""
         return set(gather_object(sorted(names)))
 
     def wait(self) -> None:
-        """Wait until all processes have done their share."""
+        """Wait for all processes."""
         if self.accelerator.num_processes > 1:
             with self.working("waiting for the other processes"):
                 self.accelerator.wait_for_everyone()
@@ -190,7 +189,7 @@ class Run:
 
     @property
     def is_silent(self) -> bool:
-        """Whether no progress is shown."""
+        """Whether progress is hidden."""
         return self.options.quiet or not self.accelerator.is_main_process
 
     def progress(self, items: Iterable[T] | None, **shown: Any) -> "tqdm[T] | speech.ProgressLines[T]":
@@ -198,11 +197,11 @@ class Run:
         return speech.progress(items, quiet=self.is_silent, **shown)
 
     def working(self, what: str) -> AbstractContextManager[None]:
-        """Say what is done while a block runs that counts no items; see `bitrans_hf.progress.working`."""
+        """Report progress of a block that counts no items; see `bitrans_hf.progress.working`."""
         return speech.working(what, quiet=self.is_silent)
 
     def announce(self, message: str) -> None:
-        """Print what will be done."""
+        """Print the plan of a stage."""
         if not self.is_silent:
             speech.say_progress(message)
 
@@ -212,14 +211,14 @@ class Run:
             speech.say_result(message)
 
     def say_unreadable(self, image_ids: Iterable[str]) -> None:
-        """Name the images that could not be used, at the end of a stage."""
+        """Name the unusable images at the end of a stage."""
         names = sorted(set(image_ids))
         if names:
             shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
             self.say(f"{len(names)} image(s) left out, unreadable or smaller than a patch: {shown}")
 
     def say_precision(self, section: TrainingSection) -> None:
-        """Say the precision of a stage and where it comes from, and what bf16 costs on a device that emulates it."""
+        """Report the precision of a stage and its source, and the slowdown of bf16 on a device that emulates it."""
         settings: TrainingRecipe = getattr(self.recipe, section) or self.recipe.train
         device, precision = self.accelerator.device, self.accelerator.mixed_precision
         if settings.precision != "auto":
@@ -242,9 +241,9 @@ class Run:
 
 
 def auto_precision(network: Path, state: PartialState) -> str:
-    """Return the precision that a stage's network was trained in so far, else the one for the device: "no" or "bf16".
+    """Return the precision of a network's training so far, else the best one for the device: "no" or "bf16".
 
-    The answer is that of the first process where it knows the network, and bf16 only where all devices have it.
+    The first process decides if it finds the network; otherwise bf16 is chosen only if all devices support it.
     """
     found = gather_object([(trained_precision(network), has_native_bf16(state.device))])
     trained, _ = found[0]
@@ -252,7 +251,7 @@ def auto_precision(network: Path, state: PartialState) -> str:
 
 
 def trained_precision(stage: Path) -> str | None:
-    """Return the precision of the newest checkpoint, or of the finished network; None where nothing says so."""
+    """Return the precision of the newest checkpoint or of the finished network; None if neither is recorded."""
     checkpoint = newest_checkpoint(stage / "checkpoints")
     if checkpoint is not None:
         precision = read_json(checkpoint / "progress.json").get("precision")
@@ -303,7 +302,7 @@ class Stage:
             write_json(path, self.recipe)
 
     def was_done_before(self) -> bool:
-        """Return whether the stage is finished, and say so if it is."""
+        """Return whether the stage is finished, and report it if so."""
         is_done = self.run.is_done(self.name)
         if is_done:
             self.run.say(f"{self.name}: already done, {self.folder}")
@@ -316,7 +315,7 @@ class Stage:
                 file.write(json.dumps(entry) + "\n")
 
     def forget_log_after(self, step: int) -> None:
-        """Drop the log lines of steps that will be run again after a resume, and a line that a kill cut off."""
+        """Drop log lines of steps that a resumed run repeats, and a line that was cut off by a kill."""
         path = self.folder / "log.jsonl"
         if self.is_main and path.is_file():
             kept = []
@@ -330,7 +329,7 @@ class Stage:
                 temporary.write_text("".join(kept), encoding="utf-8")
 
     def finish(self, metrics: Mapping[str, Any], seconds: float | None = None) -> None:
-        """Write `metrics.json`, with where and how they were measured, and `done.json`."""
+        """Write `metrics.json`, including where and how it was measured, and `done.json`."""
         if not self.is_main:
             return
         elapsed = time.perf_counter() - self._started if seconds is None else seconds
@@ -340,6 +339,6 @@ class Stage:
 
 
 def holds(recipe: Recipe, stage: str, depends_on: Sequence[str]) -> bool | None:
-    """Say whether a stage's folder is of this recipe; None where it holds no recipe, as before the first start."""
+    """Return whether a stage's folder belongs to this recipe; None if it holds no recipe yet."""
     path = Path(recipe.output_dir) / recipe.name / stage / "recipe.json"
     return not recipe_differences(read_json(path), recipe_parts(recipe, depends_on)) if path.is_file() else None

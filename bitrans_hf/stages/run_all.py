@@ -1,4 +1,4 @@
-"""Run every stage of a recipe in order; a stage that is finished is skipped, as is one without a section.
+"""Run every stage of a recipe in order, skipping finished stages and those without a section.
 
 accelerate launch training/run_all.py --config shapes
 """

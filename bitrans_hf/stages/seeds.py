@@ -107,7 +107,7 @@ def check_classes(model: BiTransModel | CamModel, images: Dataset) -> None:
     """Check that a network was trained for the classes of the images.
 
     Raises:
-        StageError: it was trained for others.
+        StageError: the classes differ.
     """
     known = [name for _, name in sorted((model.config.id2label or {}).items())]
     wanted = class_names(images)
@@ -121,20 +121,20 @@ def check_classes(model: BiTransModel | CamModel, images: Dataset) -> None:
 class SplitSeeds:
     """The seeds of one split: each process makes its share.
 
-    Images of one size go through the network together. Images with a longer side than the processor's bound are
-    reduced to it, and as many of them go together as keeps the memory of `batch_size` images of the usual bound. One
-    scale keeps its maps on the token grid, several scales are summed at a quarter of the image.
+    Images of equal size form a batch. Larger images are reduced to the processor's bound, and a batch takes no more
+    memory than `batch_size` images at the usual bound. With one scale, maps stay on the token grid; several scales are
+    summed at a quarter of the image size.
 
     Args:
-        run: Its recipe says at which scales, and how many at once.
+        run: Its recipe gives the scales and the batch size.
         model: In evaluation mode, on the device of the run.
         processor: Its `max_side` bounds the images.
         images: All of the split.
         folder: Of the split; the seeds go to `seeds/` in it.
 
     Attributes:
-        unreadable: Ids of the images that cannot be used; of all processes after `make`.
-        reduced: Number of images larger than the bound, those that were done before included.
+        unreadable: Ids of unusable images; after `make`, those of all processes.
+        reduced: Number of images larger than the bound, including those finished earlier.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class SplitSeeds:
         self.reduced = 0
 
     def make(self) -> None:
-        """Write the seeds that are not there yet."""
+        """Write the missing seeds."""
         batches = self._batches()
         self._announce(batches)
         for size, indices in self.run.progress(batches, desc="seeds", unit="batch"):
@@ -190,7 +190,7 @@ class SplitSeeds:
         return batches
 
     def _usable_size(self, row: ImageRow) -> Size:
-        """Return the size of an image; raise UnreadableImageError where it has none, or holds no patch."""
+        """Return the size of an image; raise UnreadableImageError if it is unreadable or smaller than a patch."""
         size = image_size(row["image"])
         smallest = self.model.config.stride if isinstance(self.model, CamModel) else self.model.config.patch_size
         working = bounded_size(size, self.max_side)
@@ -200,13 +200,13 @@ class SplitSeeds:
         return size
 
     def _leave_out(self, row: ImageRow, error: UnreadableImageError) -> None:
-        """Note that an image is unusable; where the run is strict, stop with the reason."""
+        """Note that an image is unusable; in a strict run, stop with the reason."""
         if self.run.options.strict:
             raise error
         self.unreadable.add(row["image_id"])
 
     def _announce(self, batches: Sequence[tuple[Size, Sequence[int]]]) -> None:
-        """Say what will be done, the memory that it takes, and how many images are reduced."""
+        """Print the plan, the memory it takes, and the number of reduced images."""
         run, settings = self.run, self.settings
         num_views = len(settings.scales) * (2 if settings.flip else 1)
         run.announce(
@@ -228,7 +228,7 @@ class SplitSeeds:
             )
 
     def _opened(self, indices: Sequence[int]) -> tuple[list[ImageRow], list[list[torch.Tensor]]]:
-        """Return the rows that can be read and their views, one (1, 3, H_s, W_s) for each scale."""
+        """Return the readable rows and their views, one (1, 3, H_s, W_s) per scale."""
         rows, views = [], []
         for index in indices:
             row: ImageRow = self.images[index]
@@ -263,10 +263,10 @@ class SplitSeeds:
 
 
 def images_at_once(size: tuple[int, int], batch_size: int) -> int:
-    """Return how many images of a size go through the network together: at least one, at most `batch_size`.
+    """Return the batch size for images of one size: at least one, at most `batch_size`.
 
-    The memory of attention maps grows with the square of the area. As many images go together as take no more of it
-    than `batch_size` images of `MAX_SIDE` by `MAX_SIDE` pixels.
+    Attention maps take memory that grows with the square of the area. A batch takes no more than `batch_size` images
+    of `MAX_SIDE` by `MAX_SIDE` pixels.
     """
     share = MAX_SIDE**2 / (size[0] * size[1])
     return max(1, min(batch_size, int(batch_size * share**2)))
@@ -275,7 +275,7 @@ def images_at_once(size: tuple[int, int], batch_size: int) -> int:
 def memory_of_views(
     model: BiTransModel | CamModel, size: tuple[int, int], recipe: SeedsRecipe, num_images: int
 ) -> float:
-    """Estimate the bytes that a batch takes in the network, beside the weights.
+    """Estimate the bytes that a batch takes in the network, excluding the weights.
 
     A transformer has five (T, T) maps of float32 alive for each view of T tokens (the scores, weights and running
     mean of a layer's attention, and the affinity), and the MLP's activations. A CNN has about 1,200 bytes for a pixel.

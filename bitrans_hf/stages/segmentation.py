@@ -2,9 +2,9 @@
 
 accelerate launch training/train_segmentation.py --config voc_deit_small
 
-Label maps are looked through before the first step: all are there, fit their images, hold known ids, and are not the
-ground truth by mistake. An interrupted run resumes from its newest checkpoint. Ground truth scores the network
-on another split; it is trained on where the recipe says `segmentation.labels: ground_truth`, and then only.
+Label maps are checked before the first step: all exist, fit their images, hold known ids, and are not the ground truth
+by mistake. An interrupted run resumes from its newest checkpoint. Ground truth is used to score the network on another
+split, and for training only if the recipe says `segmentation.labels: ground_truth`.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,13 +41,13 @@ from .run import Run, Stage, StageError, how_to_run
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds", "affinity", "pseudo_labels", "segmentation")
 
 SGD_MOMENTUM = {"mctformer": 1e-5, "deeplab-v1": 0.9}
-"""MCTformer's optimizer gets its weight decay, 0.00001, where SGD takes the momentum."""
+"""MCTformer passes its weight decay, 0.00001, as SGD's momentum."""
 
 LEARNING_RATE = {"mctformer": 7e-4, "deeplab-v1": 1e-3}
-"""First rate of the presets: for 4 images a step, and for 10."""
+"""Initial learning rates of the presets, for 4 and for 10 images per step."""
 
 LOOKED_AT = 24
-"""Label maps that are compared with the ground truth to find out whether they are a copy of it."""
+"""Number of label maps compared with the ground truth to detect a copy of it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -142,7 +142,7 @@ def labelled_images(run: Run, settings: SegmentationRecipe) -> Dataset:
 
 
 def label_folder(run: Run, settings: SegmentationRecipe) -> Path:
-    """Return the folder of the label maps that are not ground truth."""
+    """Return the folder of the label maps, if they are not ground truth."""
     split = settings.split or ALL_IMAGES
     own = {
         "pseudo_labels": run.stage_folder("pseudo_labels") / split / "labels",
@@ -152,26 +152,26 @@ def label_folder(run: Run, settings: SegmentationRecipe) -> Path:
 
 
 def how_to_make(labels: str) -> str:
-    """Say how the label maps of a recipe come to be: a piece of a message."""
+    """Say how to make the label maps of a recipe, as part of a message."""
     if labels in ("pseudo_labels", "seeds"):
         return f"{how_to_run(labels)}, for this split"
     return "segmentation.labels must be pseudo_labels, seeds, ground_truth or a folder of <image_id>.png"
 
 
 def refuse_missing(missing: Sequence[str], total: int, what: str, remedy: str) -> None:
-    """Raise StageError if something is missing, with how many and the first."""
+    """Raise StageError if something is missing, with the count and the first."""
     if missing:
         raise StageError(f"{len(missing)} of {total} images have no {what}, the first is {missing[0]}; {remedy}.")
 
 
 def refuse_ground_truth(folder: Path, pairs: Dataset, truth: Dataset) -> None:
-    """Stop if label maps are the ground truth, as happens to people who mix up folders.
+    """Stop if the label maps are the ground truth, which happens if folders are mixed up.
 
-    Some label maps, spread over the set, are compared with the masks that the data has: no method that sees image
-    labels alone paints all of them without a fault.
+    Some label maps, spread over the set, are compared with the masks of the data: no method that sees only image
+    labels reproduces all of them exactly.
 
     Raises:
-        StageError: every one that was looked at equals its mask wherever the mask is not ignored.
+        StageError: every compared one equals its mask wherever the mask is not ignored.
     """
     looked_at = 0
     for number in range(0, len(truth), max(1, len(truth) // (10 * LOOKED_AT))):
@@ -200,7 +200,7 @@ def check_label_maps(run: Run, pairs: Dataset, largest_crop: float) -> None:
     Args:
         run: Each process works on its share.
         pairs: Images with label maps.
-        largest_crop: Longest side in pixels, before scaling, that an image must have for a crop to fit in at all.
+        largest_crop: Smallest longest side in pixels, before scaling, of an image that fills a crop.
 
     Raises:
         StageError: some label maps do not fit (how many, and what is wrong with the first), or a crop is larger than
@@ -244,7 +244,7 @@ def build_network(run: Run, settings: SegmentationRecipe, classes: Sequence[str]
     """Build the recipe's network with its starting weights.
 
     Raises:
-        StageError: there is no trained encoder, or the weights are those of a network for other classes.
+        StageError: there is no trained encoder, or the weights belong to a network for other classes.
         ValueError, OSError: the weights are not there or do not fit, see `load_backbone`.
     """
     names = {0: "background", **dict(enumerate(classes, start=1))}
@@ -270,7 +270,7 @@ def check_classes(model: DeepLabForSemanticSegmentation, classes: Sequence[str])
     """Check that a network was trained for these object classes.
 
     Raises:
-        StageError: it was trained for others.
+        StageError: the classes differ.
     """
     known = [name for _, name in sorted((model.config.id2label or {}).items())][1:]
     if known != list(classes):
@@ -281,10 +281,10 @@ def check_classes(model: DeepLabForSemanticSegmentation, classes: Sequence[str])
 
 
 def synchronized(model: DeepLabForSemanticSegmentation, accelerator: Accelerator) -> DeepLabForSemanticSegmentation:
-    """Let BatchNorm see the images of all GPUs.
+    """Synchronize BatchNorm over all GPUs.
 
     Raises:
-        StageError: on the CPU, where torch has no such layer.
+        StageError: on the CPU, which torch does not support.
     """
     if accelerator.device.type != "cuda":
         raise StageError(f"segmentation.batch_norm sync needs GPUs, got {accelerator.device.type}; use trained.")
@@ -293,7 +293,7 @@ def synchronized(model: DeepLabForSemanticSegmentation, accelerator: Accelerator
 
 
 def make_optimizer(model: DeepLabForSemanticSegmentation, settings: SegmentationRecipe) -> torch.optim.Optimizer:
-    """Make the recipe's optimizer; the learning rate of each step is the loop's."""
+    """Build the recipe's optimizer; the loop sets the learning rate of each step."""
     groups = model.parameter_groups(settings.weight_decay)
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(groups)
@@ -310,7 +310,7 @@ def validate(
     processor: BiTransImageProcessor,
     images: Dataset,
 ) -> NetworkScores:
-    """Score whole images at one scale; only confusion counts are kept, whatever the number of images.
+    """Score whole images at one scale; memory does not grow with their number, since only confusion counts are kept.
 
     Raises:
         StageError: no image has a mask.

@@ -33,7 +33,7 @@ from .run import Run, Stage, StageError
 DEPENDS_ON = ("seed", "data", "model", "train")
 
 TAG_TITLES = {"map_class": "class tokens", "map_patch": "patches", "map": "tags"}
-"""What the scores of `validate` are of, for the last line."""
+"""Names of the scores of `validate`, for the last line."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,14 +92,14 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
 
 
 def keep_only_layer_inputs(model: PreTrainedModel) -> None:
-    """Let a model recompute the activations of its layers in the backward pass."""
+    """Make a model recompute the activations inside its layers in the backward pass."""
     # Older versions of transformers know the method under its older name alone.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable()
 
 
 def make_optimizer(model: PreTrainedModel, train: TrainRecipe) -> torch.optim.Optimizer:
-    """Make the recipe's optimizer; the learning rate of each step is the loop's."""
+    """Build the recipe's optimizer; the loop sets the learning rate of each step."""
     if isinstance(model, CamModel):
         groups = model.parameter_groups(train.weight_decay)
     else:
@@ -148,7 +148,7 @@ def validate(
     images: Dataset | None,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Score the image-level tags of every branch on whole images resized to the training square.
+    """Score the image-level predictions of every branch on whole images resized to the training square.
 
     Returns:
         In percent: "map_class" and "map_patch", mean average precision over classes of the class tokens' and the
@@ -193,7 +193,7 @@ def validate(
 
 
 def logits_of_branches(output: BiTransOutput | CamOutput) -> dict[str, torch.Tensor]:
-    """Return the logits (B, C) of every branch of a network, by what follows the name of its scores."""
+    """Return the logits (B, C) of every branch of a network, by the suffix of its scores' names."""
     if isinstance(output, CamOutput):
         return {"": output.logits}
     return {"_class": output.class_logits, "_patch": output.patch_logits}
