@@ -1,7 +1,7 @@
-"""A page to try a model: drop an image, choose its labels, see its maps and mask, click a patch to see its affinity.
+"""A web page to try a model: drop an image, choose labels, see its maps and mask, click a patch to see its affinity.
 
-`bitrans app --model FOLDER_OR_REPO` runs it here, `write_space` makes the folder of a Space. The network sees a
-image once for each scale; moving a slider only recombines its outputs.
+`bitrans app --model FOLDER_OR_REPO` runs it here, `write_space` makes the folder of a Space. The network runs once per
+image and scale; moving a slider only recombines its outputs.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ SCALES = (1.0, 0.75, 1.25, 1.5)
 """Scales that the slider adds, in order."""
 
 MAX_SIDE = 512
-"""Longest side in pixels that the network sees at scale 1. All layers' attention is looked at, at scale 1.5 some
-1,800 tokens for each of two views: about 0.3 GB for 12 layers."""
+"""Longest side in pixels at scale 1. The attention of all layers is kept: at scale 1.5 some 1,800 tokens for each of two
+views, about 0.3 GB for 12 layers."""
 
 CLICKABLE_SIDE = 800
-"""Pixels on the longer side of the image to click on: more than the page's layout gives it."""
+"""Pixels on the longer side of the clickable image: more than the page's layout shows."""
 
 PICTURES_KEPT = 8
-"""Images whose maps are kept, of all visitors together; others are computed again."""
+"""Number of images, over all visitors, whose maps are kept; others are computed again."""
 
 
 # ---- What the network says of an image.
@@ -70,14 +70,14 @@ class ScaleMaps:
 
 
 class PictureMaps:
-    """Everything that the network says of one image. A scale is computed when it is first asked for, then kept.
+    """All maps of one image. A scale is computed on first use, then kept.
 
     Args:
         pipe: Model and image processor.
         path: File of the image.
 
     Raises:
-        ValueError: the file is no image or smaller than a patch; the message is one sentence for a person.
+        ValueError: the file is not an image or smaller than a patch; the message is one sentence for the user.
     """
 
     def __init__(self, pipe: PseudoMaskPipeline, path: str | Path):
@@ -109,7 +109,7 @@ class PictureMaps:
 
     @torch.no_grad()
     def at_scale(self, scale: float) -> ScaleMaps:
-        """Pass the image and its flip through the network, unless that was done before."""
+        """Pass the image and its flip through the network, unless the maps are kept."""
         if scale not in self._scales:
             (view,) = self.processor.scaled_views(self.image, (scale,))
             view = view.to(device=self.model.device, dtype=self.model.dtype)
@@ -125,12 +125,12 @@ class PictureMaps:
         return self._scales[scale]
 
     def seeds(self, class_ids: Sequence[int], num_scales: int, num_layers: int) -> dict[str, torch.Tensor]:
-        """Combine the kept maps; the last answer is kept too, for the threshold to cut again.
+        """Combine the kept maps; the last result is kept too, for later thresholds.
 
         Args:
             class_ids: The K classes that the image shows.
-            num_scales: How many of `SCALES` are averaged.
-            num_layers: How many of the last layers give the SC-CAM (K of Eq. 2).
+            num_scales: Number of `SCALES` to average.
+            num_layers: Number of last layers that give the SC-CAM (K of Eq. 2).
 
         Returns:
             Each of `SEED_VARIANTS` -> (K, H', W') in [0, 1] at the size of `image`.
@@ -166,8 +166,8 @@ class PictureMaps:
     def affinity_row(self, row: int, column: int) -> torch.Tensor:
         """Return how much a patch attends to every patch, as a map (h, w) in [0, 1].
 
-        0 and 1 are the least and the most that it attends to another patch: its own share, which often exceeds all
-        others, is drawn as 1.
+        0 and 1 are the lowest and highest attention to another patch; attention to itself, often the highest, is drawn
+        as 1.
         """
         h, w = self.grid
         query = row * w + column
@@ -205,7 +205,7 @@ Drop an image and say what it shows. The model never saw a mask: it was trained 
 
 
 def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
-    """Lay out the page and say what each control does.
+    """Lay out the page and connect its controls.
 
     Args:
         pipe: Model and image processor, see `PseudoMaskPipeline.from_pretrained`.
@@ -226,7 +226,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
 
 @dataclass(frozen=True)
 class QuestionControls:
-    """Where the visitor gives an image and says what it shows."""
+    """Controls for the image and its labels."""
 
     file: gr.File
     status: gr.HTML
@@ -316,14 +316,14 @@ def lay_out_affinity() -> AffinityControls:
 
 
 Changes: TypeAlias = dict[Any, Any]
-"""Component -> its new value, as gradio takes the answer of a listener."""
+"""Component -> its new value, as gradio expects from a listener."""
 
 
 class Page:
-    """What the controls do.
+    """The behavior of the controls.
 
-    The methods with a name of their own listen to a control: gradio calls them with the values of the components that
-    `connect` names, the path of the current image first.
+    Public methods are listeners: gradio calls them with the values of the components that `connect` names, the path of
+    the current image first.
 
     Args:
         pipe: Model and image processor.
@@ -351,7 +351,7 @@ class Page:
         return sorted(self.names.index(name) for name in chosen)
 
     def connect(self, app: gr.Blocks) -> None:
-        """Say which method listens to which control."""
+        """Connect methods to controls."""
         ask, result, affinity = self.question, self.result, self.affinity
         mask_inputs = [self.current, ask.labels, ask.scales, ask.layers, result.threshold]
         panel_inputs = [self.current, ask.labels, result.shown_class, ask.scales, ask.layers, result.threshold]
@@ -473,7 +473,7 @@ class Page:
         return {**drawn, **self._mask(maps, class_ids, seeds["refined"], cut)}
 
     def draw_mask(self, path: str | None, chosen: list[str], num_scales: int, layers: int, cut: float) -> Changes:
-        """Cut the mask again: nothing else depends on the threshold."""
+        """Redraw the mask only: nothing else depends on the threshold."""
         if path is None or not chosen:
             return self._no_mask()
         maps, class_ids = self.maps_of(path), self.ids_of(chosen)
@@ -543,12 +543,12 @@ def names_of(pipe: PseudoMaskPipeline) -> list[str]:
 
 
 def still(label: str, alt_text: str) -> gr.Image:
-    """An image to look at."""
+    """A read-only image."""
     return gr.Image(label=label, interactive=False, buttons=[], alt_text=alt_text, format="jpeg", min_width=100)
 
 
 def guess(maps: PictureMaps, names: Sequence[str]) -> tuple[list[str], str]:
-    """Return the classes above 50 %, or the likeliest if there is none, in the order of their ids, and a sentence."""
+    """Return the classes above 50 %, or the most likely one, in the order of their ids, and a sentence about them."""
     shares = maps.probabilities
     order = shares.argsort(descending=True).tolist()
     sure = [class_id for class_id in order if shares[class_id] > 0.5]
@@ -558,18 +558,18 @@ def guess(maps: PictureMaps, names: Sequence[str]) -> tuple[list[str], str]:
 
 
 def percent(share: torch.Tensor) -> str:
-    """A probability for a person: "98 %", on one line."""
+    """Format a probability: "98 %", without a line break."""
     return f"{100 * float(share):.0f}\N{NO-BREAK SPACE}%"
 
 
 def without_path(sentence: str, path: str) -> str:
-    """A message with the image's name in place of where the server keeps it."""
+    """Return a message with the image's name instead of its path on the server."""
     sentence = sentence.replace(path, Path(path).name)
     return sentence[:1].upper() + sentence[1:]
 
 
 def say(sentence: str, *, bad: bool = False) -> str:
-    """The status line; screen readers read it out when it changes."""
+    """Return the status line; screen readers announce its changes."""
     return f'<div role="status" aria-live="polite" class="{"bad" if bad else ""}">{html.escape(sentence)}</div>'
 
 
@@ -597,7 +597,7 @@ def draw_affinity(maps: PictureMaps, row: int, column: int) -> Image.Image:
 
 
 def clickable_size(maps: PictureMaps) -> tuple[int, int]:
-    """(H, W) of the image to click on. Gradio mistakes where a click falls on an image that is shown enlarged."""
+    """Return (H, W) of the clickable image. Gradio misplaces clicks on an image that is shown enlarged."""
     height, width = maps.image.height, maps.image.width
     factor = max(1.0, CLICKABLE_SIDE / max(height, width))
     return max(1, round(height * factor)), max(1, round(width * factor))
@@ -615,15 +615,15 @@ def serve(
     browser: bool = False,
     block: bool = True,
 ) -> gr.Blocks:
-    """Load a model and serve the page; nothing is fetched from or sent to other machines than the one that serves.
+    """Load a model and serve the page; the page talks only to the machine that serves it.
 
     Args:
         model: Folder or repository, see `PseudoMaskPipeline.from_pretrained`.
         host: Address to listen at; "0.0.0.0" lets other machines in.
-        port: To listen at; None: that of the variable GRADIO_SERVER_PORT, or the first free one from 7860.
+        port: Port to listen at; None: the variable GRADIO_SERVER_PORT, or the first free one from 7860.
         device: Of the model; None: a GPU if there is one.
         browser: Open the page in the browser.
-        block: Do not return: serve until Ctrl-C, which is raised here as `KeyboardInterrupt`.
+        block: Serve until Ctrl-C, which raises `KeyboardInterrupt` here, instead of returning.
     """
     app = build_app(PseudoMaskPipeline.from_pretrained(model, device))
     # Fonts by name: gradio's own themes fetch theirs from the web.
@@ -675,10 +675,10 @@ Drop an image, choose what it shows, and see the class maps, the refined seed an
 def write_space(folder: str | Path, model: str) -> Path:
     """Write the folder of a Space that serves a model: `app.py`, `requirements.txt`, `README.md` and this package.
 
-    The package goes along as source, so that the Space shows exactly what was tried here.
+    The package is included as source, so that the Space behaves exactly as tested here.
 
     Args:
-        folder: Made if it is not there; files of an earlier call are replaced.
+        folder: Created if necessary; files of an earlier call are replaced.
         model: Repository of the model on the Hub.
 
     Returns:

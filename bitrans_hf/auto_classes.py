@@ -1,7 +1,7 @@
-"""transformers' Auto classes and `pipeline` know our models as soon as both libraries are imported, in either order.
+"""Registers our models with transformers' Auto classes and `pipeline` once both libraries are imported, in any order.
 
-Registering imports transformers, torch and our networks, which takes seconds, so importing `bitrans_hf` alone does not
-do it. `register_in_time` waits until something loads transformers' `AutoConfig`, which all Auto classes and pipelines
+Registering imports transformers, torch and our networks, which takes seconds, so `import bitrans_hf` alone does not do
+it. `register_in_time` waits until something loads transformers' `AutoConfig`, which all Auto classes and pipelines
 use.
 """
 
@@ -24,7 +24,7 @@ def register_in_time() -> None:
 
 
 def register() -> None:
-    """Make the Auto classes and `pipeline` know the models and the task without trust_remote_code."""
+    """Register the models and the task with the Auto classes and `pipeline`: no trust_remote_code is needed then."""
     from transformers import (
         AutoConfig,
         AutoImageProcessor,
@@ -61,7 +61,7 @@ def register() -> None:
 
 
 class _ImportWatcher(MetaPathFinder):
-    """Notices when `AutoConfig` is loaded and no module of transformers or of ours is half imported any more."""
+    """Detects that `AutoConfig` is loaded and no module of transformers or ours is partially imported."""
 
     def __init__(self) -> None:
         self.under_way = 0  # imports of the two libraries, one inside the other
@@ -69,7 +69,7 @@ class _ImportWatcher(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find a module of the two libraries as usual, and make its loader tell when it is done."""
+        """Find a module of the two libraries as usual, and make its loader report when it is finished."""
         if fullname.partition(".")[0] not in _LIBRARIES:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -89,7 +89,7 @@ class _ImportWatcher(MetaPathFinder):
         return spec
 
     def register_if_due(self) -> None:
-        """Register, once, if it can be done now."""
+        """Register once, if possible now."""
         if not self.under_way and _AUTO_CONFIG in sys.modules and self in sys.meta_path:
             sys.meta_path.remove(self)
             register()

@@ -1,7 +1,7 @@
-"""Tensors by name from the files that trainers leave, whatever they are wrapped in. Only tensors are unpickled.
+"""Tensors by name from checkpoint files, however they are wrapped. Only tensors are unpickled.
 
-Tensors may lie in dictionaries and lists of any depth, beside an optimizer's, under prefixes such as "module." (of
-DataParallel), "_orig_mod." (of torch.compile), "backbone." or "teacher.": what is looked for is found by its names.
+Tensors may be nested in dictionaries and lists, beside an optimizer's, under prefixes such as "module." (of
+DataParallel), "_orig_mod." (of torch.compile), "backbone." or "teacher."; the wanted ones are found by name.
 """
 
 import argparse
@@ -36,8 +36,8 @@ class Checkpoint:
     """Tensors by name.
 
     Attributes:
-        tensors: The tensors of one network; all that were found, where no network was recognized.
-        name: What messages call it: its file, or "the weights".
+        tensors: The tensors of one network; all tensors if no network was recognized.
+        name: Its name in messages: the file, or "the weights".
     """
 
     tensors: dict[str, torch.Tensor]
@@ -49,14 +49,14 @@ def read_checkpoint(weights: StateDict | str | Path, names: Collection[str]) -> 
 
     Args:
         weights: A state dict, alone or wrapped, or a file of one: safetensors, torch.save's or MXNet's `.params`. The
-            content decides, not the name of the file.
-        names: Names of tensors that tell the network: what stands before them is a prefix and is taken off, and
-            tensors without it are left out. Of several networks the one with most of the names is taken; then the one
-            that is an average of the other over training ("ema", "teacher").
+            content decides, not the file name.
+        names: Names of tensors that identify the network: what precedes them is a prefix and is removed, and tensors
+            without it are left out. Of several networks, the one with the most of these names is chosen, then the one
+            that is a running average ("ema", "teacher").
 
     Raises:
-        InputError: the file cannot be read, holds more than tensors, or holds two networks between which nothing
-            decides; the message names it.
+        InputError: the file cannot be read, holds other objects than tensors, or holds two equally good networks; the
+            message names it.
         MissingFileError: there is no such file.
     """
     if isinstance(weights, Mapping):
@@ -107,7 +107,7 @@ def _read_file(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _tensors_in(content: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    """Give every tensor of nested dictionaries and lists with the path to it, such as "model.blocks.0.norm1.bias"."""
+    """Yield every tensor in nested dictionaries and lists with its path, such as "model.blocks.0.norm1.bias"."""
     if isinstance(content, torch.Tensor):
         yield prefix.removesuffix("."), content
     elif isinstance(content, Mapping | list | tuple):
@@ -137,7 +137,7 @@ def _network(tensors: dict[str, torch.Tensor], names: Collection[str], source: s
 
 
 def _equal(tensors: StateDict, prefix: str, other: str) -> bool:
-    """Whether what stands under two prefixes is one network under two names."""
+    """Return whether the tensors under two prefixes are one network under two names."""
     pairs = ((tensors[key], other + key.removeprefix(prefix)) for key in tensors if key.startswith(prefix))
     return all(torch.equal(value, tensors[name]) for value, name in pairs if name in tensors)
 
@@ -152,13 +152,13 @@ def read_mxnet_params(path: str | Path) -> dict[str, torch.Tensor]:
     device and type), and their names, all little-endian.
 
     Args:
-        path: The file; its arrays are copied.
+        path: The file; its arrays are copied into memory.
 
     Returns:
         Tensors by name, such as "arg:conv1a_weight" and "aux:bn7_moving_mean".
 
     Raises:
-        ValueError: the file is no such list, ends early, or holds a sparse array or one of an unknown type.
+        ValueError: the file is not such a list, is truncated, or holds a sparse array or an unknown type.
         FileNotFoundError: there is no such file.
     """
     path = Path(path)
@@ -184,7 +184,7 @@ _MXNET_TYPES = {0: "<f4", 1: "<f8", 2: "<f2", 3: "u1", 4: "<i4", 5: "i1", 6: "<i
 
 
 class _MxnetReader:
-    """Reads a file from its beginning; a number of bytes that is not there is an error by name."""
+    """Reads a file sequentially; missing bytes are an error that names the file."""
 
     def __init__(self, path: Path):
         self.name = path.name

@@ -14,7 +14,7 @@ from .hub.labels import THRESHOLD
 from .progress import progress
 
 REFINERS = ("crf", "none", "par")
-"""Those of the pipeline by name, whose module takes seconds to import."""
+"""The pipeline's refiners by name: importing its module takes seconds."""
 
 EXAMPLES = """\
 examples:
@@ -70,7 +70,7 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; Ctrl-C, or an error that a person can fix, ends it with one sentence, not a traceback."""
+    """Run the command; Ctrl-C, or an error that the user can fix, ends it with one sentence, not a traceback."""
 
     def run() -> None:
         parser = build_parser()
@@ -89,7 +89,7 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of `bitrans` with its commands, each of which sets `run`."""
+    """Return the parser of `bitrans` and its commands; each command sets `run`."""
     parser = argparse.ArgumentParser(
         prog="bitrans",
         description="Image-level labels in, segmentation masks out.",
@@ -227,7 +227,7 @@ PASSED_ON = {
     "publish": ("stages.publish", "write what a run made as folders for the Hub, and upload them"),
     "export": ("publishing.export", "write a model as ONNX and as a torch.export program"),
 }
-"""Commands with a parser of their own: their module below this package, and what they do."""
+"""Commands with their own parser: module below this package, and description."""
 
 
 # ---- The commands. Each imports what it needs itself, so that `bitrans --help` answers at once.
@@ -243,7 +243,7 @@ def run_train(options: argparse.Namespace) -> None:
 
 
 def pass_on(command: str, module: str) -> Callable[[argparse.Namespace], None]:
-    """Return a function that runs a module's `main` with the words that follow the command."""
+    """Return a function that runs a module's `main` with the arguments after the command."""
 
     def run(options: argparse.Namespace) -> None:
         with starting(command, quiet=starts_quietly(options.words)):
@@ -262,7 +262,7 @@ def run_masks(options: argparse.Namespace) -> None:
 
 
 def run_check(options: argparse.Namespace) -> None:
-    """Print what is in a folder; end with status 1 if something is wrong with it."""
+    """Print the report on a folder; exit with status 1 if it has problems."""
     from .data import check_folder
 
     if_stopped(lambda: "before the report was made")

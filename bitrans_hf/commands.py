@@ -1,7 +1,7 @@
-"""How a command ends: with its result, with one sentence on what a person can fix, or when it is stopped.
+"""How a command ends: with its result, with one sentence about an error that the user can fix, or by a signal.
 
-Ctrl-C (SIGINT) and SIGTERM end a command with one sentence on stderr, what is kept and how to go on, and with status
-130 or 143. No process prints a traceback: worker processes never see Ctrl-C, they end when this one does.
+Ctrl-C (SIGINT) and SIGTERM end a command with status 130 or 143 and one sentence on stderr: what is kept and how to
+continue. No process prints a traceback: worker processes ignore Ctrl-C and end with this one.
 """
 
 import importlib
@@ -28,14 +28,14 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 @dataclass
 class _State:
-    """Of this process.
+    """State of this process.
 
     Attributes:
-        signal: Number of the first stop that was asked for; None before.
-        starting: Whether nothing but imports is under way, so that there is nothing to clean up.
+        signal: Number of the first signal to stop; None before.
+        starting: Whether only imports have run, so that there is nothing to clean up.
         kept: Returns what a stop leaves behind, see `if_stopped`.
-        spoken: Whether the last sentence is out.
-        process: Its id, by which a copy of it knows that it is one.
+        spoken: Whether the last sentence has been printed.
+        process: Its process id, by which a forked copy recognizes itself.
     """
 
     signal: int | None = None
@@ -49,12 +49,12 @@ _state = _State()
 
 
 def is_first_process() -> bool:
-    """Return whether this process speaks for all that were launched together."""
+    """Return whether this process prints for all that were launched together."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def if_stopped(kept: Callable[[], str]) -> None:
-    """Set what the last sentence says if the command is stopped from now on.
+    """Set the last sentence of a command that is stopped from now on.
 
     Args:
         kept: Returns what follows "stopped", such as "in stage seeds; finished seeds are kept".
@@ -64,7 +64,7 @@ def if_stopped(kept: Callable[[], str]) -> None:
 
 @contextmanager
 def starting(command: str, *, quiet: bool) -> Iterator[None]:
-    """Say that a command starts, while its imports take seconds; a stop ends it at once."""
+    """Report that a command is starting, since its imports take seconds; a signal ends it at once."""
     before, _state.starting = _state.starting, True
     try:
         with _watching(), working(f"{command}: loading PyTorch and its libraries", quiet=quiet):
@@ -74,9 +74,9 @@ def starting(command: str, *, quiet: bool) -> Iterator[None]:
 
 
 def run_script(module: str) -> NoReturn:
-    """Import a module and run its `main`: the first thing that a script does, before its own imports.
+    """Import a module and run its `main`; scripts call this before their own imports.
 
-    The script says that it starts before its imports begin, and Ctrl-C is heeded during them too.
+    The start is reported before the imports, and Ctrl-C works during them too.
     """
 
     def main() -> None:
@@ -90,7 +90,7 @@ def run_script(module: str) -> NoReturn:
 
 
 def run_command(main: Callable[[], Any]) -> None:
-    """Run a command; a stop, or an error that a person can fix, ends it with one sentence and not with a traceback.
+    """Run a command; a signal, or an error that the user can fix, ends it with one sentence instead of a traceback.
 
     Raises:
         SystemExit: with the sentence, or with 130 (Ctrl-C) or 143 (SIGTERM) after it was printed.
@@ -117,7 +117,7 @@ def run_command(main: Callable[[], Any]) -> None:
 
 @contextmanager
 def children_without_signals() -> Iterator[None]:
-    """Processes that start in this block never see Ctrl-C; this one sees it when the block is left."""
+    """Processes started in this block ignore Ctrl-C; this process handles it at the end of the block."""
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "pthread_sigmask"):
         yield
         return
@@ -139,17 +139,17 @@ def children_without_signals() -> Iterator[None]:
 
 
 def is_stopped() -> bool:
-    """Return whether the command was told to stop, and is cleaning up."""
+    """Return whether the command was told to stop and is cleaning up."""
     return _state.signal is not None
 
 
 def starts_quietly(words: Sequence[str]) -> bool:
-    """Return whether a command with these words says nothing while it starts."""
+    """Return whether a command with these arguments is silent while it starts."""
     return not is_first_process() or asks_for_quiet(words)
 
 
 def asks_for_quiet(words: Sequence[str]) -> bool:
-    """Return what the last `--quiet` on a command line says, before there is a parser to ask."""
+    """Return the value of the last `--quiet` on a command line, before a parser exists."""
     quiet = False
     for word, following in zip_longest(words, words[1:], fillvalue=""):
         name, _, value = word.partition("=")
@@ -159,21 +159,21 @@ def asks_for_quiet(words: Sequence[str]) -> bool:
 
 
 def leave_process_group() -> None:
-    """End the process group of a launch, once, when all stages are done."""
+    """Destroy the process group of a launch once, after all stages."""
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
 
 def _clear_frames(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold: loaders end their worker processes, generators close."""
+    """Release what an error's frames hold, so that loaders end their worker processes and generators close."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__context__
 
 
 def _excepthook_of_worker(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print what a thread of a worker raised, but for a connection that a process broke off because it was stopped."""
+    """Print an exception of a worker's thread, except a connection that a stopped process broke off."""
     if not issubclass(kind, EOFError | OSError | multiprocessing.AuthenticationError):
         sys.__excepthook__(kind, error, trace)
 
@@ -183,7 +183,7 @@ def _excepthook_of_worker(kind: type[BaseException], error: BaseException, trace
 
 @contextmanager
 def _watching() -> Iterator[None]:
-    """Answer stops in this block; a signal that is ignored, as in a background job of a shell, stays ignored."""
+    """Handle signals in this block; a signal that is ignored, as in a shell's background job, stays ignored."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -202,7 +202,7 @@ def _watching() -> Iterator[None]:
 
 
 def _on_stop(number: int, frame: FrameType | None) -> None:
-    """Raise KeyboardInterrupt at the first stop; end at once at the second, or where there is nothing to clean up."""
+    """Raise KeyboardInterrupt at the first signal; end at once at the second, or if there is nothing to clean up."""
     if os.getpid() != _state.process:  # a worker that was forked; the main process has the word
         os._exit(128 + number)
     if _state.signal is not None or _state.starting:
@@ -223,7 +223,7 @@ def _ignore_stops() -> None:
 
 
 def _last_sentence() -> None:
-    """Print what is kept and how to go on."""
+    """Print what is kept and how to continue."""
     if _state.spoken or not is_first_process():
         return
     _state.spoken = True
@@ -234,7 +234,7 @@ def _last_sentence() -> None:
 
 
 def _stop_again(unraisable: "sys.UnraisableHookArgs") -> None:
-    """Stop a moment later if the stop came where Python ignores errors, as in a `__del__`."""
+    """Stop a moment later if the signal arrived where Python ignores errors, as in a `__del__`."""
     if _state.signal is None or not isinstance(unraisable.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(unraisable)
         return

@@ -7,13 +7,13 @@ from urllib.parse import quote, unquote
 from PIL import Image
 
 MAX_NAME_BYTES = 255
-"""Longest file name of the usual file systems, in bytes of UTF-8."""
+"""Longest file name on common file systems, in bytes of UTF-8."""
 
 SHORTENED = "%~"
-"""Marks a name that is cut off and ends in a hash. In all other names two hexadecimal digits follow a percent sign."""
+"""Marks a truncated name, which ends in a hash. In all other names, two hexadecimal digits follow a percent sign."""
 
 ID_KEY = "image_id"
-"""Where a file whose name is shortened holds its image id: text of a PNG, array of an `.npz`."""
+"""Key of the image id in files with a shortened name: text of a PNG, array of an `.npz`."""
 
 _FORBIDDEN = frozenset('<>:"\\|?*%')  # by Windows; "%" begins our own escapes
 _RESERVED = frozenset(
@@ -34,8 +34,8 @@ def ascii_name(image_id: str, suffix: str) -> str:
 def label_path(folder: Path, image_id: str) -> Path:
     """Return the file of an image's label map: `<image_id>.png`, in subfolders where the id has a "/".
 
-    Characters that a file system refuses are percent-encoded, and parts that are too long are cut off and end in a
-    hash. A file that exists under the plain name, as another program wrote it, is taken as it is.
+    Characters that a file system refuses are percent-encoded, and long parts are truncated and end in a hash. An
+    existing file with the plain name, written by another program, is used as it is.
     """
     name, plain = label_name(image_id), f"{image_id}.png"
     if name != plain and ".." not in plain.split("/") and not plain.startswith("/"):
@@ -87,7 +87,7 @@ def _part(part: str, suffix: str) -> str:
 
 
 def _protected(name: str) -> str:
-    """Escape the first character of hidden files, which are those still being written, and of Windows' devices."""
+    """Escape the first character of hidden files, which are unfinished ones, and of Windows device names."""
     if name.startswith(".") or name.partition(".")[0].rstrip(" ").lower() in _RESERVED:
         return _escape(name[0]) + name[1:]
     return name

@@ -1,4 +1,4 @@
-"""Files that a command writes: whole or absent, never over what it reads, never read back as input."""
+"""Files that a command writes: complete or absent, never over its input, never read back as input."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .file_names import MAX_NAME_BYTES
 from .hub.errors import InputError
 
 OUTPUT_MARK = ".bitrans_output"
-"""Name of the file in folders that we wrote; no list of images looks into such a folder."""
+"""Marker file in folders that we wrote; no list of images includes such a folder."""
 
 
 def mark_output(folder: Path) -> None:
-    """Make a folder for results that is never read as a folder of images, even if it lies among them."""
+    """Create a folder for results that is never read as a folder of images, even if it lies among them."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / OUTPUT_MARK).is_file():
         (folder / OUTPUT_MARK).write_text(
@@ -28,7 +28,7 @@ def mark_output(folder: Path) -> None:
 def lies_in(path: Path, folder: Path) -> bool:
     """Return whether `path` is `folder` or below it, whether it exists or not.
 
-    Folders are compared as the disk knows them, so that links, relative paths and letter case make no difference.
+    Folders are compared by identity on disk, so that links, relative paths and letter case do not matter.
     """
     if not folder.exists():
         return False
@@ -37,7 +37,7 @@ def lies_in(path: Path, folder: Path) -> bool:
 
 
 def refuse_same_folder(output: Path, inputs: Path, option: str) -> None:
-    """Check that results do not go into the folder that is read.
+    """Check that results are not written into the input folder.
 
     Args:
         output: Where results go.
@@ -55,7 +55,7 @@ def refuse_same_folder(output: Path, inputs: Path, option: str) -> None:
 
 
 def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path], option: str) -> None:
-    """Check that no file to be written is one that is read; arguments as for `refuse_same_folder`, for files.
+    """Check that no output file is an input file; arguments as for `refuse_same_folder`, for files.
 
     Raises:
         InputError: one is.
@@ -72,18 +72,18 @@ def refuse_overwriting(outputs: Iterable[Path], inputs: Iterable[Path], option: 
 
 
 class DiskFullError(InputError, OSError):
-    """There is no room for a file; the message names it and says what to do."""
+    """No space is left for a file; the message names it and says what to do."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a temporary path in the same folder and rename it to `path` at the end, so that readers see all or nothing.
+    """Yield a temporary path in the same folder and rename it to `path` at the end: readers see all or nothing.
 
     The temporary file is removed when the body raises. Its name keeps `path`'s suffix, which libraries look at, and
     carries the process id, so that two processes do not share it. It is short, however long `path`'s own name is.
 
     Raises:
-        DiskFullError: the disk, a quota or a limit on the size of files leaves no room.
+        DiskFullError: the disk is full, or a quota or a limit on file sizes is reached.
     """
     end = f".{os.getpid()}.tmp{path.suffix}"
     name = f".{path.stem}{end}"

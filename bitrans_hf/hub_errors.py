@@ -1,4 +1,4 @@
-"""What went wrong with the Hugging Face Hub, in one sentence that says what to do."""
+"""Errors of the Hugging Face Hub as one sentence that says what to do."""
 
 import urllib.error
 from collections.abc import Iterator
@@ -20,13 +20,13 @@ def hub_error_sentence(error: BaseException, repo_id: str, revision: str | None 
     """Say in one sentence why talking to the Hub failed, and what to do.
 
     Args:
-        error: What was caught; what caused it is looked at too, since transformers and datasets wrap these errors.
-        repo_id: The repository that it was about.
-        revision: The branch, tag or commit that was asked for; None for main.
+        error: The caught error; its causes are inspected too, since transformers and datasets wrap these errors.
+        repo_id: The repository concerned.
+        revision: The requested branch, tag or commit; None for main.
 
     Returns:
-        A sentence without an end mark, so that more can follow; None if the error has nothing to do with the Hub.
-        It never holds a token.
+        A sentence without a period, so that more can follow; None if the error is unrelated to the Hub. It never
+        contains a token.
     """
     for cause in causes(error):
         sentence = _sentence(cause, repo_id, revision or "main")
@@ -36,7 +36,7 @@ def hub_error_sentence(error: BaseException, repo_id: str, revision: str | None 
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """Give the error and all that it was raised from, the nearest first."""
+    """Yield the error and its causes, the nearest first."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
@@ -68,10 +68,10 @@ def _sentence(error: BaseException, repo_id: str, revision: str) -> str | None:
 
 
 def is_connection_error(error: BaseException) -> bool:
-    """Whether a connection broke or could not be made, in the words of any library that the Hub is asked through.
+    """Return whether a connection failed, for any HTTP library that the Hub client uses.
 
-    huggingface_hub asks through httpx2 or, in older versions, httpx. Neither is a dependency of ours, so their errors
-    are known by name.
+    huggingface_hub uses httpx2 or, in older versions, httpx. Neither is a dependency of ours, so their errors are
+    recognized by name.
     """
     transport = ("httpx", "httpx2")
     names = {(base.__module__.partition(".")[0], base.__name__) for base in type(error).__mro__}

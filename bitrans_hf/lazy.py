@@ -1,4 +1,4 @@
-"""Public names of a package that are imported when they are first used, so that the package itself loads at once."""
+"""Public names of a package that are imported on first use, so that the package itself loads at once."""
 
 import sys
 from collections.abc import Callable, Mapping

@@ -59,7 +59,7 @@ def run_masks(options: argparse.Namespace) -> None:
 
 
 def pipeline_options(options: argparse.Namespace) -> Mapping[str, Any]:
-    """Return the options of the pipeline that the command gives."""
+    """Return the pipeline's options from the command line."""
     return {
         "threshold": options.threshold,
         "label_threshold": options.label_threshold,
@@ -73,10 +73,10 @@ def pipeline_options(options: argparse.Namespace) -> Mapping[str, Any]:
 
 
 def prepare_output(options: argparse.Namespace, pictures: Sequence[PictureFile], class_names: Sequence[str]) -> None:
-    """Make the folder of the masks, and note in it how they are made.
+    """Create the folder of the masks, and record how they are made.
 
     Raises:
-        InputError: it holds other files where masks would go, or masks made in another way.
+        InputError: it holds other files under the names of masks, or masks made with other settings.
     """
     masks = [mask_path(options.out, picture) for picture in pictures]
     refuse_overwriting(masks, (Path(picture.path) for picture in pictures), "--out")
@@ -148,7 +148,7 @@ class PictureList(Dataset[PipelineItem]):
 
 @dataclass(frozen=True)
 class RefusedImage:
-    """An image that cannot be used, and why, in one sentence that names it."""
+    """An unusable image, and why, in one sentence that names it."""
 
     reason: str
 
@@ -163,7 +163,7 @@ class LabelMapPipeline(PseudoMaskPipeline):
         return [names[index] for index in range(len(names))]
 
     def preprocess(self, item: Any, **options: Any) -> dict[str, list[Any]]:  # type: ignore[override]
-        """Open an image, or say why it cannot be opened."""
+        """Open an image, or return why it cannot be opened."""
         try:
             return cast("dict[str, list[Any]]", super().preprocess(item, **options))
         except InputError as error:
@@ -176,7 +176,7 @@ class LabelMapPipeline(PseudoMaskPipeline):
         return {"images": [entry if isinstance(entry, RefusedImage) else next(localized) for entry in entries]}
 
     def postprocess(self, outputs: Mapping[str, Any], **options: Any) -> np.ndarray | RefusedImage:  # type: ignore[override]
-        """Lay one image's masks, which do not overlap, into one label map."""
+        """Merge an image's masks, which do not overlap, into one label map."""
         entry = outputs["images"]
         entry = entry[0] if isinstance(entry, list) else entry
         if isinstance(entry, RefusedImage):
@@ -190,7 +190,7 @@ class LabelMapPipeline(PseudoMaskPipeline):
 def pictures_with_labels(
     folder: Path, table: Path | None, class_names: Sequence[str], separator: str | None = None
 ) -> list[PictureFile]:
-    """List the images of a folder: the rows of a table with their labels, or else all images, whatever they show.
+    """List the images of a folder: the rows of a table with their labels, otherwise all images, without labels.
 
     Raises:
         ValueError: there are none, a table does not fit (the message names row and file), or two images would get
@@ -229,7 +229,7 @@ def mask_path(folder: Path, picture: PictureFile) -> Path:
 
 
 def write_record(path: Path, record: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Note how the masks of a folder are made, and refuse to mix masks made in different ways.
+    """Record how the masks of a folder are made, and refuse to mix masks made with different settings.
 
     Raises:
         ValueError: the folder holds masks made with other settings.

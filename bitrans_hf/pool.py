@@ -1,4 +1,4 @@
-"""A pool of processes that works through the images of a set, and names those that fail."""
+"""A pool of processes that handles the images of a set and names those that fail."""
 
 import multiprocessing
 import multiprocessing.context
@@ -28,12 +28,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Outcome(Generic[Result]):
-    """What became of one image of a set.
+    """The outcome for one image of a set.
 
     Attributes:
         image_id: As given with the job.
         result: What the function returned; None when it failed.
-        error: None, or why it failed, in one sentence.
+        error: None, or the reason for the failure, in one sentence.
     """
 
     image_id: str
@@ -42,20 +42,21 @@ class Outcome(Generic[Result]):
 
 
 class ImageFailedError(InputError):
-    """An image of a set could not be worked on and the caller asked for a stop; the message names it."""
+    """An image of a set failed and the caller asked to stop at failures; the message names it."""
 
 
 class ImagePool:
-    """Processes that work through the images of a set, started once and used for as many sets as you like.
+    """Processes that handle sets of images, started once and reused for any number of sets.
 
-    Results come in the order of the jobs. At most two jobs for each process wait or run at a time, whatever the size
-    of the set, and jobs are taken from their iterable only then. An image that fails, even one that kills its process,
-    is named and the others go on; only a full disk stops them. Workers begin in a fresh interpreter, never as a copy
-    of this process with its threads and GPU; so a script that uses the pool must keep its own work under
-    `if __name__ == "__main__":`.
+    Results come in the order of the jobs. At most two jobs per process wait or run at a time, whatever the size of the
+    set, and jobs are taken from their iterable only as needed. An image that fails, even one that kills its process,
+    is named, and the others continue; only a full disk stops them. Workers start in a fresh interpreter, never as a
+    copy of this process with its threads and GPU, so a script that uses the pool must keep its own work under `if
+    __name__ == "__main__":`.
 
     Args:
-        processes: How many; None is one for each core of this process. With 1 all work is done in this process.
+        processes: Number of processes; None: one per core available to this process. With 1, this process does all the
+            work.
 
     Example:
         >>> with ImagePool(processes=1) as pool:
@@ -78,9 +79,9 @@ class ImagePool:
         self.close()
 
     def close(self) -> None:
-        """Stop the processes once they have finished what they are at; jobs that still wait are dropped.
+        """Stop the processes after their current jobs; waiting jobs are dropped.
 
-        Where the command was told to stop, the processes end at once.
+        If the command was told to stop, the processes end at once.
         """
         if self._executor is not None:
             if is_stopped():
@@ -101,15 +102,16 @@ class ImagePool:
         """Yield the outcome of each job in order.
 
         Args:
-            function: Of one job; importable by name, as everything that is sent to another process.
-            jobs: (image id, what the function gets). To go on after a kill, leave out what your store already holds.
+            function: Handles one job; importable by name, like everything sent to another process.
+            jobs: (image id, argument of the function). To resume after a kill, leave out images that your store
+                already holds.
             strict: Stop at the first image that fails.
             progress: Title of the progress on stderr; None shows none.
-            total: Number of jobs for the progress, where `jobs` has no length.
+            total: Number of jobs for the progress, if `jobs` has no length.
 
         Raises:
             ImageFailedError: `strict` and an image failed.
-            DiskFullError: the function found no room to write what it made.
+            DiskFullError: the function had no space to write its result.
         """
         length = len(jobs) if total is None and isinstance(jobs, Sized) else total
         bar: Counter
@@ -171,7 +173,7 @@ class ImagePool:
         return outcome
 
     def _submit(self, function: Callable[[Job], Result], image_id: str, job: Job) -> Future[Outcome[Result]] | None:
-        """Hand a job to the processes; None when they have died."""
+        """Submit a job to the processes; None if they have died."""
         with children_without_signals():  # a job may start a process
             if self._executor is None:
                 self._executor = ProcessPoolExecutor(self.processes, mp_context=_context(), initializer=_start_worker)
@@ -205,9 +207,9 @@ def _succeeded(future: "Future[Outcome[Result]]") -> bool:
 
 
 def _context() -> multiprocessing.context.BaseContext:
-    """Fork workers from a server that imports this package once, where there is one; otherwise each imports it.
+    """Fork workers from a server that imports this package once, if the system has one; otherwise each imports it.
 
-    A worker also imports the caller's script. What is slow there, and has been imported here, the server imports too.
+    A worker also imports the caller's script. The server also imports what is slow there and already imported here.
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")

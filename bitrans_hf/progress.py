@@ -1,6 +1,6 @@
-"""How a run speaks: a bar on a terminal, and a line at least every 30 seconds where no bar can be drawn.
+"""Progress of a run: a bar on a terminal, otherwise a line at least every 30 seconds.
 
-Results go to stdout. Everything about the way to them goes to stderr, and nothing of it is printed with `quiet`.
+Results go to stdout. Progress goes to stderr and is not printed with `quiet`.
 """
 
 import sys
@@ -20,7 +20,7 @@ Counter: TypeAlias = "tqdm[Any] | ProgressLines[Any]"
 """The progress of a loop that calls `update` itself."""
 
 _stopped = threading.Event()
-"""Set when the process is told to stop: its last sentence stays the last."""
+"""Set when the process is told to stop, so that its last sentence stays the last."""
 
 
 def progress(
@@ -33,15 +33,14 @@ def progress(
     leave: bool = True,
     quiet: bool = False,
 ) -> "tqdm[Item] | ProgressLines[Item]":
-    """Wrap a loop in a progress bar, or in lines where stderr is no terminal.
+    """Wrap a loop in a progress bar, or in lines if stderr is not a terminal.
 
     Args:
         items: What the loop is over; None for a loop that calls `update` itself.
         desc: What is done.
         unit: One item, in the singular.
-        total: Number of items, where `items` has no length.
-        initial: Items that were done before.
-        leave: Keep the bar on the terminal at the end.
+        total: Number of items, if `items` has no length.
+        initial: Items that were finished earlier. leave: Keep the bar on the terminal at the end.
         quiet: Show nothing.
     """
     if quiet or sys.stderr.isatty():
@@ -51,10 +50,10 @@ def progress(
 
 
 class ProgressLines(Generic[Item]):
-    """The progress of a loop as lines on stderr, as much of `tqdm` as its callers use.
+    """Progress of a loop as lines on stderr, with the part of `tqdm`'s interface that its callers use.
 
-    A line comes every 30 seconds, from a thread, so that it also comes in the middle of an item that takes minutes. A
-    loop that ends sooner prints nothing.
+    A thread prints a line every 30 seconds, also in the middle of an item that takes minutes. A shorter loop prints
+    nothing.
 
     Args:
         items: What the loop is over; None for a loop that calls `update` itself.
@@ -107,7 +106,7 @@ class ProgressLines(Generic[Item]):
         self.n += n
 
     def set_postfix(self, **values: Any) -> None:
-        """Set what follows in the lines, such as the loss."""
+        """Set text to append to the lines, such as the loss."""
         self.note = "".join(f", {name} {value}" for name, value in values.items())
 
     def close(self, *, finished: bool = True) -> None:
@@ -118,7 +117,7 @@ class ProgressLines(Generic[Item]):
                 say_progress(self.line())
 
     def line(self) -> str:
-        """Return how far the loop is, how fast it is, and how long it will take."""
+        """Return a line with the position, the rate and the time left."""
         seconds = self._clock() - self._started
         parts = []
         if self.unit:
@@ -153,7 +152,7 @@ def say_result(text: str) -> None:
 
 @contextmanager
 def working(what: str, *, quiet: bool = False) -> Iterator[None]:
-    """Say what is done before it is begun, and every 30 seconds how long it takes: for work that counts no items."""
+    """Report work that counts no items: at its start, and every 30 seconds with the time so far."""
     if quiet:
         yield
         return
@@ -163,7 +162,7 @@ def working(what: str, *, quiet: bool = False) -> Iterator[None]:
 
 
 def fall_silent(*, silent: bool = True) -> None:
-    """Close all bars and print no more lines: a sentence follows that is the last. With False, speak again."""
+    """Close all bars and print no more lines, because the last sentence follows. With False, resume."""
     if not silent:
         _stopped.clear()
         return
@@ -173,7 +172,7 @@ def fall_silent(*, silent: bool = True) -> None:
 
 
 def size_text(size: float) -> str:
-    """Return a number of bytes for people."""
+    """Format a number of bytes."""
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"

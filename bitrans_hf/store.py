@@ -15,10 +15,10 @@ from .hub.seeds import Seeds, normalized_seeds
 
 
 class ImageStore:
-    """A folder with one `.npz` for each image, named after it.
+    """A folder with one `.npz` per image, named after it.
 
     Args:
-        folder: Made when the first image is written.
+        folder: Created when the first image is written.
     """
 
     def __init__(self, folder: str | Path):
@@ -50,7 +50,7 @@ class ImageStore:
             np.savez_compressed(temporary, **content)
 
     def _check_id(self, image_id: str, arrays: Mapping[str, Any]) -> None:
-        """Refuse another image's file, which a disk that does not tell a from A hands out."""
+        """Refuse another image's file, which a case-insensitive disk may return."""
         stored = str(arrays[ID_KEY]) if ID_KEY in arrays else image_id  # older files hold no id
         if stored != image_id:
             raise InputError(
@@ -60,11 +60,11 @@ class ImageStore:
 
 
 class SeedStore(ImageStore):
-    """A folder of seeds. What is kept are each variant's summed maps on their own small grid in float16.
+    """A folder of seeds. Each variant's summed maps are kept on their own small grid in float16.
 
-    Resizing and min-max normalization are done when reading: both are cheap, and the maps at the image's size are
-    some hundred times larger. Each kept map is scaled to [0, 1] on its grid, which changes nothing, since min-max
-    normalization does not see a scale or an offset and bilinear resizing keeps both.
+    Resizing and min-max normalization happen when reading: both are cheap, and maps at the image's size are about a
+    hundred times larger. Each map is stored scaled to [0, 1], which does not change the result: min-max normalization
+    is invariant to scale and offset, and bilinear resizing preserves both.
     """
 
     def write(
@@ -90,13 +90,13 @@ class SeedStore(ImageStore):
         self._write(image_id, arrays)
 
     def size(self, image_id: str) -> tuple[int, int]:
-        """Return the (H, W) of an image whose seeds are here."""
+        """Return the (H, W) of an image with stored seeds."""
         with np.load(self.path(image_id), allow_pickle=False) as arrays:
             height, width = (int(side) for side in arrays["size"])
             return height, width
 
     def read(self, image_id: str, variant: str, *, max_side: int | None = None) -> Seeds:
-        """Read one variant of an image's seeds; takes and raises what `read_variants` does."""
+        """Read one variant of an image's seeds; arguments and errors as for `read_variants`."""
         return self.read_variants(image_id, [variant], max_side=max_side)[variant]
 
     def read_variants(
@@ -107,11 +107,11 @@ class SeedStore(ImageStore):
         Args:
             image_id: Name of the image.
             variants: Names of the maps.
-            max_side: Give the maps at the image's `bounded_size` instead, which takes less memory for large images;
-                `enlarged_strips` brings them to the image's size.
+            max_side: Return the maps at the image's `bounded_size` instead, which takes less memory for large images;
+                `enlarged_strips` enlarges them to the image's size.
 
         Raises:
-            MissingFileError: the image has no seeds here.
+            MissingFileError: the image has no stored seeds.
             ValueError: a variant was not stored.
         """
         path = self.path(image_id)

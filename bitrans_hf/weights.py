@@ -29,7 +29,7 @@ from .hub_errors import hub_error_sentence
 
 _VISION_TRANSFORMER = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
 _RESNET38 = ("conv1a.weight", "b7.conv_branch1.weight", "arg:conv1a_weight")
-"""Names that tell the network in a checkpoint, see `read_checkpoint`."""
+"""Names that identify the network in a checkpoint, see `read_checkpoint`."""
 
 # timm's (and so DeiT's and MCTformer's) names, in the order in which they are replaced.
 _RENAMES = (
@@ -48,8 +48,8 @@ def from_timm(
     The weights come from the Hub or its local cache; everything else is as in `from_timm_state_dict`.
 
     Raises:
-        ValueError: timm has no pretrained model of that name, or it is no plain vision transformer.
-        MissingFileError: the weights are neither cached nor can be downloaded.
+        ValueError: timm has no pretrained model of that name, or it is not a plain vision transformer.
+        MissingFileError: the weights are not cached and cannot be downloaded.
     """
     if not timm.is_model(name.split(".")[0]) or not timm.models.is_model_pretrained(name):
         raise InputError(
@@ -86,7 +86,7 @@ def from_timm_state_dict(
         id2label: Names of the C object classes.
         class_token_noise: Standard deviation of the Gaussian noise added to each class token, as a multiple of the
             class token's own standard deviation. 0, the reference, leaves all class tokens identical, so that only the
-            loss can tell them apart.
+            loss can separate them.
         seed: Seed of the noise and of the new head.
         **config: Fields of `BiTransConfig`; sizes that the weights fix may be left out.
             `num_attention_heads` defaults to hidden_size // 64, which all DeiT models have.
@@ -129,7 +129,7 @@ def from_mctformer(
     Args:
         weights: State dict, or a file of one, such as the training script's `.pth`; see `read_checkpoint`.
         id2label: Names of the C object classes, in the checkpoint's order.
-        num_attention_heads: None for hidden_size // 64; the shapes do not tell.
+        num_attention_heads: None for hidden_size // 64; the shapes do not determine it.
         **config: Further fields of `BiTransConfig`, such as the view; the sizes are read off the shapes.
 
     Raises:
@@ -299,7 +299,7 @@ def load_backbone(
     model: AffinityNetModel | CamModel | DeepLabForSemanticSegmentation,
     weights: StateDict | str | Path | None = None,
 ) -> None:
-    """Give the backbone of a network pretrained weights; its head is left as it is.
+    """Load pretrained weights into the backbone of a network; its head is left unchanged.
 
     Args:
         model: With backbone resnet38 or a timm network; a bitrans backbone comes with `from_bitrans`.
@@ -308,7 +308,7 @@ def load_backbone(
             in timm's own names, or None for the weights of timm's default tag, from the Hub or its local cache.
 
     Raises:
-        ValueError: names or shapes do not fit, or the backbone takes no such weights.
+        ValueError: names or shapes do not fit, or the backbone cannot take such weights.
         FileNotFoundError: there is no such file.
         MissingFileError: timm's weights are neither cached nor can be downloaded.
     """
@@ -352,7 +352,7 @@ def _public_resnet38(weights: StateDict | str | Path) -> Checkpoint:
 
 
 def _from_mxnet(name: str) -> str:
-    """Turn MXNet's name of a tensor of ResNet38 into PSA's: "arg:res2b1_branch2a_weight" is b2_1.conv_branch2a.weight.
+    """Convert MXNet's name of a ResNet38 tensor to PSA's: "arg:res2b1_branch2a_weight" is b2_1.conv_branch2a.weight.
 
     Example:
         >>> _from_mxnet("aux:bn5a_branch2b1_moving_var"), _from_mxnet("arg:bn7_gamma")
@@ -375,7 +375,7 @@ def _width(checkpoint: Checkpoint) -> dict[str, float]:
 
 
 def _batch_counters(module: nn.Module) -> list[str]:
-    """Names of tensors that older checkpoints lack, and that nothing but a cumulative average reads."""
+    """Names of tensors that older checkpoints lack; only a cumulative average reads them."""
     return [name for name in module.state_dict() if name.endswith("num_batches_tracked")]
 
 
@@ -390,7 +390,7 @@ def _fill_public(model: nn.Module, checkpoint: Checkpoint) -> None:
 def _load_timm(
     model: AffinityNetModel | CamModel | DeepLabForSemanticSegmentation, weights: StateDict | str | Path | None
 ) -> None:
-    """Let timm itself read the weights: it knows the classifier and the names of its older files."""
+    """Let timm read the weights: it knows the classifier and the names in its older files."""
     config = model.config
     options = {"pretrained": True, **(config.backbone_config or {})}
     overlay: dict[str, Any] | None = None
@@ -426,7 +426,7 @@ def _load_timm(
 
 
 def _from_the_hub(name: str, create: Callable[[], Any]) -> Any:
-    """Create a timm model whose weights come from the Hub; a fault that is not of the network stays what it is."""
+    """Create a timm model with weights from the Hub; errors other than the network's are passed on."""
     try:
         return create()
     except Exception as error:

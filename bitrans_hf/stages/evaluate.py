@@ -771,7 +771,7 @@ def text_table(table: Table) -> str:
 
 
 def columns_of(text: str) -> int:
-    """Return the width of a text in terminal columns: two for a Chinese character or emoji, zero for combining marks."""
+    """Return the width of a text in terminal columns: two for Chinese characters and emoji, none for accents."""
     widths = {"W": 2, "F": 2}
     return sum(
         0 if unicodedata.combining(sign) else widths.get(unicodedata.east_asian_width(sign), 1) for sign in text
