@@ -39,8 +39,8 @@ SCALES = (1.0, 0.75, 1.25, 1.5)
 """Scales that the slider adds, in order."""
 
 MAX_SIDE = 512
-"""Longest side in pixels at scale 1. The attention of all layers is kept: at scale 1.5 some 1,800 tokens for each of two
-views, about 0.3 GB for 12 layers."""
+"""Longest side in pixels at scale 1. The attention of all layers is kept: at scale 1.5 some 1,800 tokens for each of
+two views, about 0.3 GB for 12 layers."""
 
 CLICKABLE_SIDE = 800
 """Pixels on the longer side of the clickable image: more than the page's layout shows."""
@@ -397,7 +397,7 @@ class Page:
     # ---- An image and its labels.
 
     def read_picture(self, path: str | None) -> Changes:
-        """Look at a new image, guess its labels, and forget what was shown before."""
+        """Read a new image, guess its labels, and reset the page."""
         ask, result, affinity = self.question, self.result, self.affinity
         cleared: Changes = {
             result.shown_class: gr.Radio(choices=[], value=None),

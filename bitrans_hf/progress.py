@@ -40,7 +40,8 @@ def progress(
         desc: What is done.
         unit: One item, in the singular.
         total: Number of items, if `items` has no length.
-        initial: Items that were finished earlier. leave: Keep the bar on the terminal at the end.
+        initial: Items that were finished earlier.
+        leave: Keep the bar on the terminal at the end.
         quiet: Show nothing.
     """
     if quiet or sys.stderr.isatty():

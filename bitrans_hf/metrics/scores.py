@@ -1,7 +1,7 @@
-"""What stages measure: the content of their `metrics.json`. Scores are in percent with two decimals.
+"""The content of the stages' `metrics.json`. Scores are in percent with two decimals.
 
-A record leaves out what was not measured when it is written, and passes over keys that it does not know when it is
-read, so that the files of older and newer versions can be read.
+A record omits what was not measured when written, and ignores unknown keys when read, so files of older and newer
+versions can be read.
 """
 
 from collections.abc import Mapping
@@ -9,16 +9,16 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
 ByName = dict[str, float]
-"""One number for each name: of a seed variant, a step or a class."""
+"""One number per name of a seed variant, a step or a class."""
 
 
 def percent(share: float) -> float:
-    """Turn a share into percent with two decimals; nan, the score of an absent class, stays nan."""
+    """Convert a fraction to percent with two decimals; nan, the score of an absent class, stays nan."""
     return round(100 * float(share), 2)
 
 
 class Record:
-    """A dataclass that is stored as a JSON object. Fields with a default are left out where they have it."""
+    """A dataclass stored as a JSON object, without fields that equal their default."""
 
     def to_json(self) -> Mapping[str, Any]:
         """Return the fields for `write_json`, which writes records within them too."""
@@ -50,12 +50,12 @@ def _read(hint: Any, value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitScores(Record):
-    """What every score of a split has.
+    """Common fields of a split's scores.
 
     Attributes:
-        images: Images that have a result.
-        scored: Images of these whose mask is known.
-        mask_rule: How the masks were made; None where the data does not say, "" where there are no masks.
+        images: Number of images with a result.
+        scored: Number of these with a known mask.
+        mask_rule: How the masks were made; None if the data does not say, "" if there are no masks.
     """
 
     images: int | None = None
@@ -63,7 +63,7 @@ class SplitScores(Record):
     mask_rule: str | None = ""
 
     def shown_images(self) -> str:
-        """Say how many images there are, and over how many the score is where these are fewer."""
+        """Describe the number of images, and the number of scored ones if that is smaller."""
         images, scored = self.images or 0, self.scored or 0
         return f"{images} images" + (f" ({scored} of them scored)" if 0 < scored < images else "")
 
@@ -106,10 +106,10 @@ class StepScores(SplitScores):
     Attributes:
         steps: mIoU over all classes and background.
         per_class: Class -> IoU.
-        sure: Share of the pixels that have a label, for steps after which not all have one.
+        sure: Share of labeled pixels, for steps that leave some pixels unlabeled.
         several_classes: The scores over images with two or more classes alone.
-        without_classes: Images that hold no class.
-        archive: Packed label maps of a split whose masks nobody has.
+        without_classes: Number of images that show no class.
+        archive: Packed label maps of a split without public masks.
     """
 
     steps: ByName = field(default_factory=dict)
@@ -170,7 +170,7 @@ class NetworkScores(Record):
 
 @dataclass(frozen=True, kw_only=True)
 class LabelScores(Record):
-    """Scores of one label: `iou` and `accuracy` in percent, nan where it is absent, and its pixels."""
+    """Scores of one label: `iou` and `accuracy` in percent, nan if absent, and its number of pixels."""
 
     iou: float
     accuracy: float
@@ -185,13 +185,13 @@ class MaskScores(Record):
     Attributes:
         miou: Mean IoU over the labels.
         mean_accuracy: Mean over the labels of the share of their pixels that were found.
-        pixel_accuracy: Share of all pixels that are right.
+        pixel_accuracy: Share of correct pixels.
         frequency_weighted_iou: Mean IoU weighted by the labels' pixels.
         images: Images that were scored.
         labels_in_mean: Labels that the means are over, background included.
         unsure_pixels: Share of the pixels that were predicted as 255.
         per_class: Label -> its scores.
-        confusion: Pixels; a row for each true label, and one more column than labels for a predicted 255.
+        confusion: Pixel counts: one row per true label, and one more column than labels, for a predicted 255.
     """
 
     miou: float

@@ -1,4 +1,4 @@
-"""Model cards from measured numbers: what a run's `recipe.json` and `metrics.json` say, and nothing else."""
+"""Model cards from measured numbers: only those in a run's `recipe.json` and `metrics.json`."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from ..metrics.scores import SeedScores, SeedsRecord, StepScores
 from .markdown import literal
 
 STAGES = ("train", "seeds", "affinity", "pseudo_labels", "segmentation", "predictions")
-"""Folders of a run that a card reads, in the order they are made."""
+"""Folders of a run that a card reads, in the order of the stages."""
 
 TEMPLATES = Path(__file__).with_name("templates")
 NOT_MEASURED = "not yet measured"
@@ -48,7 +48,7 @@ LATER_STAGES = {
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known of a run: the source of a card, kept beside it.
+    """The record of a run: the source of a card, stored beside it.
 
     Attributes:
         name: Of the run.
@@ -62,14 +62,14 @@ class RunRecord:
 
     @property
     def recipe(self) -> Mapping[str, Any]:
-        """Every part of the recipe that some stage depended on."""
+        """Return every part of the recipe on which a stage depended."""
         merged: Mapping[str, Any] = {}
         for stage in self.stages.values():
             merged = {**merged, **stage["recipe"]}
         return merged
 
     def metrics(self, stage: str) -> Mapping[str, Any]:
-        """Return what a stage measured; nothing if it is not there."""
+        """Return the metrics of a stage; empty if there are none."""
         found: Mapping[str, Any] = self.stages.get(stage, {}).get("metrics", {})
         return found
 
@@ -109,7 +109,7 @@ class RunRecord:
 
 
 def without_places(value: Any) -> Any:
-    """Cut paths that lead out of the project to their last part: where data lay is nobody's business."""
+    """Reduce paths outside the project to their last part, so that cards do not reveal local folders."""
     if isinstance(value, Mapping):
         return {key: without_places(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -265,7 +265,7 @@ def split_of(run: RunRecord, stage: str) -> str:
 
 
 def number(value: float | None, digits: int = 1) -> str:
-    """Format a measured number, or say that there is none."""
+    """Format a measured number, or a note that there is none."""
     return NOT_MEASURED if value is None else f"{value:.{digits}f}"
 
 
@@ -324,7 +324,7 @@ def tag_table(trained: Mapping[str, Any]) -> str:
 
 
 def data_name(data: Mapping[str, Any]) -> str:
-    """Return what the data is called."""
+    """Return the name of the data."""
     if data["source"] == "folder":
         return PurePath(str(data.get("root"))).name
     chosen = f", {len(data['classes'])} of its classes" if data.get("classes") else ""
@@ -332,7 +332,7 @@ def data_name(data: Mapping[str, Any]) -> str:
 
 
 def data_sentence(data: Mapping[str, Any], classes: Sequence[str]) -> str:
-    """Say what the network was trained on."""
+    """Describe the training data of the network."""
     split = data.get("train_split") or "all images"
     if data["source"] == "shapes":
         return (
@@ -345,7 +345,7 @@ def data_sentence(data: Mapping[str, Any], classes: Sequence[str]) -> str:
 
 
 def licence_note(licence: str, source: str, weights: str) -> str:
-    """Say under which licence the weights are, and what else to respect."""
+    """State the licence of the weights, and other terms."""
     notes = [f"Code and weights: `{licence}`."]
     if source in ("voc", "coco"):
         notes.append(
@@ -360,7 +360,7 @@ def licence_note(licence: str, source: str, weights: str) -> str:
 
 
 def provenance(run: RunRecord) -> str:
-    """Say with which commit, versions and hardware each stage was run."""
+    """State the commit, versions and hardware of each stage."""
     rows = []
     for stage, content in run.stages.items():
         metrics = content["metrics"]

@@ -1,4 +1,4 @@
-"""Open a published folder where this package cannot be imported, and write down what it computes.
+"""Open a published folder where this package cannot be imported, and save its outputs.
 
 `folders.check_in_clean_process` runs this file as a program; so it imports nothing of this package.
 """

@@ -1,9 +1,9 @@
-"""The network for other languages and runtimes: one graph from pixels to tag logits, seeds and affinity.
+"""Export for other languages and runtimes: one graph from pixels to tag logits, seeds and affinity.
 
 python -m bitrans_hf.publishing.export MODEL OUT
 
-writes `model.onnx`, `model.pt2` (`torch.export`) and `export.json`, which says what goes in and comes out. Batch and
-image size stay free. Both graphs are compared with torch on three sizes before anything is written.
+writes `model.onnx`, `model.pt2` (`torch.export`) and `export.json`, which describes inputs and outputs. Batch and
+image size stay dynamic. Both graphs are compared with torch on three sizes before anything is written.
 """
 
 if __name__ == "__main__":  # before the imports, which take seconds
@@ -38,7 +38,7 @@ from ..progress import working
 ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
 OUTPUTS = ("logits", "seeds", "affinity")
 TOLERANCE = 1e-4
-"""Largest difference of any output value from torch's that an exported graph may have."""
+"""Largest allowed difference of an exported graph's outputs from torch's."""
 
 MAX_BATCH, MAX_SIDE_PX = 4096, 16384
 
@@ -47,7 +47,7 @@ Runner = Callable[[torch.Tensor], Outputs]
 
 
 class ExportError(InputError):
-    """A graph could not be made, or does not compute what torch computes."""
+    """A graph that cannot be exported, or whose outputs differ from torch's."""
 
 
 def cubic_weights(num_out: int, step: torch.Tensor, num_in: int) -> torch.Tensor:
@@ -98,7 +98,7 @@ def as_scalar(size: int) -> torch.Tensor:
 
 
 class SeedNetwork(nn.Module):
-    """Pixels in; tag logits, seeds of every class and the affinity out, as plain tensors.
+    """Maps pixels to tag logits, seeds of every class and the affinity, as plain tensors.
 
     Args:
         model: The trained model; it is copied, in float32 and evaluation mode.
@@ -135,7 +135,7 @@ class SeedNetwork(nn.Module):
 
 
 def to_exported_program(model: BiTransModel, *, flip: bool = True) -> torch.export.ExportedProgram:
-    """Trace the network with free batch and image size (`torch.export`).
+    """Trace the network with dynamic batch and image size (`torch.export`).
 
     Args:
         model: A trained model.
@@ -239,7 +239,7 @@ def export_model(
     Args:
         model: A trained model.
         processor: Its image processor; its mean and standard deviation go into `export.json`.
-        folder: Where to write; it is made.
+        folder: Output folder, created if necessary.
         flip: See `SeedNetwork`.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Folders that open elsewhere, and their way to the Hub: written, opened in a clean process, compared, one commit.
+"""Self-contained folders and their upload to the Hub: written, checked in a clean process, uploaded in one commit.
 
-A model's folder holds weights, configuration, code, image processor, pipeline and card. Before it is offered to the
-Hub, it is opened in a process that cannot import this package, where it has to compute the same bits as in memory.
+A model's folder holds weights, configuration, code, image processor, pipeline and card. Before an upload, it is opened
+in a process that cannot import this package, and must compute bit-identical outputs there.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ Kind = Literal["model", "dataset", "space"]
 
 
 class PublishError(InputError):
-    """Something is not fit to be published, or the Hub did not take it; the message says why and what to do."""
+    """A result that fails the checks, or a failed upload; the message says why and what to do."""
 
 
 # ---- Folders.
@@ -48,7 +48,7 @@ class PublishError(InputError):
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Give an empty folder beside `folder` that takes its place at the end, so that readers see all or nothing."""
+    """Yield an empty folder beside `folder` that replaces it at the end, so that readers see all or nothing."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -68,9 +68,9 @@ def write_model_folder(
     card: str,
     picture: Path | None = None,
 ) -> None:
-    """Write a model with all that opens it: weights (safetensors), configuration, code, processor, pipeline, card.
+    """Write a self-contained model: weights (safetensors), configuration, code, processor, pipeline, card.
 
-    The folder appears when it is complete and has been opened in a clean process (`check_in_clean_process`).
+    The folder appears once it is complete and has passed `check_in_clean_process`.
 
     Args:
         folder: Replaced if it is there.
@@ -80,8 +80,8 @@ def write_model_folder(
         picture: An image that the card shows by its file name; copied.
 
     Raises:
-        PublishError: the model was loaded from this folder; or the folder, opened in a clean process, does not compute
-            what the model does.
+        PublishError: the model was loaded from this folder; or the folder, opened in a clean process, computes other
+            outputs than the model.
     """
     source = model.name_or_path
     if source and lies_in(Path(source), Path(folder)):
@@ -144,7 +144,7 @@ def check_in_clean_process(folder: str | Path, model: PreTrainedModel, processor
         processor: Its image processor.
 
     Raises:
-        PublishError: it does not open, or an output differs; the message says which.
+        PublishError: the folder does not open, or an output differs; the message says which.
     """
     model = model.cpu().eval()
     auto_class, task = "AutoModel", ""
@@ -196,7 +196,7 @@ def check_in_clean_process(folder: str | Path, model: PreTrainedModel, processor
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep log lines of transformers back, errors among them."""
+    """Silence transformers' log, including errors."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity(transformers_logging.CRITICAL)
     try:
@@ -216,12 +216,12 @@ def last_line(text: str) -> str:
 
 @dataclass(frozen=True)
 class Upload:
-    """What came of an upload.
+    """The result of an upload.
 
     Attributes:
         url: Page of the repository.
-        commit: The commit that the version names.
-        version: Its tag.
+        commit: The commit that the version tags.
+        version: The tag.
     """
 
     url: str
@@ -240,10 +240,10 @@ def upload(
     branch: str = "main",
     message: str | None = None,
 ) -> Upload:
-    """Put a folder on the Hub in one commit and tag it; doing it again changes nothing.
+    """Upload a folder to the Hub in one commit and tag it; repeating the call changes nothing.
 
-    The token comes from HF_TOKEN or from `hf auth login`, and is never shown. Files of the repository that the folder
-    does not have are removed by the same commit, so that the version is the folder.
+    The token comes from HF_TOKEN or from `hf auth login`, and is never shown. The same commit removes files that the
+    folder lacks, so that the version equals the folder.
 
     Args:
         folder: What to upload.
@@ -251,13 +251,13 @@ def upload(
         kind: Of repository.
         version: Tag of the commit.
         private: Whether a new repository is private.
-        create: Make the repository if it is not there.
+        create: Create the repository if it does not exist.
         branch: Where to commit.
         message: Of the commit.
 
     Raises:
-        PublishError: the Hub did not take it. As everything goes up in one commit, the branch then holds what it held
-            before, and the same call may be made again; files that arrived are not sent twice.
+        PublishError: the upload failed. Everything goes up in one commit, so the branch is unchanged and the call can
+            be repeated; files that arrived are not sent twice.
     """
     api = HfApi()
     try:
@@ -295,7 +295,7 @@ def upload(
 def operations_for(
     api: HfApi, folder: str | Path, repo_id: str, kind: Kind, revision: str
 ) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Return what makes a branch hold the files of a folder and no others."""
+    """Return the operations that make a branch equal to a folder."""
     here = files_of(folder)
     return [
         *(CommitOperationAdd(name, Path(folder) / name) for name in here),
@@ -304,7 +304,7 @@ def operations_for(
 
 
 def is_published(api: HfApi, folder: str | Path, repo_id: str, kind: Kind, revision: str) -> bool:
-    """Whether a revision of a repository holds the files of a folder, with the same bytes, and no others."""
+    """Return whether a revision of a repository equals a folder, byte for byte."""
     there = files_there(api, repo_id, kind, revision)
     here = {name: (Path(folder) / name).read_bytes() for name in files_of(folder)}
     return set(there) == set(here) and all(
@@ -313,7 +313,7 @@ def is_published(api: HfApi, folder: str | Path, repo_id: str, kind: Kind, revis
 
 
 def files_there(api: HfApi, repo_id: str, kind: Kind, revision: str) -> dict[str, str]:
-    """Return a repository's files with their SHA-256, or git's name of their content where git holds it."""
+    """Return a repository's files with their SHA-256, or their git blob id if git stores them."""
     return {
         entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id
         for entry in api.list_repo_tree(repo_id, repo_type=kind, revision=revision, recursive=True)
@@ -322,5 +322,5 @@ def files_there(api: HfApi, repo_id: str, kind: Kind, revision: str) -> dict[str
 
 
 def git_blob_id(content: bytes) -> str:
-    """Return the name that git gives to a file's content."""
+    """Return the git blob id of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

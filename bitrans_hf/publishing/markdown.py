@@ -1,4 +1,4 @@
-"""Text that Markdown shows as it is: names that people chose, in cards and tables."""
+"""Text that Markdown shows literally: names chosen by users, in cards and tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _AT_THE_START = re.compile(r"(?:[#+\-=:]|\d+(?=[.)]))")
 
 
 def literal(text: str) -> str:
-    r"""Escape a text, so that a Markdown paragraph or table cell shows it as it is, on one line.
+    r"""Escape a text, so that a Markdown paragraph or table cell shows it literally, on one line.
 
     Example:
         >>> literal("<b>a|b</b>"), literal("hot dog")

@@ -19,11 +19,11 @@ def pseudo_label_dataset(folder: str | Path, *, image_ids: list[str] | None = No
 
     Args:
         folder: PNGs named `<image_id>.png`, in subfolders where ids have a "/"; see `file_names.label_path`.
-        image_ids: Which, in this order; None takes all, sorted.
+        image_ids: Images to include, in this order; None: all, sorted.
 
     Returns:
         Columns `image_id` and `pseudo_label`, an Image of mode "P" whose values are label ids and whose palette is
-        kept by `save_to_disk` and `push_to_hub`. No images: their licences are their owners'.
+        kept by `save_to_disk` and `push_to_hub`. Images are not included: their licences are their owners'.
 
     Raises:
         MissingFileError: an image without a label map, or a folder without any.

@@ -1,1 +1,1 @@
-"""Scores in, better scores out: dense CRF, random walk, and the label maps that they end in."""
+"""Refinement of scores: dense CRF, random walk, and the resulting label maps."""

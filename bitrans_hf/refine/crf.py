@@ -1,7 +1,7 @@
-"""Dense CRF: scores follow the edges of the image. The only file that knows pydensecrf.
+"""Dense CRF: scores follow the edges of the image. The only file that uses pydensecrf.
 
 Kraehenbuehl & Koltun, NeurIPS 2011 (arXiv:1210.5644), through `pydensecrf2`. One image takes seconds on one core and
-the library holds Python's global lock meanwhile, so sets are worked on by processes; threads gain nothing.
+the library holds Python's global lock meanwhile, so sets of images use processes: threads gain nothing.
 """
 
 import functools

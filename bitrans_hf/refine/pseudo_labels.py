@@ -1,4 +1,4 @@
-"""Scores to label maps: the background score, refiners by name, ignore bands, palette PNGs and a published set."""
+"""From scores to label maps: background score, ignore bands, palette PNGs."""
 
 from pathlib import Path
 
@@ -15,13 +15,13 @@ from ..hub.maps import enlarged_strips
 from ..hub.seeds import Seeds
 
 NO_SCORE = 1e-5
-"""Below this for every label, a pixel counts as not scored at all (PSA: the zero padding of a crop)."""
+"""A pixel whose scores are all below this counts as not scored (PSA: the zero padding of a crop)."""
 
 # ---- Scores.
 
 
 def with_background(maps: np.ndarray, *, threshold: float | None = None, alpha: float | None = None) -> np.ndarray:
-    """Put a background score above the class maps.
+    """Prepend a background score to the class maps.
 
     Args:
         maps: (K, H, W) scores of the present classes in [0, 1]; K may be 0.
@@ -52,7 +52,7 @@ def with_background(maps: np.ndarray, *, threshold: float | None = None, alpha: 
 
 
 def scores_to_label_map(class_ids: np.ndarray, scores: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Take the best label of each pixel; of equal ones the first, so background before classes.
+    """Take the highest-scoring label of each pixel; on a tie the first, so background before classes.
 
     Args:
         class_ids: (K,) 0-based ids of the classes that rows 1 to K belong to.
@@ -71,7 +71,7 @@ def scores_to_label_map(class_ids: np.ndarray, scores: np.ndarray, size: tuple[i
 
 
 def seeds_to_label_map(seeds: Seeds, threshold: float, size: tuple[int, int] | None = None) -> np.ndarray:
-    """Cut seeds into a label map: the class with the highest score where it exceeds the background score.
+    """Threshold seeds into a label map: the class with the highest score if it exceeds the background score.
 
     Args:
         seeds: K class maps (K, H, W) in [0, 1].
@@ -89,7 +89,7 @@ def seeds_to_label_map(seeds: Seeds, threshold: float, size: tuple[int, int] | N
 
 
 def label_map_with_ignore_band(class_ids: np.ndarray, maps: np.ndarray, *, low: float, high: float) -> np.ndarray:
-    """Label what is clear: a class above the high threshold, background up to the low one, between them nothing.
+    """Label only confident pixels: a class above the high threshold, background up to the low one, nothing in between.
 
     This is AFA's rule for its pseudo labels (0.35 and 0.55 there).
 
@@ -116,10 +116,10 @@ def label_map_with_ignore_band(class_ids: np.ndarray, maps: np.ndarray, *, low: 
 
 
 def confident_label_map(class_ids: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Join two score stacks, of much and of little background, to the labels that AffinityNet is trained with.
+    """Merge two score stacks, with high and with low background, into the labels that AffinityNet is trained with.
 
-    PSA's rule: an object is sure where it wins against much background, background is sure where it wins even when
-    there is little of it, all else is unsure; and so is a pixel without any score (the padding of a crop).
+    PSA's rule: an object is confident if it wins against a high background, background if it wins even when it is low;
+    all else is unsure, including pixels without any score (the padding of a crop).
 
     Args:
         class_ids: (K,) 0-based ids of the classes that rows 1 to K belong to.
@@ -169,11 +169,11 @@ def write_label_png(path: Path, label_map: np.ndarray, image_id: str | None = No
     Args:
         path: See `file_names.label_path`.
         label_map: (H, W) uint8.
-        image_id: Kept in the file where its name is too long to hold it, for `file_names.label_files`.
+        image_id: Stored in the file if its name is too long, for `file_names.label_files`.
 
     Raises:
-        ValueError: not two axes of uint8.
-        OSError: no room on the disk, among others; nothing is left at `path`.
+        ValueError: the map is not (H, W) uint8.
+        OSError: the disk is full, among others; nothing is left at `path`.
     """
     if label_map.ndim != 2 or label_map.dtype != np.uint8:
         raise InputError(f"a label map is (H, W) uint8, got {label_map.shape} {label_map.dtype}.")

@@ -1,4 +1,4 @@
-"""Curves of a training log, and the picture of confusion counts."""
+"""Curves of a training log, and a chart of confusion counts."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def charts_from_log(path: str | Path) -> list[Chart]:
     """Read the curves of a training log.
 
     Args:
-        path: `log.jsonl`, one JSON object for each line with "step" and any of "loss", "class", "patch", "scc",
-            "pac", "background", "foreground", "negative", "lr" (training) or "map_class", "map_patch", "map",
-            "miou" (validation, in percent). Where a step is there twice, as after a resume, the later line counts. A
-            half-written last line is left out.
+        path: `log.jsonl`, one JSON object for each line with "step" and any of "loss", "class", "patch", "scc", "pac",
+            "background", "foreground", "negative", "lr" (training) or "map_class", "map_patch", "map", "miou"
+            (validation, in percent). If a step occurs twice, as after a resume, the later line counts. An incomplete
+            last line is ignored.
 
     Returns:
-        The charts for which there are numbers.
+        The charts that have data.
     """
     series: dict[str, dict[float, float]] = {}
     for line in Path(path).read_text(encoding="utf-8").splitlines():
@@ -77,7 +77,7 @@ def charts_from_log(path: str | Path) -> list[Chart]:
 
 
 def confusion_picture(counts: npt.NDArray[np.integer], rows: Sequence[str], columns: Sequence[str]) -> Image.Image:
-    """Draw confusion counts as shares of each true label: the diagonal is what was found.
+    """Draw confusion counts as shares of each true label; the diagonal shows correct pixels.
 
     Args:
         counts: Pixel counts (R, C), rows are true labels.
@@ -120,7 +120,7 @@ def confusion_picture(counts: npt.NDArray[np.integer], rows: Sequence[str], colu
 
 
 def draw_chart(chart: Chart, *, dark: bool) -> Image.Image:
-    """Draw a chart, 800 x 480 pixels, by the object interface: pyplot keeps global state and may want a display."""
+    """Draw a chart of 800 x 480 pixels without pyplot, which keeps global state and may need a display."""
     ink, soft, paper = ("#e6e9ec", "#3a424a", "#14171a") if dark else ("#1d2329", "#e2e6ea", "#ffffff")
     colors = ["#4c86f0", "#e8853a", "#2fa577", "#c05fb0"]
     figure = Figure(figsize=(5, 3), dpi=160, facecolor=paper, layout="constrained")
@@ -150,5 +150,5 @@ def draw_chart(chart: Chart, *, dark: bool) -> Image.Image:
 
 
 def _plot_text(text: str) -> str:
-    """Return a text that matplotlib sets as it is: it takes what stands between dollar signs for a formula."""
+    """Escape a text for matplotlib, which reads text between dollar signs as a formula."""
     return drawable(text).replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Images of a run: seeds and label maps laid over photos, and grids of them."""
+"""Images of a run: seeds and label maps overlaid on photos, and grids of them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ NUM_ROWS_IN_GRID = 8
 
 @dataclass(frozen=True)
 class GalleryRow:
-    """One image and what the method made of it.
+    """One image with its seeds and label maps.
 
     Attributes:
-        image_id: Name of the image.
+        image_id: Id of the image.
         image: The photo, RGB.
-        target: True label map (H, W) uint8 of the photo's size; None where it is not known.
+        target: True label map (H, W) uint8 of the photo's size; None if unknown.
         maps: Variant name -> seeds at the photo's size; the variants of `VARIANT_TITLES` come first, others follow.
         label_map: Predicted label map (H, W) uint8, or None.
         class_names: Names of all object classes, indexed by class id.
-        caption: A short remark to stand beside the name.
+        caption: A short remark beside the name.
         steps: Label maps (H, W) of later stages by their headings, shown after `label_map`.
     """
 
@@ -143,7 +143,7 @@ def gallery_row(row: GalleryRow) -> list[GalleryLine]:
 
 
 def figure_grid(rows: Sequence[GalleryRow], height: int = 160) -> Image.Image:
-    """Set a grid of images with column headings, as Figure 3 of the paper.
+    """Draw a grid of images with column headings, like Figure 3 of the paper.
 
     Args:
         rows: Images to show, top to bottom.
@@ -158,7 +158,7 @@ def figure_grid(rows: Sequence[GalleryRow], height: int = 160) -> Image.Image:
 
 
 def gallery_columns(rows: Sequence[GalleryRow]) -> list[str]:
-    """Headings in the order of the method, of what at least one row has."""
+    """Return the headings that at least one row has, in the order of the method."""
     variants = ordered_variants(variant for row in rows for variant in row.maps)
     has_target = any(row.target is not None for row in rows)
     has_mask = any(row.label_map is not None for row in rows)
@@ -168,7 +168,7 @@ def gallery_columns(rows: Sequence[GalleryRow]) -> list[str]:
 
 
 def ordered_variants(variants: Iterable[str]) -> list[str]:
-    """Known variants in the order of `VARIANT_TITLES`, then the others; each once."""
+    """Return known variants in the order of `VARIANT_TITLES`, then the others, each once."""
     found = dict.fromkeys(variants)
     return [
         *(name for name in VARIANT_TITLES if name in found),
@@ -177,12 +177,12 @@ def ordered_variants(variants: Iterable[str]) -> list[str]:
 
 
 def variant_title(variant: str) -> str:
-    """Return the heading of a seed variant; of an unknown one its name."""
+    """Return the heading of a seed variant; for an unknown one, its name."""
     return VARIANT_TITLES.get(variant, variant)
 
 
 def draw_grid(images: Sequence[Sequence[GalleryLine]], columns: Sequence[str], height: int) -> Image.Image:
-    """Set the lines into one figure; the class name stands left of each line."""
+    """Draw the lines as one figure, with the class name to the left of each line."""
     gap, head = 6, 30
     font = ImageFont.truetype(font_file(), 14)
     lines = [
@@ -216,7 +216,7 @@ def draw_grid(images: Sequence[Sequence[GalleryLine]], columns: Sequence[str], h
 
 
 def drawable(text: str) -> str:
-    """Write characters that the font of images lacks by their numbers: names stay different, and are no boxes."""
+    """Replace characters that the font lacks by their code points, so that names stay distinct and show no boxes."""
     known = _font_characters()
     return "".join(
         sign if ord(sign) in known else sign.encode("ascii", "backslashreplace").decode("ascii") for sign in text
@@ -234,7 +234,7 @@ def _font_characters() -> frozenset[int]:
 
 
 def displayed(image: Image.Image, height: int) -> Image.Image:
-    """Bring an image near a height: large ones shrink, small ones grow by a whole factor, pixels visible."""
+    """Resize an image to about a height: large ones shrink, small ones grow by an integer factor, pixelated."""
     if image.height > height:
         return image.resize((max(1, round(image.width * height / image.height)), height), Image.Resampling.LANCZOS)
     factor = height // image.height

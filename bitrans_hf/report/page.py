@@ -1,4 +1,4 @@
-"""A page to judge a run by: images, curves and scores in one HTML file, and the same images as PNGs beside it."""
+"""The page of a run: images, curves and scores in one HTML file, and the same images as PNGs beside it."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ def write_report(
     notes: Sequence[str] = (),
     figures: Mapping[str, Image.Image] | None = None,
 ) -> Path:
-    """Write one HTML page that needs no other file, and the images as PNGs in a folder beside it.
+    """Write one self-contained HTML page, and the images as PNGs in a folder beside it.
 
-    The folder is called as the page, with `_pictures`: `gallery.png` (the first rows as one figure), one PNG for each
+    The folder has the page's name plus `_pictures`: `gallery.png` (the first rows as one figure), one PNG for each
     image and one for each chart. The page says where ground truth is missing.
 
     Args:
-        path: The page to write; its folder is made.
+        path: The page to write; its folder is created if necessary.
         title: Heading.
         rows: Images to show.
         curves: Charts, see `charts_from_log`.
         tables: Tables, see `score_table` and `recipe_table`.
-        notes: Sentences to stand at the top, one paragraph each.
+        notes: Sentences for the top of the page, one paragraph each.
         figures: Heading -> a figure about all images, below the tables.
 
     Returns:
@@ -184,7 +184,7 @@ def _picture_html(row: GalleryRow, lines: Sequence[GalleryLine], columns: Sequen
 
 
 def _legend_html(row: GalleryRow) -> str:
-    """Name the color of every label id that the row shows."""
+    """Return a legend of the label colors in a row."""
     labels = {int(class_id) + 1 for seeds in row.maps.values() for class_id in seeds.class_ids}
     for label_map in (row.target, row.label_map, *row.steps.values()):
         if label_map is not None:
@@ -223,7 +223,7 @@ def _ground_truth_notes(rows: Sequence[GalleryRow]) -> list[str]:
 
 
 def _data_uri(image: Image.Image) -> str:
-    """Encode an image for the page: PNG, but JPEG where that would be heavy, as for photographs."""
+    """Encode an image for the page: PNG, or JPEG if that would be large, as for photographs."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     kind = "png"

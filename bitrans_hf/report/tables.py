@@ -22,7 +22,7 @@ STEP_TITLES = {
     "crf": "After the dense CRF",
     "par": "After pixel-adaptive refinement",
 }
-"""Names of the steps from seeds to pseudo labels, and of those of the segmentation network's test, in a table."""
+"""Names, in a table, of the steps from seeds to pseudo labels and of the segmentation network's test."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Table:
 
 
 def score_table(scores: SeedScores, title: str = "Scores") -> Table | None:
-    """Make the table of the seed variants of one split, the best one marked; None if nothing was scored."""
+    """Return the table of the seed variants of one split, with the best one marked; None if nothing was scored."""
     if not scores.miou:
         return None
     names = ordered_variants(scores.miou)
@@ -54,7 +54,7 @@ def score_table(scores: SeedScores, title: str = "Scores") -> Table | None:
 
 
 def step_table(scores: StepScores, title: str = "Steps") -> Table | None:
-    """Make the table of the steps of a stage: from seeds to pseudo labels, or of the segmentation network's test.
+    """Return the table of the steps of a stage: from seeds to pseudo labels, or of the segmentation network's test.
 
     Returns:
         The table with the best step marked, or None if nothing was scored. Steps that leave pixels out are not
@@ -76,7 +76,7 @@ def step_table(scores: StepScores, title: str = "Steps") -> Table | None:
 
 
 def recipe_table(recipe: Mapping[str, Any], title: str = "Recipe") -> Table:
-    """Make a folded table of a recipe; keys of nested parts are joined by dots."""
+    """Return a collapsed table of a recipe; nested keys are joined by dots."""
 
     def flat(part: Mapping[str, Any], prefix: str) -> Iterable[list[str]]:
         for key, value in part.items():
