@@ -120,7 +120,7 @@ def draw(count: int, seed: int) -> Pool:
     for index in progress(range(count), desc="draw", unit="image"):
         scene = draw_scene(seed, index, objects=ONE_OBJECT)
         pictures[index] = scene.image.transpose(2, 0, 1)
-        centres[index], classes[index] = scene.objects[0].centre, scene.objects[0].class_id
+        centres[index], classes[index] = scene.objects[0].center, scene.objects[0].class_id
     return Pool(torch.from_numpy(pictures), torch.from_numpy(centres), torch.from_numpy(classes))
 
 
