@@ -178,11 +178,11 @@ class LabelMapPipeline(PseudoMaskPipeline):
     def postprocess(self, outputs: Mapping[str, Any], **options: Any) -> np.ndarray | RefusedImage:  # type: ignore[override]
         """Merge an image's masks, which do not overlap, into one label map."""
         entry = outputs["images"]
-        entry = entry[0] if isinstance(entry, list) else entry
-        if isinstance(entry, RefusedImage):
-            return entry
-        label_map = np.zeros(entry.picture.size, dtype=np.uint8)
-        for answer in super().postprocess({"images": [entry]}, **options):
+        image: LocalizedImage | RefusedImage = entry[0] if isinstance(entry, list) else entry
+        if isinstance(image, RefusedImage):
+            return image
+        label_map = np.zeros(image.image.size, dtype=np.uint8)
+        for answer in super().postprocess({"images": [image]}, **options):
             label_map[np.asarray(answer["mask"]) > 0] = self.class_names.index(answer["label"]) + 1
         return label_map
 
