@@ -9,6 +9,7 @@ import io
 import multiprocessing
 import multiprocessing.util
 import os
+import select
 import signal
 import sys
 import threading
@@ -93,7 +94,8 @@ def run_command(main: Callable[[], Any]) -> None:
     """Run a command; a signal, or an error that the user can fix, ends it with one sentence instead of a traceback.
 
     Raises:
-        SystemExit: with the sentence, or with 130 (Ctrl-C) or 143 (SIGTERM) after it was printed.
+        SystemExit: with the sentence, with 130 (Ctrl-C) or 143 (SIGTERM) after it was printed, or with 141 if the
+            program that reads stdout ended first, as in `bitrans check photos | head`.
     """
     global _state
     _state = _State()
@@ -102,10 +104,12 @@ def run_command(main: Callable[[], Any]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     with _watching():
         try:
-            with ends_with_a_sentence():
+            with ends_with_a_sentence(), _flushed_output():
                 main()
         except BaseException as error:
             if _state.signal is None and not isinstance(error, KeyboardInterrupt):
+                if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                    _end_without_reader()
                 raise
             # Other errors that a stop brings about, such as that of a connection whose other end is gone, say nothing.
             _last_sentence()
@@ -163,6 +167,38 @@ def leave_process_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@contextmanager
+def _flushed_output() -> Iterator[None]:
+    """Write what stdout still holds at the end of the block, where an error can be answered."""
+    try:
+        yield
+    finally:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+
+def _reader_is_gone() -> bool:
+    """Return whether stdout is a pipe whose other end is closed; False on Windows, which has no `poll`."""
+    if not hasattr(select, "poll"):
+        return False
+    try:
+        number = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # none, replaced by something in memory, or closed
+        return False
+    pipe = select.poll()
+    pipe.register(number, 0)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in pipe.poll(0))
+
+
+def _end_without_reader() -> NoReturn:
+    """End as SIGPIPE ends other programs: without a traceback, and with a sentence only if a stage was interrupted."""
+    if _state.kept():
+        _last_sentence()
+    # Python writes the rest of the buffer when it ends, and would report the error then.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(128 + 13) from None
 
 
 def _clear_frames(error: BaseException | None) -> None:

@@ -167,3 +167,48 @@ def test_a_name_that_the_code_page_of_a_pipe_lacks_is_written_in_escapes(tmp_pat
         check=True,
     )
     assert ended.stdout.split() == [b"Katze,", rb"\u732b"]
+
+
+def ended_without_reader(folder: Path, body: str, unbuffered: str = "") -> tuple[int, str]:
+    """Run a program whose stdout is a pipe that nobody reads any more; return its status and stderr."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(
+        [sys.executable, *program(folder, body)],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    return ended.returncode, ended.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows reports a closed pipe otherwise")
+@pytest.mark.parametrize(
+    "body",
+    [
+        'def main():\n    print("short")',  # written when the process ends
+        'def main():\n    print("long " * 100_000)',  # fails in main
+        'def main():\n    print("short")\n    sys.exit(1)',  # as `bitrans check` where something is wrong
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_ended_first_ends_the_command_in_silence(body: str, unbuffered: str, tmp_path: Path):
+    assert ended_without_reader(tmp_path, body, unbuffered) == (141, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows reports a closed pipe otherwise")
+def test_a_stage_whose_reader_ended_says_what_is_kept(tmp_path: Path):
+    body = 'def main():\n    if_stopped(lambda: "in stage seeds; all is kept")\n    print("x", flush=True)'
+    sentence = "stopped in stage seeds; all is kept; to go on, rerun the same command.\n"
+    assert ended_without_reader(tmp_path, body) == (141, sentence)
+
+
+def test_another_broken_pipe_keeps_its_traceback(tmp_path: Path):
+    body = 'def main():\n    raise BrokenPipeError("of a worker")'
+    ended = subprocess.run([sys.executable, *program(tmp_path, body)], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert "Traceback" in ended.stderr
+    assert "BrokenPipeError: of a worker" in ended.stderr
