@@ -3,12 +3,9 @@
 import ast
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
-
-PACKAGE = Path(__file__).parents[1] / "bitrans_hf"
-MODULES = sorted(PACKAGE.rglob("*.py"))
+from sources import ROOT, programs
 
 
 def documented(docstring: str | None, section: str) -> list[str]:
@@ -18,11 +15,11 @@ def documented(docstring: str | None, section: str) -> list[str]:
 
 
 def nodes(kind: type[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
-    """Give every class or function of the package, with its place."""
-    for module in MODULES:
-        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+    """Give every class or function, with its place."""
+    for path, tree in programs():
+        for node in ast.walk(tree):
             if isinstance(node, kind):
-                yield f"{module.relative_to(PACKAGE)}:{node.lineno} {node.name}", node  # type: ignore[attr-defined]
+                yield f"{path.relative_to(ROOT)}:{node.lineno} {node.name}", node  # type: ignore[attr-defined]
 
 
 def test_sections_are_found():

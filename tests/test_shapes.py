@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import io
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +14,8 @@ import pytest
 from datasets import ClassLabel, Image, Value
 from datasets import Sequence as List
 from PIL import Image as PILImage
+from safetensors.numpy import load_file
+from sources import ROOT
 
 from bitrans_hf.data import class_names, make_shapes, open_image, open_mask
 from bitrans_hf.data.shapes import SHAPE_CLASSES, DrawnShape, Scene, draw_scene
@@ -253,3 +259,16 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], words: str):
 def test_a_negative_index_is_named():
     with pytest.raises(ValueError, match="index must be 0 or greater, got -1"):
         draw_scene(0, -1)
+
+
+def test_the_encoder_of_the_demo_can_be_trained_again(tmp_path: Path):
+    """Its script, with few images and steps: every other test has the encoder that was trained once."""
+    out = tmp_path / "encoder.safetensors"
+    words = ["--images", "40", "--steps", "2", "--layers", "1", "--output", str(out)]
+    subprocess.run([sys.executable, "training/pretrain_shapes.py", *words], cwd=ROOT, check=True, capture_output=True)
+    tensors = load_file(out)
+    assert tensors["patch_embed.proj.weight"].shape == (96, 3, 8, 8)
+    assert all(np.isfinite(tensor).all() for tensor in tensors.values())
+    record = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    assert (record["images"], record["steps"], record["layers"]) == (40, 2, 1)
+    assert 0 <= record["fresh_pictures_of_collages_named_right_percent"] <= 100

@@ -4,10 +4,9 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from sources import ROOT, programs
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 PACKAGE_OF = {"PIL": "pillow", "yaml": "pyyaml", "pydensecrf": "pydensecrf2", "huggingface-hub": "huggingface_hub"}
@@ -54,12 +53,6 @@ def test_every_text_file_is_read_and_written_as_utf_8():
     assert len(calls) > 50
     text = [(place, node) for place, node in calls if not of_bytes(node)]
     assert [place for place, node in text if "encoding" not in {option.arg for option in node.keywords}] == []
-
-
-def programs() -> Iterator[tuple[Path, ast.Module]]:
-    for folder in ("bitrans_hf", "training"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield path, ast.parse(path.read_text(encoding="utf-8"))
 
 
 def of_bytes(call: ast.Call) -> bool:

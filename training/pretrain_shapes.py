@@ -62,7 +62,7 @@ def main() -> None:
 
     started, made_with = time.perf_counter(), provenance()
     torch.manual_seed(options.seed)
-    pool = draw(options.pictures, seed=2 * options.seed)
+    pool = draw(options.images, seed=2 * options.seed)
     encoder = VisionTransformer(
         img_size=REFERENCE_SIZE,
         patch_size=PATCH_SIZE,
@@ -74,7 +74,7 @@ def main() -> None:
         weight_init="jax",  # timm's usual 0.02 is far too small for narrow layers: nothing is learnt for minutes
     )
     patch_head = torch.nn.Linear(options.hidden_size, len(SHAPE_CLASSES))
-    start_where_differences_show(encoder, pool.pictures[:1000])
+    start_where_differences_show(encoder, pool.images[:1000])
     train(encoder, patch_head, pool, options.steps, options.batch_size, options.learning_rate)
     accuracy = score(encoder, patch_head, draw(1000, seed=2 * options.seed + 1))
 
@@ -107,21 +107,21 @@ class Pool:
         classes: (n,) class ids.
     """
 
-    pictures: torch.Tensor
-    centres: torch.Tensor
+    images: torch.Tensor
+    centers: torch.Tensor
     classes: torch.Tensor
 
 
 def draw(count: int, seed: int) -> Pool:
     """Draw `count` images of one object each."""
-    pictures = np.empty((count, 3, REFERENCE_SIZE, REFERENCE_SIZE), dtype=np.uint8)
-    centres = np.empty((count, 2), dtype=np.float32)
+    images = np.empty((count, 3, REFERENCE_SIZE, REFERENCE_SIZE), dtype=np.uint8)
+    centers = np.empty((count, 2), dtype=np.float32)
     classes = np.empty(count, dtype=np.int64)
     for index in progress(range(count), desc="draw", unit="image"):
         scene = draw_scene(seed, index, objects=ONE_OBJECT)
-        pictures[index] = scene.image.transpose(2, 0, 1)
-        centres[index], classes[index] = scene.objects[0].center, scene.objects[0].class_id
-    return Pool(torch.from_numpy(pictures), torch.from_numpy(centres), torch.from_numpy(classes))
+        images[index] = scene.image.transpose(2, 0, 1)
+        centers[index], classes[index] = scene.objects[0].center, scene.objects[0].class_id
+    return Pool(torch.from_numpy(images), torch.from_numpy(centers), torch.from_numpy(classes))
 
 
 def collages(pool: Pool, size: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, int]]:
@@ -137,10 +137,10 @@ def collages(pool: Pool, size: int) -> tuple[torch.Tensor, torch.Tensor, tuple[i
     for number, (rows, columns) in enumerate(cells(row, column)):
         extent = torch.tensor([rows.stop - rows.start, columns.stop - columns.start])
         jitter = torch.randint(-4, 5, (size, 2))
-        corners = (pool.centres[chosen[:, number]] - extent / 2).round().long() + jitter
+        corners = (pool.centers[chosen[:, number]] - extent / 2).round().long() + jitter
         corners = corners.clamp(min=0).minimum(REFERENCE_SIZE - extent)
         for index, (top, left) in enumerate(corners.tolist()):
-            cut = pool.pictures[chosen[index, number], :, top : top + extent[0], left : left + extent[1]]
+            cut = pool.images[chosen[index, number], :, top : top + extent[0], left : left + extent[1]]
             images[index, :, rows, columns] = cut
     return images, pool.classes[chosen], (row, column)
 
