@@ -172,12 +172,18 @@ def leave_process_group() -> None:
 
 @contextmanager
 def _flushed_output() -> Iterator[None]:
-    """Write what stdout still holds at the end of the block, where an error can be answered."""
+    """Write what stdout still holds at the end of the block, where an error can be answered; a bug comes first."""
     try:
         yield
-    finally:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+    except SystemExit:
+        _flush_stdout()
+        raise
+    _flush_stdout()
+
+
+def _flush_stdout() -> None:
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 def _reader_is_gone() -> bool:

@@ -212,3 +212,9 @@ def test_another_broken_pipe_keeps_its_traceback(tmp_path: Path):
     assert ended.returncode == 1
     assert "Traceback" in ended.stderr
     assert "BrokenPipeError: of a worker" in ended.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows reports a closed pipe otherwise")
+def test_a_bug_keeps_its_traceback_when_the_reader_ended_too(tmp_path: Path):
+    _, said = ended_without_reader(tmp_path, 'def main():\n    print("short")\n    raise KeyError("a bug")')
+    assert "KeyError: 'a bug'" in said

@@ -21,7 +21,7 @@ Region: TypeAlias = NDArray[np.bool_]
 """(H, W), True on the pixels of an object."""
 
 _FAR = 100_000
-"""Largest coordinate of a corner in pixels: more is an error, and pycocotools' memory grows with it."""
+"""Largest absolute coordinate of a corner in pixels: more is an error, and pycocotools' memory grows with it."""
 
 _MOST_CHARACTERS = 7
 """Most characters of one compressed run length: 35 bits, more than any image needs."""

@@ -200,7 +200,7 @@ def check_label_maps(run: Run, pairs: Dataset, largest_crop: float) -> None:
     Args:
         run: Each process works on its share.
         pairs: Images with label maps.
-        largest_crop: Smallest longest side in pixels, before scaling, of an image that fills a crop.
+        largest_crop: Least longer side of an image, in pixels before scaling, for a crop to fit in.
 
     Raises:
         StageError: some label maps do not fit (how many, and what is wrong with the first), or a crop is larger than
