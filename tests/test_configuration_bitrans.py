@@ -71,6 +71,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"num_affinity_layers": 0}, r"num_affinity_layers must be in \[1, num_hidden_layers = 3\], got 0"),
     ({"num_affinity_layers": 4}, r"num_affinity_layers must be in \[1, num_hidden_layers = 3\], got 4"),
     ({"num_seed_layers": 4}, r"num_seed_layers must be in \[1, num_hidden_layers = 3\], got 4"),
+    ({"affinity_source": "keys"}, "affinity_source must be one of attention, similarity, joint, got 'keys'"),
     ({"drop_path_rate": 1.0}, r"drop_path_rate must be in \[0, 1\), got 1.0"),
     ({"drop_path_rate": -0.1}, r"drop_path_rate must be in \[0, 1\), got -0.1"),
     ({"mlp_ratio": 0}, "mlp_ratio and layer_norm_eps must be above 0"),

@@ -53,10 +53,17 @@ def test_the_network_gives_the_seeds_of_extract_seeds_and_the_models_tags(flip: 
     torch.testing.assert_close(logits, tags, atol=1e-5, rtol=0)
 
 
-def test_both_graphs_equal_torch_whatever_the_batch_and_the_size(tmp_path: Path):
+@pytest.mark.parametrize("affinity_source", ["attention", "joint"])
+def test_both_graphs_equal_torch_whatever_the_batch_and_the_size(affinity_source: str, tmp_path: Path):
     import onnx
 
-    model = tiny_model(hidden_size=8, num_attention_heads=1, num_hidden_layers=1, num_seed_layers=1)
+    model = tiny_model(
+        hidden_size=8,
+        num_attention_heads=1,
+        num_hidden_layers=1,
+        num_seed_layers=1,
+        affinity_source=affinity_source,
+    )
     description = export_model(model, BiTransImageProcessor(), tmp_path, flip=False)
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.pt2", "export.json"}
     assert json.loads((tmp_path / "export.json").read_text()) == description

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from bitrans_hf import BiTransConfig, BiTransImageProcessor, BiTransModel, BiTransOutput
-from bitrans_hf.hub.encoder import RecomputedAttention, attention_with_map
+from bitrans_hf.hub.encoder import RecomputedAttention, attention_with_map, self_similarity
 from bitrans_hf.hub.losses import class_consistency_loss
 from bitrans_hf.weights import from_timm_state_dict
 
@@ -316,6 +316,44 @@ def test_the_affinity_may_come_from_the_last_layers_alone(tmp_path: Path):
     torch.testing.assert_close(model(images).affinity, sum(rows) / 3)
     torch.testing.assert_close(last_two(images).affinity, (rows[1] + rows[2]) / 2)
     assert torch.equal(last_two(images).sc_cam, model(images).sc_cam)
+
+
+def test_self_similarity_is_the_mean_softmax_of_queries_and_of_keys_with_themselves():
+    query, key, _ = attention_inputs()
+    wanted = sum(torch.softmax(torch.einsum("bhid,bhjd->bhij", x, x) / 2.0, dim=-1).mean(1) for x in (query, key)) / 2
+    torch.testing.assert_close(self_similarity(query, key), wanted)
+
+
+@pytest.mark.parametrize("num_layers", [2, 3])
+def test_the_affinity_may_come_from_self_similarity_or_from_both(num_layers: int, tmp_path: Path):
+    model, images = tiny_model(initializer_range=0.2), pixels(2, 3, 24, 32)
+    model.save_pretrained(tmp_path)
+    attention, similarity, joint = (
+        BiTransModel.from_pretrained(tmp_path, num_affinity_layers=num_layers, affinity_source=source)(images)
+        for source in ("attention", "similarity", "joint")
+    )
+    output = model(images, output_hidden_states=True)
+    maps = []
+    for layer, tokens in list(zip(model.layers, output.hidden_states, strict=False))[-num_layers:]:
+        query, key, _ = layer.attention.qkv(layer.norm1(tokens)).unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4)
+        for features in (query[:, :, 3:], key[:, :, 3:]):
+            maps.append(torch.softmax(features @ features.transpose(2, 3) / 8**0.5, dim=-1).mean(1))
+    assert similarity.affinity.shape == (2, 12, 12)
+    torch.testing.assert_close(similarity.affinity, sum(maps) / (2 * num_layers))
+    rows = attention.affinity / attention.affinity.sum(2, keepdim=True)
+    torch.testing.assert_close(joint.affinity, (rows + similarity.affinity) / 2)
+    torch.testing.assert_close(joint.affinity.sum(2), torch.ones(2, 12))
+    for other in (similarity, joint):
+        assert torch.equal(other.sc_cam, attention.sc_cam)
+        assert torch.equal(other.logits, attention.logits)
+
+
+def test_self_similarity_trains_too():
+    model = tiny_model(affinity_source="joint", num_affinity_layers=2)
+    losses = model(pixels(2, 3, 32, 32), labels=LABELS).losses
+    losses["pac"].backward()
+    gradients = [layer.attention.qkv.weight.grad for layer in model.layers[1:]]
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
 
 
 def test_ranked_pooling_weighs_patches_by_their_rank():

@@ -459,7 +459,7 @@ def test_the_crf_without_the_package_says_what_to_install(monkeypatch: pytest.Mo
         ({"label_threshold": -1}, ValueError, r"label_threshold must be in \[0, 1\], got -1"),
         ({"scales": ()}, ValueError, "scales must be one or more factors above 0"),
         ({"scales": (1.0, 0.0)}, ValueError, "scales must be one or more factors above 0"),
-        ({"mode": "cam"}, ValueError, "mode must be one of fused, fused_sqrt, sc_cam, coarse_cam, got 'cam'"),
+        ({"mode": "cam"}, ValueError, "mode must be one of fused, fused_sqrt, gated, sc_cam, coarse_cam, got 'cam'"),
         ({"refiner": "srf"}, ValueError, "refiner must be None, .*'crf' or a function, got 'srf'"),
         ({"refine_steps": 0}, ValueError, "refine_steps must be at least 1, got 0"),
         ({"max_side": 0}, ValueError, "max_side must be at least 1 pixel, got 0"),

@@ -237,6 +237,8 @@ def test_a_rule_of_fusion_stands_behind_the_fused_and_the_refined_variant():
     assert seed_variants() == SEED_VARIANTS
     root = sum_over_views(model, [images], seed_variants("fused_sqrt"), flip=False)
     torch.testing.assert_close(root["fused"], plain["fused"].sqrt())
+    gated = sum_over_views(model, [images], seed_variants("gated"), flip=False)
+    torch.testing.assert_close(gated["fused"], plain["sc_cam"] * model(images).coarse_cam.sigmoid())
     alone = sum_over_views(model, [images], seed_variants("sc_cam"), flip=False, refine_steps=2)
     assert torch.equal(alone["fused"], plain["sc_cam"])
     affinity = model(images).affinity
@@ -270,7 +272,11 @@ def test_a_flat_map_is_all_zero_and_not_nan():
         ([0, float("nan"), 1], {}, r"image labels must be 0 or 1, got \[nan\]"),
         (["cat"], {"scales": (0.75, 1.0)}, r"first scale must be 1.0.*got \(0.75, 1.0\)"),
         (["cat"], {"scales": ()}, r"first scale must be 1.0.*got \(\)"),
-        (["cat"], {"mode": "attention"}, "mode must be one of fused, fused_sqrt, sc_cam, coarse_cam, got 'attention'"),
+        (
+            ["cat"],
+            {"mode": "attention"},
+            "mode must be one of fused, fused_sqrt, gated, sc_cam, coarse_cam, got 'attention'",
+        ),
     ],
 )
 def test_wrong_input_is_named(labels: Any, options: dict[str, Any], message: str):

@@ -107,7 +107,7 @@ class BiTransBackbone(Backbone):
         tokens, grid = self.encoder.embed(F.pad(pixel_values, (before, after, before, after)), self.stride)
         num_patches, maps = grid[0] * grid[1], []
         for index, layer in enumerate(self.encoder.layers):
-            tokens, _ = layer(tokens, with_map=False)
+            tokens, _, _ = layer(tokens, with_map=False)
             if index in self.out_indices:
                 maps.append(token_map(tokens[:, -num_patches:], grid))
         return maps

@@ -5,6 +5,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig, strict
 
 from .errors import InputError
+from .maps import AFFINITIES
 from .views import VIEWS
 
 PATCH_POOLINGS = ("mean", "ranked")
@@ -39,6 +40,9 @@ class BiTransConfig(PreTrainedConfig):
         num_seed_layers (`int`, defaults to 3): K, how many of the last layers give the SC-CAM (Eq. 2).
         num_affinity_layers (`int`, *optional*): How many of the last layers give the affinity (Eq. 9). None is all of
             them, as in the paper and in MCTformer; the first layers attend to what lies near or looks alike.
+        affinity_source (`str`, defaults to `"attention"`): What says that two patches belong together: "attention"
+            (Eq. 9), "similarity" (softmax of queries with queries and keys with keys) or "joint", the mean of both,
+            the attention's rows divided by their sums. It may be chosen when a trained model is loaded.
         view (`str`, defaults to `"hflip"`): Second view f (Eq. 1): "hflip", "vflip", "rot90", "rot180", or "none"
             for a single-view baseline.
         scc_weight (`float`, defaults to 1.0): Weight of the class-specific consistency loss (Eq. 3).
@@ -80,6 +84,7 @@ class BiTransConfig(PreTrainedConfig):
     patch_pooling: str = "mean"
     num_seed_layers: int = 3
     num_affinity_layers: int | None = None
+    affinity_source: str = "attention"
     view: str = "hflip"
     scc_weight: float | int = 1.0
     pac_weight: float | int = 1.0
@@ -116,6 +121,8 @@ class BiTransConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= self.num_hidden_layers:
                 raise InputError(f"{name} must be in [1, num_hidden_layers = {self.num_hidden_layers}], got {value}.")
+        if self.affinity_source not in AFFINITIES:
+            raise InputError(f"affinity_source must be one of {', '.join(AFFINITIES)}, got {self.affinity_source!r}.")
         if not 0 <= self.drop_path_rate < 1:
             raise InputError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
         if self.mlp_ratio <= 0 or self.layer_norm_eps <= 0 or self.initializer_range < 0:

@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_bitrans import BiTransConfig
+from .maps import AFFINITIES
 
 
 @dataclass
@@ -25,7 +26,8 @@ class Encoded:
     Attributes:
         tokens: (B, C + N, D) output tokens, class tokens first.
         sc_cam: (B, C, h, w) SC-CAM (Eq. 2), class-to-patch attention; values of one class sum to at most 1.
-        affinity: (B, N, N) patch-to-patch attention (Eq. 9), [query, key], rows sum to less than 1.
+        affinity: (B, N, N) patch affinity, [query, key]: attention (Eq. 9), whose rows sum to less than 1, or what
+            `config.affinity_source` names.
         class_tokens: The class tokens (B, C, D) after each layer, where they are contrasted; else empty.
         hidden_states: On request, L + 1 tensors (B, C + N, D), the embeddings first; else empty.
         attentions: On request, L tensors (B, C + N, C + N), each averaged over its heads; else empty.
@@ -70,6 +72,30 @@ def attention_with_map(
     return torch.stack(outputs, dim=1), total / num_heads
 
 
+def self_similarity(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Return how alike patches are: softmax of queries with queries and of keys with keys, mean over both and heads.
+
+    ExCEL (CVPR 2025) and SCLIP read affinities of CLIP so, with values as a third; here they add nothing. Attention
+    says what a patch asks for, which may be elsewhere; self-similarity says what belongs together.
+
+    Args:
+        query: (B, heads, N, d) of the patches, any float type.
+        key: As `query`.
+
+    Returns:
+        (B, N, N) whose rows sum to 1, in float32 (float64 for float64).
+    """
+    num_heads, scale = query.shape[1], query.shape[3] ** -0.5
+    total: torch.Tensor | None = None
+    for features in (query, key):
+        for head in range(num_heads):  # one map beside the running sum, as in `attention_with_map`
+            each = features[:, head]
+            weights = softmax_over_keys((each * scale) @ each.transpose(1, 2))
+            total = weights if total is None else total + weights
+    assert total is not None  # a layer has at least one head
+    return total / (2 * num_heads)
+
+
 class RecomputedAttention(torch.autograd.Function):
     """`attention_with_map` that keeps only query, key and value for the backward pass and recomputes each head's map.
 
@@ -112,7 +138,7 @@ class RecomputedAttention(torch.autograd.Function):
 
 
 class BiTransAttention(nn.Module):
-    """Multi-head self-attention that optionally returns its head-averaged map."""
+    """Multi-head self-attention that optionally returns its head-averaged map and the patches' self-similarity."""
 
     def __init__(self, config: BiTransConfig):
         super().__init__()
@@ -120,8 +146,16 @@ class BiTransAttention(nn.Module):
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, tokens: torch.Tensor, with_map: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map (B, T, D) to (B, T, D) and the head-averaged attention (B, T, T); None without `with_map`."""
+    def forward(
+        self, tokens: torch.Tensor, with_map: bool = True, similarity_from: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Map (B, T, D) to (B, T, D), the head-averaged attention (B, T, T), and the self-similarity of tokens.
+
+        Args:
+            tokens: (B, T, D).
+            with_map: False gives None for the attention.
+            similarity_from: First token whose similarity counts: (B, N, N) for the N from there on. None gives None.
+        """
         batch, length, width = tokens.shape
         qkv = self.qkv(tokens).reshape(batch, length, 3, self.num_heads, width // self.num_heads)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, heads, T, d)
@@ -132,7 +166,10 @@ class BiTransAttention(nn.Module):
             mixed, attention_map = RecomputedAttention.apply(query, key, value)
         else:
             mixed, attention_map = attention_with_map(query, key, value)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width)), attention_map
+        similarity: torch.Tensor | None = None
+        if similarity_from is not None:
+            similarity = self_similarity(query[:, :, similarity_from:], key[:, :, similarity_from:])
+        return self.proj(mixed.transpose(1, 2).reshape(batch, length, width)), attention_map, similarity
 
 
 class BiTransMLP(nn.Module):
@@ -171,15 +208,19 @@ class BiTransLayer(GradientCheckpointingLayer):
         self.mlp = BiTransMLP(config)
 
     def forward(
-        self, tokens: torch.Tensor, with_map: bool = True, num_views: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map tokens (B, T, D) to (B, T, D) and the head-averaged attention (B, T, T); None without `with_map`.
+        self,
+        tokens: torch.Tensor,
+        with_map: bool = True,
+        num_views: int = 1,
+        similarity_from: int | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Map tokens (B, T, D) to (B, T, D), and give the layer's maps as `BiTransAttention` does.
 
         `num_views`: Of how many views of the same images, one after the other, the batch consists.
         """
-        mixed, attention_map = self.attention(self.norm1(tokens), with_map)
+        mixed, attention_map, similarity = self.attention(self.norm1(tokens), with_map, similarity_from)
         tokens = tokens + self.drop_path(mixed, num_views)
-        return tokens + self.drop_path(self.mlp(self.norm2(tokens)), num_views), attention_map
+        return tokens + self.drop_path(self.mlp(self.norm2(tokens)), num_views), attention_map, similarity
 
     def drop_path(self, branch: torch.Tensor, num_views: int = 1) -> torch.Tensor:
         """While training, drop the whole branch for some images and scale it up for the others."""
@@ -320,12 +361,17 @@ class ClassTokenEncoder(PreTrainedModel):
         num_classes, num_layers = cast(int, self.config.num_labels), len(self.layers)
         tokens, grid = self.embed(pixel_values)
         count = self.config.num_affinity_layers or num_layers
-        affinity = RunningMean(num_layers - count, count)
+        first = num_layers - count
+        attention, similarity = RunningMean(first, count), RunningMean(first, count)
         sc_cam = RunningMean(num_layers - self.config.num_seed_layers, self.config.num_seed_layers)
+        uses_similarity = self.config.affinity_source != "attention"
         hidden_states, attentions, class_tokens = [tokens] if output_hidden_states else [], [], []
         for index, layer in enumerate(self.layers):
-            tokens, attention_map = layer(tokens, True, num_views)
-            affinity.add(index, attention_map[:, num_classes:, num_classes:])
+            similarity_from = num_classes if uses_similarity and index >= first else None
+            tokens, attention_map, similarity_map = layer(tokens, True, num_views, similarity_from)
+            attention.add(index, attention_map[:, num_classes:, num_classes:])
+            if similarity_map is not None:
+                similarity.add(index, similarity_map)
             sc_cam.add(index, attention_map[:, :num_classes, num_classes:])
             if self.config.class_contrast_weight:
                 class_tokens.append(tokens[:, :num_classes])
@@ -334,7 +380,10 @@ class ClassTokenEncoder(PreTrainedModel):
             if output_attentions:
                 attentions.append(attention_map)
         maps = sc_cam.mean().unflatten(2, grid)
-        return Encoded(tokens, maps, affinity.mean(), class_tokens, hidden_states, attentions)
+        affinity = attention.mean()
+        if uses_similarity:
+            affinity = AFFINITIES[self.config.affinity_source](affinity, similarity.mean())
+        return Encoded(tokens, maps, affinity, class_tokens, hidden_states, attentions)
 
 
 __all__ = ["ClassTokenEncoder", "Encoded"]

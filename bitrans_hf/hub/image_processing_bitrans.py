@@ -229,7 +229,8 @@ class BiTransImageProcessor(TorchvisionBackend):
             labels: Multi-hot image-level labels (B, C), 0 or 1.
             target_sizes: (H, W) of each image; None leaves the masks on the token grid.
             threshold: Background score in [0, 1].
-            mode: "fused" (SC-CAM x ReLU(Coarse-CAM)), its root "fused_sqrt", "sc_cam" or "coarse_cam".
+            mode: "fused" (SC-CAM x ReLU(Coarse-CAM)), its root "fused_sqrt", "gated"
+                (SC-CAM x sigmoid(Coarse-CAM)), "sc_cam" or "coarse_cam".
             refine: Spread the maps along the patch affinity once.
 
         Returns:

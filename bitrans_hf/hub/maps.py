@@ -3,7 +3,7 @@
 B images, C object classes, an h x w grid of N patches, H x W pixels. Used by seeds, pipeline, image processor and app.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -53,10 +53,24 @@ def fuse(sc_cam: torch.Tensor, coarse_cam: torch.Tensor) -> torch.Tensor:
 CAM_FUSIONS: Mapping[str, Any] = {
     "fused": lambda output: output.pseudo_mask,
     "fused_sqrt": lambda output: output.pseudo_mask.sqrt(),  # MCTformer+: less peaked
+    "gated": lambda output: output.sc_cam * output.coarse_cam.sigmoid(),  # where Coarse-CAM is unsure, SC-CAM decides
     "sc_cam": lambda output: output.sc_cam,
     "coarse_cam": lambda output: output.coarse_cam.relu(),
 }
 """Names of `mode`: how the two branches' maps in a `BiTransOutput` become one (B, C, h, w)."""
+
+
+def rows_to_one(affinity: torch.Tensor) -> torch.Tensor:
+    """Divide each row of an affinity (B, N, N) by its sum."""
+    return affinity / affinity.sum(dim=2, keepdim=True)
+
+
+AFFINITIES: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "attention": lambda attention, similarity: attention,
+    "similarity": lambda attention, similarity: similarity,
+    "joint": lambda attention, similarity: (rows_to_one(attention) + similarity) / 2,
+}
+"""How attention (Eq. 9) and self-similarity of the patches, both (B, N, N), become the affinity that spreads maps."""
 
 
 def refine_with_affinity(
@@ -72,7 +86,7 @@ def refine_with_affinity(
             patches that give much of their attention to the class tokens.
     """
     if normalize_rows:
-        affinity = affinity / affinity.sum(dim=2, keepdim=True)
+        affinity = rows_to_one(affinity)
     flat = maps.flatten(2)
     for _ in range(steps):
         flat = flat @ affinity.transpose(1, 2)

@@ -39,7 +39,8 @@ class BiTransOutput(ModelOutput):
         sc_cam: (B, C, h, w) SC-CAM (Eq. 2), class-to-patch attention; values of one class sum to at most 1.
         coarse_cam: (B, C, h, w) Coarse-CAM (Eq. 6) before the ReLU, any range.
         pseudo_mask: (B, C, h, w) SC-CAM x ReLU(Coarse-CAM) (Eq. 8), at least 0.
-        affinity: (B, N, N) patch-to-patch attention (Eq. 9), [query, key], rows sum to less than 1.
+        affinity: (B, N, N) patch affinity, [query, key]: attention (Eq. 9), whose rows sum to less than 1, or what
+            `config.affinity_source` names.
         last_hidden_state: (B, C + N, D) output tokens, class tokens first, as both branches read them: no final
             LayerNorm unless `config.final_layer_norm`.
         hidden_states: On request, L + 1 tensors (B, C + N, D), the embeddings first.

@@ -200,7 +200,8 @@ class PseudoMaskPipeline(Pipeline):
     - `label_threshold` (0.5): in [0, 1], used where no labels are given.
     - `scales` ((1.0,)): sizes to average over, relative to the image, for example (1.0, 0.75, 1.25).
     - `flip` (True): average over the horizontal flip too.
-    - `mode` ("fused"): "fused", its root "fused_sqrt", "sc_cam" or "coarse_cam".
+    - `mode` ("fused"): "fused", its root "fused_sqrt", "gated"
+      (SC-CAM x sigmoid(Coarse-CAM)), "sc_cam" or "coarse_cam".
     - `refine` (True): spread the maps along the patch affinity (Eq. 10).
     - `refine_steps` (1): how often; `normalize_affinity` (False): give every row of the affinity the sum 1 first.
     - `refiner` (None): what sharpens the scores on the image's colors before they are cut: None, "par"

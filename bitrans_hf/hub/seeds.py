@@ -127,7 +127,8 @@ def extract_seeds(
         processor: Resizes and normalizes; an image with a longer side than its `max_side` is worked on at that size.
         scales: Sizes to average over, relative to the image; the first must be 1.0.
         flip: Average over the horizontal flip of each size too.
-        mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), its root "fused_sqrt", "sc_cam" or "coarse_cam".
+        mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), its root "fused_sqrt", "gated"
+            (SC-CAM x sigmoid(Coarse-CAM)), "sc_cam" or "coarse_cam".
         refine: Spread the maps along the patch affinity (Eq. 10).
         refine_steps: How often.
         normalize_affinity: Give every row of the affinity the sum 1 first.

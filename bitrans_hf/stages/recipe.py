@@ -29,7 +29,14 @@ Precision: TypeAlias = Literal["auto", "no", "bf16"]
 
 TRANSFORMER_KEYS = {
     "train": ("consistency_warmup_epochs",),
-    "seeds": ("fusion", "num_seed_layers", "num_affinity_layers", "refine_steps", "normalize_affinity"),
+    "seeds": (
+        "fusion",
+        "num_seed_layers",
+        "num_affinity_layers",
+        "affinity_source",
+        "refine_steps",
+        "normalize_affinity",
+    ),
 }
 """Keys of other sections that a CNN does not have."""
 
@@ -244,9 +251,11 @@ class SeedsRecipe:
         threshold: Background score for the label maps.
         batch_size: Images of one size in a forward pass.
         fusion: Rule behind the variants "fused" and "refined": "fused", the paper's product; "fused_sqrt", its
-            root; "sc_cam" or "coarse_cam", one of the two alone.
+            root; "gated", SC-CAM times the sigmoid of Coarse-CAM; "sc_cam" or "coarse_cam", one of the two alone.
         num_seed_layers: K, how many of the last layers give the SC-CAM; null as the model was trained.
         num_affinity_layers: How many of the last layers give the affinity; null as the model was trained (all).
+        affinity_source: "attention" (Eq. 9), "similarity" of queries and of keys, or "joint", the mean of both; null
+            as the model was trained (attention).
         refine_steps: How often the variant "refined" is spread along the affinity; once in the paper.
         normalize_affinity: Give every row of the affinity the sum 1 first.
         max_side: Longest side in pixels that images are worked on at, in this and all later stages: larger ones are
@@ -260,9 +269,10 @@ class SeedsRecipe:
     variant: SeedVariant = "refined"
     threshold: float = THRESHOLD
     batch_size: int = 8
-    fusion: Literal["fused", "fused_sqrt", "sc_cam", "coarse_cam"] = "fused"
+    fusion: Literal["fused", "fused_sqrt", "gated", "sc_cam", "coarse_cam"] = "fused"
     num_seed_layers: int | None = None
     num_affinity_layers: int | None = None
+    affinity_source: Literal["attention", "similarity", "joint"] | None = None
     refine_steps: int = 1
     normalize_affinity: bool = False
     max_side: int | None = None

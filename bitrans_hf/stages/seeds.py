@@ -95,7 +95,7 @@ def load_model(run: Run) -> tuple[BiTransModel | CamModel, BiTransImageProcessor
     if isinstance(recipe.model, CamRecipe):
         model = load_trained(CamModel, folder)
     else:
-        names = ("num_seed_layers", "num_affinity_layers")
+        names = ("num_seed_layers", "num_affinity_layers", "affinity_source")
         changed = {name: value for name in names if (value := getattr(recipe.seeds, name)) is not None}
         model = load_trained(BiTransModel, folder, **changed)
     processor = BiTransImageProcessor.from_pretrained(folder)
