@@ -28,10 +28,10 @@ from .file_names import label_path
 from .files import lies_in
 from .hub.errors import InputError
 from .hub.image_processing_bitrans import BiTransImageProcessor
-from .hub.labels import THRESHOLD, palette
+from .hub.labels import palette
 from .hub.maps import ClassMaps, fused_maps, min_max_normalized, resized, strongest_row, sum_over_scales
 from .hub.pipeline_bitrans import PseudoMaskPipeline, open_picture
-from .hub.seeds import SEED_VARIANTS
+from .hub.seeds import seed_variants
 from .refine.pseudo_labels import write_label_png
 from .report.drawing import VARIANT_TITLES, heat_overlay, label_overlay
 
@@ -59,7 +59,7 @@ class ScaleMaps:
     Attributes:
         class_attention: (V, L, C, h, w) class-to-patch attention of every layer, mean over heads.
         coarse_cam: (V, C, h, w) before the ReLU.
-        affinity: (V, N, N) patch-to-patch attention, mean over heads and layers.
+        affinity: (V, N, N) patch affinity, as the model's configuration says.
         probabilities: (C,) of each class' presence, mean over the views.
     """
 
@@ -133,7 +133,7 @@ class PictureMaps:
             num_layers: Number of last layers that give the SC-CAM (K of Eq. 2).
 
         Returns:
-            Each of `SEED_VARIANTS` -> (K, H', W') in [0, 1] at the size of `image`.
+            Each of `seed_variants` -> (K, H', W') in [0, 1] at the size of `image`.
         """
         question, ids = (tuple(class_ids), num_scales, num_layers), list(class_ids)
         asked_before, answer = self._seeds
@@ -145,9 +145,11 @@ class PictureMaps:
             kept = self.at_scale(scale)
             sc_cam = kept.class_attention[:, -num_layers:, ids].mean(dim=1)
             maps = ClassMaps(sc_cam, kept.coarse_cam[:, ids], kept.affinity)
+            config = self.model.config
+            spread = {"refine_steps": config.refine_steps, "normalize_affinity": config.normalize_affinity}
             return {
-                name: fused_maps(maps, mode, refine=refine, flip=True)[0]
-                for name, (mode, refine) in SEED_VARIANTS.items()
+                name: fused_maps(maps, mode, refine=refine, flip=True, **spread)[0]
+                for name, (mode, refine) in seed_variants(config.fusion).items()
             }
 
         totals = sum_over_scales(map(maps_of, SCALES[:num_scales]), size)
@@ -217,7 +219,7 @@ def build_app(pipe: PseudoMaskPipeline) -> gr.Blocks:
             with gr.Column(scale=1, min_width=280):
                 question = lay_out_question(pipe)
             with gr.Column(scale=3, min_width=280):
-                result = lay_out_result()
+                result = lay_out_result(pipe.model.config.threshold)
                 affinity = lay_out_affinity()
         page = Page(pipe, current, question, result, affinity)
         page.connect(app)
@@ -268,8 +270,8 @@ class ResultControls:
     download: gr.DownloadButton
 
 
-def lay_out_result() -> ResultControls:
-    """Lay out the maps, and below them the threshold and the mask's legend."""
+def lay_out_result(threshold: float) -> ResultControls:
+    """Lay out the maps, and below them the threshold, which starts at the one that is given, and the mask's legend."""
     shown_class = gr.Radio([], label="Class whose maps are shown", elem_id="shown")
     with gr.Row(elem_id="panels"):
         plain = still("Image", "The image, upright")
@@ -280,14 +282,14 @@ def lay_out_result() -> ResultControls:
         mask = still("Mask", "The mask of all labels over the image")
     with gr.Row():
         with gr.Column(min_width=200):
-            threshold = gr.Slider(
-                0, 1, THRESHOLD, step=0.01, label="Threshold", info="higher: smaller masks", elem_id="threshold"
+            slider = gr.Slider(
+                0, 1, threshold, step=0.01, label="Threshold", info="higher: smaller masks", elem_id="threshold"
             )
             legend = gr.HTML("", elem_id="legend", min_height=40)
         download = gr.DownloadButton(
             "Download the mask (PNG)", variant="primary", interactive=False, elem_id="download"
         )
-    return ResultControls(shown_class, plain, panels, mask, threshold, legend, download)
+    return ResultControls(shown_class, plain, panels, mask, slider, legend, download)
 
 
 @dataclass(frozen=True)

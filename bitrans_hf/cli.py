@@ -10,7 +10,6 @@ from typing import TypeAlias
 
 from .commands import if_stopped, leave_process_group, run_command, starting, starts_quietly
 from .hub.errors import MissingExtraError
-from .hub.labels import THRESHOLD
 from .progress import progress
 
 REFINERS = ("crf", "none", "par")
@@ -142,7 +141,7 @@ def add_masks(commands: Commands) -> None:
         "--separator", metavar="TEXT", help="separator between class names in the table (detected by default)"
     )
     masks.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where the masks go")
-    masks.add_argument("--threshold", type=float, default=THRESHOLD, help="background score, 0 to 1 (%(default)s)")
+    masks.add_argument("--threshold", type=float, help="background score, 0 to 1 (the model's)")
     masks.add_argument(
         "--label-threshold", type=float, default=0.5, help="without a table: probability of a class (%(default)s)"
     )

@@ -40,6 +40,8 @@ def run_masks(options: argparse.Namespace) -> None:
     refuse_same_folder(options.out, options.images, "--out")
     with working(f"masks: loading the model {options.model}", quiet=options.quiet):
         pipe = LabelMapPipeline.from_pretrained(options.model, options.device)
+    if options.threshold is None:
+        options.threshold = pipe.model.config.threshold  # its number goes into the record
     if background := [name for name in pipe.class_names if is_background(name)]:
         raise InputError(
             f"model {options.model} has a class {background[0]!r}, expected object classes alone: background has the "

@@ -149,7 +149,7 @@ def page() -> Iterator[Page]:
     async def laid_out() -> Page:  # within a loop, or gradio opens loops of its own and leaves them open
         pipe = pipe_of()
         with gradio.Blocks():
-            return Page(pipe, gradio.State(None), lay_out_question(pipe), lay_out_result(), lay_out_affinity())
+            return Page(pipe, gradio.State(None), lay_out_question(pipe), lay_out_result(0.4), lay_out_affinity())
 
     made = asyncio.run(laid_out())
     yield made

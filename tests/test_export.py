@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +39,10 @@ def test_one_formula_gives_the_position_embedding_of_every_size(height: int, wid
         assert torch.equal(actual, expected), "the training size is not resized"
 
 
+@pytest.mark.parametrize("reading", [{}, {"fusion": "gated", "affinity_source": "joint", "refine_steps": 3}])
 @pytest.mark.parametrize("flip", [True, False])
-def test_the_network_gives_the_seeds_of_extract_seeds_and_the_models_tags(flip: bool):
-    model, processor = tiny_model(), BiTransImageProcessor()
+def test_the_network_gives_the_seeds_of_extract_seeds_and_the_models_tags(flip: bool, reading: dict[str, Any]):
+    model, processor = tiny_model(**reading), BiTransImageProcessor()
     image = picture(41, 58)
     (pixel_values,) = processor.scaled_views(image)
     logits, seeds, affinity = SeedNetwork(model, flip=flip)(pixel_values)

@@ -80,6 +80,24 @@ def test_masks_are_the_cut_seeds(size: tuple[int, int], options: dict[str, Any])
     assert 0.05 < (label_map(masks, size) > 0).mean() < 0.95
 
 
+def test_what_is_not_given_is_as_the_models_configuration_says():
+    reading = {"fusion": "gated", "refine_steps": 3, "normalize_affinity": True}
+    image = picture(32, 44)
+    given = {"mode": "gated", "refine_steps": 3, "normalize_affinity": True}
+    told = pipe()(image, candidate_labels=["horse", "cat"], threshold=0.55, **given)
+    model = tiny_model(**reading, threshold=0.55)
+    its_own = PseudoMaskPipeline(model=model, image_processor=BiTransImageProcessor(), device="cpu")
+    assert_same(its_own(image, candidate_labels=["horse", "cat"]), told)
+    assert_same(its_own(image, candidate_labels=["horse", "cat"], threshold=None, mode=None), told)
+    plain = pipe()(image, candidate_labels=["horse", "cat"])
+    assert (label_map(plain, (32, 44)) != label_map(told, (32, 44))).mean() > 0.05
+    seeds, by_model = (
+        extract_seeds(each, image, ["cat", "horse"], processor=BiTransImageProcessor(), **options).maps
+        for each, options in ((tiny_model(), given), (model, {}))
+    )
+    np.testing.assert_array_equal(seeds, by_model)
+
+
 def test_an_answer_has_label_score_and_a_mask_of_0_and_255_at_the_pictures_size():
     masks = pipe()(picture(40, 56), candidate_labels=["dog", "cat"])
     assert [set(entry) for entry in masks] == [{"label", "score", "mask"}] * 2

@@ -21,8 +21,8 @@ from stage_processes import kill_everything, launch
 from stopping import stop
 from timm.scheduler import CosineLRScheduler
 
-from bitrans_hf import BiTransModel
-from bitrans_hf.data import UnreadableImageError, make_shapes
+from bitrans_hf import BiTransModel, PseudoMaskPipeline
+from bitrans_hf.data import UnreadableImageError, class_names, make_shapes
 from bitrans_hf.recipes import FOLDER as RECIPES
 from bitrans_hf.stages.build import build_model
 from bitrans_hf.stages.loop import ShardedBatches, stop_if_not_finite
@@ -336,6 +336,36 @@ def test_a_folder_of_another_recipe_is_refused(tmp_path: Path):
 def test_seeds_without_a_trained_model_say_what_to_run(tmp_path: Path):
     with pytest.raises(StageError, match=r"no trained model at .*run the stage train "):
         make_seeds_main(arguments(tmp_path))
+
+
+@pytest.mark.parametrize("changed_later", [False, True])
+def test_a_trained_model_is_read_as_its_recipe_says(tmp_path: Path, changed_later: bool):
+    reading = ["--seeds.fusion", "gated", "--seeds.affinity_source", "joint", "--seeds.refine_steps", "2",
+               "--seeds.threshold", "0.55", "--seeds.num_affinity_layers", "1"]  # fmt: skip
+    precise = ["--train.precision", "no"]  # as the pipeline
+    train_main(arguments(tmp_path, *precise, *([] if changed_later else reading)))
+    folder = tmp_path / "tiny"
+    if changed_later:
+        assert json.loads((folder / "train" / "model" / "config.json").read_text())["fusion"] == "fused"
+        make_seeds_main(arguments(tmp_path, *precise, *reading))
+    pipe = PseudoMaskPipeline.from_pretrained(folder / "train" / "model", "cpu")
+    config = pipe.model.config
+    assert (config.fusion, config.affinity_source, config.refine_steps) == ("gated", "joint", 2)
+    assert (config.threshold, config.num_affinity_layers) == (0.55, 1)
+    make_seeds_main(arguments(tmp_path, *precise, *reading))
+    scenes = make_shapes(12, 1)
+    names = class_names(scenes)
+    differing, otherwise = [], []
+    for row in scenes:
+        written = np.asarray(Image.open(folder / "seeds" / "val" / "masks" / f"{row['image_id']}.png"))
+        papers = {"threshold": 0.4, "mode": "fused", "refine_steps": 1}
+        for options, shares in (({}, differing), (papers, otherwise)):
+            made = np.zeros(written.shape, dtype=np.uint8)
+            for answer in pipe(row["image"], candidate_labels=[names[index] for index in row["labels"]], **options):
+                made[np.asarray(answer["mask"]) > 0] = names.index(answer["label"]) + 1
+            shares.append((made != written).mean())
+    assert np.mean(differing) < 0.03  # seeds are kept in float16
+    assert np.mean(otherwise) > 0.1
 
 
 def test_a_missing_image_folder_is_named(tmp_path: Path):

@@ -5,7 +5,7 @@ from typing import Any
 from transformers.configuration_utils import PreTrainedConfig, strict
 
 from .errors import InputError
-from .maps import AFFINITIES
+from .maps import AFFINITIES, CAM_FUSIONS, THRESHOLD
 from .views import VIEWS
 
 PATCH_POOLINGS = ("mean", "ranked")
@@ -16,7 +16,8 @@ class BiTransConfig(PreTrainedConfig):
     r"""Architecture of a multi-class-token vision transformer and the weights of its training loss.
 
     The defaults are DeiT-Small at 224 px with the paper's losses; `id2label` names the C object classes, without
-    background, in class-token order.
+    background, in class-token order. `num_seed_layers` to `threshold` say how a trained model is read: they change no
+    weight, and may be given when it is loaded.
 
     Args:
         image_size (`int`, defaults to 224): Side in pixels of the square training images; it sets how many patch
@@ -42,7 +43,12 @@ class BiTransConfig(PreTrainedConfig):
             them, as in the paper and in MCTformer; the first layers attend to what lies near or looks alike.
         affinity_source (`str`, defaults to `"attention"`): What says that two patches belong together: "attention"
             (Eq. 9), "similarity" (softmax of queries with queries and keys with keys) or "joint", the mean of both,
-            the attention's rows divided by their sums. It may be chosen when a trained model is loaded.
+            the attention's rows divided by their sums.
+        fusion (`str`, defaults to `"fused"`): How the two branches' maps become one: "fused", the product (Eq. 8), its
+            root "fused_sqrt", "gated" (SC-CAM x sigmoid(Coarse-CAM)), or "sc_cam" or "coarse_cam" alone.
+        refine_steps (`int`, defaults to 1): How often the maps are spread along the affinity (Eq. 10).
+        normalize_affinity (`bool`, defaults to `False`): Divide each row of the affinity by its sum first.
+        threshold (`float`, defaults to 0.4): Background score in [0, 1] that seeds are cut at.
         view (`str`, defaults to `"hflip"`): Second view f (Eq. 1): "hflip", "vflip", "rot90", "rot180", or "none"
             for a single-view baseline.
         scc_weight (`float`, defaults to 1.0): Weight of the class-specific consistency loss (Eq. 3).
@@ -85,6 +91,10 @@ class BiTransConfig(PreTrainedConfig):
     num_seed_layers: int = 3
     num_affinity_layers: int | None = None
     affinity_source: str = "attention"
+    fusion: str = "fused"
+    refine_steps: int = 1
+    normalize_affinity: bool = False
+    threshold: float | int = THRESHOLD
     view: str = "hflip"
     scc_weight: float | int = 1.0
     pac_weight: float | int = 1.0
@@ -123,6 +133,12 @@ class BiTransConfig(PreTrainedConfig):
                 raise InputError(f"{name} must be in [1, num_hidden_layers = {self.num_hidden_layers}], got {value}.")
         if self.affinity_source not in AFFINITIES:
             raise InputError(f"affinity_source must be one of {', '.join(AFFINITIES)}, got {self.affinity_source!r}.")
+        if self.fusion not in CAM_FUSIONS:
+            raise InputError(f"fusion must be one of {', '.join(CAM_FUSIONS)}, got {self.fusion!r}.")
+        if self.refine_steps < 1:
+            raise InputError(f"refine_steps must be at least 1, got {self.refine_steps}.")
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"threshold must be in [0, 1], got {self.threshold}.")
         if not 0 <= self.drop_path_rate < 1:
             raise InputError(f"drop_path_rate must be in [0, 1), got {self.drop_path_rate}.")
         if self.mlp_ratio <= 0 or self.layer_norm_eps <= 0 or self.initializer_range < 0:

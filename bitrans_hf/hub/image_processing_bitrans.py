@@ -22,8 +22,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .errors import InputError
 from .image_decoding import to_rgb
-from .labels import THRESHOLD
-from .maps import CAM_FUSIONS, min_max_normalized, refine_with_affinity, resized, strongest_row
+from .maps import CAM_FUSIONS, THRESHOLD, min_max_normalized, refine_with_affinity, resized, strongest_row
 
 MAX_SIDE = 640
 """Longest side in pixels that images are worked on at, unless set otherwise; VOC and COCO images pass as they are."""

@@ -9,9 +9,6 @@ from .errors import InputError
 IGNORE_INDEX = 255
 """Label id of pixels that no loss and no score counts."""
 
-THRESHOLD = 0.4
-"""Background score in [0, 1] that seeds are cut at unless another one is given; higher values give smaller masks."""
-
 BACKGROUND = 0
 """Label id of background; object class `c` (0-based) has label id `c + 1`."""
 

@@ -10,6 +10,9 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+THRESHOLD = 0.4
+"""Background score in [0, 1] that seeds are cut at unless another one is given; higher values give smaller masks."""
+
 STRIP_VALUES = 1 << 22
 """Numbers in a strip of `enlarged_strips`: 16 MiB of float32."""
 

@@ -21,7 +21,6 @@ from transformers import Pipeline, PreTrainedConfig
 from .errors import InputError, MissingFileError
 from .image_decoding import DECODING_ERRORS, TOO_LARGE, opened, to_rgb
 from .image_processing_bitrans import BiTransImageProcessor, patch_problem
-from .labels import THRESHOLD
 from .maps import CAM_FUSIONS, fused_maps, min_max_normalized, resized, strongest_row, sum_over_scales
 from .modeling_bitrans import BiTransModel
 from .refiners import REFINERS, Refiner, refined_scores
@@ -196,20 +195,23 @@ class PseudoMaskPipeline(Pipeline):
 
     - `candidate_labels`: names of the classes that are present, or a multi-hot vector (C,); of all images of the
       call that do not bring their own. None: the classes whose probability exceeds `label_threshold`.
-    - `threshold` (0.4): background score in [0, 1]; higher values give smaller masks.
+    - `threshold`: background score in [0, 1]; higher values give smaller masks.
     - `label_threshold` (0.5): in [0, 1], used where no labels are given.
     - `scales` ((1.0,)): sizes to average over, relative to the image, for example (1.0, 0.75, 1.25).
     - `flip` (True): average over the horizontal flip too.
-    - `mode` ("fused"): "fused", its root "fused_sqrt", "gated"
+    - `mode`: "fused", its root "fused_sqrt", "gated"
       (SC-CAM x sigmoid(Coarse-CAM)), "sc_cam" or "coarse_cam".
     - `refine` (True): spread the maps along the patch affinity (Eq. 10).
-    - `refine_steps` (1): how often; `normalize_affinity` (False): give every row of the affinity the sum 1 first.
+    - `refine_steps`: how often; `normalize_affinity`: give every row of the affinity the sum 1 first.
     - `refiner` (None): what sharpens the scores on the image's colors before they are cut: None, "par"
       (pixel-adaptive refinement), "crf" (dense CRF; needs bitrans-hf[crf]) or a function (image (H, W, 3) uint8,
       scores (1 + K, H, W) in [0, 1], background first) -> scores of the same shape.
     - `max_side`: instead of the image processor's (640, which lets VOC and COCO images pass as they are).
     - `upright` (True): False answers in the orientation of the stored pixels, on which training masks are drawn.
     - `timeout` (None): seconds to wait for a URL.
+
+    `threshold`, `mode`, `refine_steps` and `normalize_affinity` are None unless they are given: as the model's
+    configuration says (there `mode` is called `fusion`), which is how its own recipe read it.
 
     Example:
         >>> from bitrans_hf import BiTransConfig
@@ -345,11 +347,12 @@ class PseudoMaskPipeline(Pipeline):
         self,
         inputs: Mapping[str, Any],
         flip: bool = True,
-        mode: str = "fused",
+        mode: str | None = None,
         refine: bool = True,
-        refine_steps: int = 1,
-        normalize_affinity: bool = False,
+        refine_steps: int | None = None,
+        normalize_affinity: bool | None = None,
     ) -> dict[str, list[LocalizedImage]]:
+        config = cast("BiTransConfig", self.model.config)
         localized = []
         for entry in inputs["images"]:  # a batch of several comes as a list of lists of one
             picture = entry[0] if isinstance(entry, list) else entry
@@ -359,11 +362,11 @@ class PseudoMaskPipeline(Pipeline):
                 output = self.model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
                 fused = fused_maps(
                     output,
-                    mode,
+                    config.fusion if mode is None else mode,
                     refine=refine,
                     flip=flip,
-                    refine_steps=refine_steps,
-                    normalize_affinity=normalize_affinity,
+                    refine_steps=config.refine_steps if refine_steps is None else refine_steps,
+                    normalize_affinity=config.normalize_affinity if normalize_affinity is None else normalize_affinity,
                 )
                 maps.append(fused[0].float().cpu())
                 probabilities.append(output.logits.float().sigmoid().mean(dim=0).cpu())
@@ -374,7 +377,7 @@ class PseudoMaskPipeline(Pipeline):
     def postprocess(  # type: ignore[override]
         self,
         outputs: Mapping[str, Any],
-        threshold: float = THRESHOLD,
+        threshold: float | None = None,
         label_threshold: float = 0.5,
         refiner: str | Refiner | None = None,
     ) -> list[PseudoMask]:
@@ -390,6 +393,8 @@ class PseudoMaskPipeline(Pipeline):
         working_size = picture.pixels.shape[:2]
         present = torch.from_numpy(class_ids)
         total = sum_over_scales(({"": maps[present]} for maps in localized.maps), working_size)[""]
+        if threshold is None:
+            threshold = cast("BiTransConfig", self.model.config).threshold
         background = torch.full((1, *working_size), threshold, dtype=torch.float32)
         scores = torch.cat([background, min_max_normalized(total)])
         if refiner is not None:
@@ -426,6 +431,8 @@ class PseudoMaskPipeline(Pipeline):
 PREPROCESS_OPTIONS = ("candidate_labels", "scales", "max_side", "upright", "timeout")
 FORWARD_OPTIONS = ("flip", "mode", "refine", "refine_steps", "normalize_affinity")
 POSTPROCESS_OPTIONS = ("threshold", "label_threshold", "refiner")
+READING_OPTIONS = ("threshold", "mode", "refine_steps", "normalize_affinity")
+"""Options that may be None: as the model's configuration says."""
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -434,6 +441,7 @@ def check_options(options: Mapping[str, Any]) -> None:
     Raises:
         ValueError: an option is out of its range; the message says which and what is allowed.
     """
+    options = {name: value for name, value in options.items() if value is not None or name not in READING_OPTIONS}
     for name in ("threshold", "label_threshold"):
         if name in options and not 0 <= options[name] <= 1:
             raise InputError(f"{name} must be in [0, 1], got {options[name]}.")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .configuration_bitrans import BiTransConfig
 from .errors import InputError
 from .image_processing_bitrans import BiTransImageProcessor
 from .maps import CAM_FUSIONS, enlarged_strips, fused_maps, min_max_normalized, resized, sum_over_scales
@@ -113,10 +114,10 @@ def extract_seeds(
     processor: BiTransImageProcessor,
     scales: Sequence[float] = (1.0,),
     flip: bool = True,
-    mode: str = "fused",
+    mode: str | None = None,
     refine: bool = True,
-    refine_steps: int = 1,
-    normalize_affinity: bool = False,
+    refine_steps: int | None = None,
+    normalize_affinity: bool | None = None,
 ) -> Seeds:
     """Localize the classes that an image is known to hold.
 
@@ -128,10 +129,10 @@ def extract_seeds(
         scales: Sizes to average over, relative to the image; the first must be 1.0.
         flip: Average over the horizontal flip of each size too.
         mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), its root "fused_sqrt", "gated"
-            (SC-CAM x sigmoid(Coarse-CAM)), "sc_cam" or "coarse_cam".
+            (SC-CAM x sigmoid(Coarse-CAM)), "sc_cam" or "coarse_cam"; None: the model's `config.fusion`.
         refine: Spread the maps along the patch affinity (Eq. 10).
-        refine_steps: How often.
-        normalize_affinity: Give every row of the affinity the sum 1 first.
+        refine_steps: How often; None: as the model's configuration says.
+        normalize_affinity: Give every row of the affinity the sum 1 first; None: as the model's configuration says.
 
     Returns:
         One map per present class, ascending by class id.
@@ -140,11 +141,13 @@ def extract_seeds(
         ValueError: unknown mode or class name, wrong number of labels, first scale not 1.0, image smaller than a
             patch.
     """
+    config = cast(BiTransConfig, model.config)
+    mode = config.fusion if mode is None else mode
     if mode not in CAM_FUSIONS:
         raise InputError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
     if len(scales) == 0 or scales[0] != 1.0:
         raise InputError(f"the first scale must be 1.0, which sets the size of the seeds; got {tuple(scales)}.")
-    class_ids = present_class_ids(image_labels, cast("Mapping[int, str]", model.config.id2label))
+    class_ids = present_class_ids(image_labels, cast("Mapping[int, str]", config.id2label))
     bounded = processor.bounded(image)
     views = [view.to(device=model.device, dtype=model.dtype) for view in processor.scaled_views(bounded, scales)]
     was_training = model.training
@@ -156,8 +159,8 @@ def extract_seeds(
             {mode: (mode, refine)},
             flip=flip,
             size=(bounded.height, bounded.width),
-            refine_steps=refine_steps,
-            normalize_affinity=normalize_affinity,
+            refine_steps=config.refine_steps if refine_steps is None else refine_steps,
+            normalize_affinity=config.normalize_affinity if normalize_affinity is None else normalize_affinity,
         )[mode]
     finally:
         model.train(was_training)

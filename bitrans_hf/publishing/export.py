@@ -28,8 +28,7 @@ from ..files import atomic_write
 from ..hub.configuration_bitrans import BiTransConfig
 from ..hub.errors import InputError, MissingExtraError, ends_with_a_sentence
 from ..hub.image_processing_bitrans import BiTransImageProcessor
-from ..hub.labels import THRESHOLD
-from ..hub.maps import refine_with_affinity
+from ..hub.maps import fused_maps
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.weight_files import load_trained
 from ..hub_errors import hub_error_sentence
@@ -119,15 +118,22 @@ class SeedNetwork(nn.Module):
         Returns:
             logits (B, C), whose sigmoid is the tag score; seeds (B, C, H, W) in [0, 1], for class c what
             `extract_seeds` gives at scale 1, meaningful where c is in the image; affinity (B, N, N) of the image
-            itself (Eq. 9).
+            itself (Eq. 9, or what `config.affinity_source` names).
         """
         views = torch.cat([pixel_values, pixel_values.flip(-1)]) if self.flip else pixel_values
         output = self.model(views)
-        maps = refine_with_affinity(output.pseudo_mask, output.affinity)
+        config = cast(BiTransConfig, self.model.config)
+        maps = fused_maps(
+            output,
+            config.fusion,
+            refine=True,
+            flip=self.flip,
+            refine_steps=config.refine_steps,
+            normalize_affinity=config.normalize_affinity,
+        )
         logits, affinity = output.logits, output.affinity
         if self.flip:
             batch = pixel_values.shape[0]
-            maps = maps[:batch] + maps[batch:].flip(-1)
             logits, affinity = (logits[:batch] + logits[batch:]) / 2, affinity[:batch]
         maps = F.interpolate(maps, size=pixel_values.shape[2:], mode="bilinear")
         low, high = maps.amin(dim=(2, 3), keepdim=True), maps.amax(dim=(2, 3), keepdim=True)
@@ -277,8 +283,9 @@ def export_model(
         "outputs": {
             "logits": "(batch, classes): sigmoid gives the tag scores",
             "seeds": "(batch, classes, height, width) in [0, 1]: use the maps of the classes that are in the image; "
-            f"a pixel belongs to the class of the highest map, or to the background below the threshold ({THRESHOLD})",
-            "affinity": "(batch, patches, patches): attention from patch to patch, row-major on the grid of "
+            "a pixel belongs to the class of the highest map, or to the background below the threshold "
+            f"({config.threshold})",
+            "affinity": "(batch, patches, patches): affinity of patches, row-major on the grid of "
             f"{config.patch_size}-pixel patches",
         },
         "classes": names,

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args, get_type_hints
 
 from ..data import MaskValues
+from ..hub.configuration_bitrans import BiTransConfig
 from ..hub.errors import InputError
 from ..hub.image_processing_bitrans import MAX_SIDE
-from ..hub.labels import THRESHOLD
+from ..hub.maps import THRESHOLD
 from ..hub.seeds import seed_variants
 from ..refine.crf import find_preset
 
@@ -756,6 +757,16 @@ class RunOptions:
 def max_side_of(recipe: Recipe) -> int:
     """Return the longest side in pixels that a run works on images at."""
     return MAX_SIDE if recipe.seeds.max_side is None else recipe.seeds.max_side
+
+
+def reading_of(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of `BiTransConfig` that say how a trained network is read, as the recipe has them."""
+    reading: dict[str, Any] = {"threshold": recipe.seeds.threshold}
+    for name in TRANSFORMER_KEYS["seeds"]:
+        from_model, default = getattr(recipe.model, name, None), getattr(BiTransConfig, name)
+        values = (getattr(recipe.seeds, name), from_model, default)
+        reading[name] = next((value for value in values if value is not None), None)
+    return reading
 
 
 def variants_of(recipe: Recipe) -> dict[str, tuple[str, bool]]:

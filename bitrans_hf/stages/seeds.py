@@ -33,7 +33,8 @@ from ..progress import size_text
 from ..refine.pseudo_labels import seeds_to_label_map, write_label_png
 from ..store import SeedStore
 from .parse import parse_recipe
-from .recipe import ALL_IMAGES, CamRecipe, Recipe, RunOptions, SeedsRecipe
+from .recipe import ALL_IMAGES, CamRecipe, Recipe, RunOptions, SeedsRecipe, reading_of
+from .records import read_json, write_json
 from .run import Run, Stage, StageError
 
 DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
@@ -95,9 +96,10 @@ def load_model(run: Run) -> tuple[BiTransModel | CamModel, BiTransImageProcessor
     if isinstance(recipe.model, CamRecipe):
         model = load_trained(CamModel, folder)
     else:
-        names = ("num_seed_layers", "num_affinity_layers", "affinity_source")
-        changed = {name: value for name in names if (value := getattr(recipe.seeds, name)) is not None}
-        model = load_trained(BiTransModel, folder, **changed)
+        reading = reading_of(recipe)
+        model = load_trained(BiTransModel, folder, **reading)
+        if run.accelerator.is_main_process and (saved := read_json(folder / "config.json")) != saved | reading:
+            write_json(folder / "config.json", saved | reading)  # the recipe's seeds have changed since the training
     processor = BiTransImageProcessor.from_pretrained(folder)
     processor.max_side = run.max_side
     return model.to(run.accelerator.device).eval(), processor

@@ -27,7 +27,7 @@ from ..metrics import image_average_precision, mean_average_precision
 from .build import build_network, describe_contrast, describe_folder
 from .loop import RateSchedule, TrainingLoop, images_per_step
 from .parse import parse_recipe
-from .recipe import Recipe, RunOptions, TrainRecipe
+from .recipe import BiTransRecipe, Recipe, RunOptions, TrainRecipe, reading_of
 from .run import Run, Stage, StageError
 
 DEPENDS_ON = ("seed", "data", "model", "train")
@@ -83,6 +83,8 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     more = {"more_inputs": functools.partial(consistency_warmup, warmup, run.accelerator.device)} if warmup else {}
     loop = TrainingLoop(recipe.train, stage, model, optimizer, dataset, rate, **more)
     trained = loop.run(lambda: validate(run, loop.model, processor, validation))
+    if isinstance(recipe.model, BiTransRecipe):
+        model.config.update(reading_of(recipe))  # whoever opens the model gets the recipe's seeds
     loop.finish(trained, processor)
     scores = trained.scores
     tags = ", ".join(f"{scores[key]:.1f} {title}" for key, title in TAG_TITLES.items() if key in scores)
