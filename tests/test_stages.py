@@ -24,6 +24,8 @@ from timm.scheduler import CosineLRScheduler
 from bitrans_hf import BiTransModel, PseudoMaskPipeline
 from bitrans_hf.data import UnreadableImageError, class_names, make_shapes
 from bitrans_hf.recipes import FOLDER as RECIPES
+from bitrans_hf.refine.pseudo_labels import seeds_to_label_map
+from bitrans_hf.refine.threshold import SeedHistogram
 from bitrans_hf.stages.build import build_model
 from bitrans_hf.stages.loop import ShardedBatches, stop_if_not_finite
 from bitrans_hf.stages.parse import parse_recipe
@@ -366,6 +368,25 @@ def test_a_trained_model_is_read_as_its_recipe_says(tmp_path: Path, changed_late
             shares.append((made != written).mean())
     assert np.mean(differing) < 0.03  # seeds are kept in float16
     assert np.mean(otherwise) > 0.1
+
+
+def test_the_threshold_auto_is_found_without_masks_and_used_from_there_on(tmp_path: Path):
+    more = ["--seeds.threshold", "auto", "--seeds.splits", "[val]", "--train.precision", "no",
+            "--pseudo_labels.splits", "[val]", "--pseudo_labels.method", "refiner",
+            "--pseudo_labels.refiner", "par"]  # fmt: skip
+    run_all_main(arguments(tmp_path, *more))
+    folder = tmp_path / "tiny"
+    found = json.loads((folder / "seeds" / "metrics.json").read_text())["cut_at"]
+    histogram, store = SeedHistogram(), SeedStore(folder / "seeds" / "val" / "seeds")
+    for image_id in store.ids():
+        histogram.add(store.read(image_id, "refined"))
+    assert found == histogram.threshold() != 0.4
+    for image_id in store.ids():
+        written = np.asarray(Image.open(folder / "seeds" / "val" / "masks" / f"{image_id}.png"))
+        np.testing.assert_array_equal(written, seeds_to_label_map(store.read(image_id, "refined"), found))
+    assert json.loads((folder / "train" / "model" / "config.json").read_text())["threshold"] == found
+    assert json.loads((folder / "pseudo_labels" / "metrics.json").read_text())["threshold"] == found
+    assert f"background score {found}, found in the seeds" in (folder / "report" / "index.html").read_text()
 
 
 def test_a_missing_image_folder_is_named(tmp_path: Path):

@@ -76,7 +76,7 @@ class SeedScores(SplitScores):
         miou: mIoU at the variant's best threshold.
         threshold: That threshold, in [0, 1].
         per_class: Class -> IoU there.
-        miou_at_recipe_threshold: mIoU at the recipe's threshold.
+        miou_at_recipe_threshold: mIoU at the recipe's threshold, the one that "auto" found among them.
         miou_at_given_threshold: mIoU at the best threshold of the first split; empty for that one.
         several_classes: The scores over images with two or more classes alone.
         reduced: Images that were larger than `seeds.max_side`.
@@ -131,18 +131,23 @@ class StepScores(SplitScores):
 
 @dataclass(frozen=True, kw_only=True)
 class SeedsRecord(Record):
-    """`metrics.json` of the stage seeds; `miou` and `threshold` are those of its first split."""
+    """`metrics.json` of the stage seeds; `miou` and `threshold` are those of its first split.
+
+    Attributes:
+        cut_at: Background score of the label maps: seeds.threshold, or what "auto" found.
+    """
 
     miou: ByName = field(default_factory=dict)
     threshold: ByName = field(default_factory=dict)
+    cut_at: float | None = None
     max_side: int | None = None
     splits: dict[str, SeedScores] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, splits: dict[str, SeedScores], max_side: int) -> "SeedsRecord":
+    def of(cls, splits: dict[str, SeedScores], max_side: int, cut_at: float) -> "SeedsRecord":
         """Return the record of a stage's splits."""
         head = next(iter(splits.values()))
-        return cls(miou=head.miou, threshold=head.threshold, max_side=max_side, splits=splits)
+        return cls(miou=head.miou, threshold=head.threshold, cut_at=cut_at, max_side=max_side, splits=splits)
 
 
 @dataclass(frozen=True, kw_only=True)

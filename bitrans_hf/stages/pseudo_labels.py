@@ -119,7 +119,7 @@ def background_of(run: Run, settings: PseudoLabelsRecipe) -> Background:
     if settings.background == "alpha":
         return Background(alpha=settings.alpha)
     if settings.threshold is None:
-        return Background(threshold=run.recipe.seeds.threshold)
+        return Background(threshold=run.seed_threshold())
     if settings.threshold != "best":
         return Background(threshold=settings.threshold)
     path = run.stage_folder("seeds") / "metrics.json"
@@ -255,7 +255,7 @@ class SplitLabels:
         self.max_side = run.max_side
         self.folder, self.background, self.walk = folder, background, walk
         best = background.threshold if self.settings.threshold == "best" else None
-        self.seed_threshold = recipe.seeds.threshold if best is None else best
+        self.seed_threshold = run.seed_threshold() if best is None else best
         self.left_out: set[str] = set()
         self.affinity_labels: Path | None = None
         affinity = recipe.affinity

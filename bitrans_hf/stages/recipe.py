@@ -249,7 +249,8 @@ class SeedsRecipe:
         scales: Sizes to average over; the first must be 1.0.
         flip: Average over the horizontal flip too.
         variant: The maps that become label maps: "sc_cam", "coarse_cam", "fused" or "refined".
-        threshold: Background score for the label maps.
+        threshold: Background score for the label maps: a number, or "auto", found in the seeds of the first split
+            without any mask. The trained model carries it.
         batch_size: Images of one size in a forward pass.
         fusion: Rule behind the variants "fused" and "refined": "fused", the paper's product; "fused_sqrt", its
             root; "gated", SC-CAM times the sigmoid of Coarse-CAM; "sc_cam" or "coarse_cam", one of the two alone.
@@ -268,7 +269,7 @@ class SeedsRecipe:
     scales: list[float] = field(default_factory=lambda: [1.0])
     flip: bool = True
     variant: SeedVariant = "refined"
-    threshold: float = THRESHOLD
+    threshold: float | Literal["auto"] = THRESHOLD
     batch_size: int = 8
     fusion: Literal["fused", "fused_sqrt", "gated", "sc_cam", "coarse_cam"] = "fused"
     num_seed_layers: int | None = None
@@ -558,8 +559,8 @@ class Recipe:
             raise InputError(f"seeds.refine_steps must be at least 1, got {self.seeds.refine_steps}.")
         if self.seeds.max_side is not None and self.seeds.max_side < 1:
             raise InputError(f"seeds.max_side must be at least 1 pixel, got {self.seeds.max_side}.")
-        if not 0 <= self.seeds.threshold <= 1:
-            raise InputError(f"seeds.threshold must be in [0, 1], got {self.seeds.threshold}.")
+        if self.seeds.threshold != "auto":
+            _check_threshold("seeds.threshold", self.seeds.threshold)
         if self.data.source != "shapes" and self.data.root is None:
             raise InputError(f"data.root must name the folder of the {self.data.source} data, got null.")
         MaskValues.parse(self.data.mask_values)
@@ -760,8 +761,12 @@ def max_side_of(recipe: Recipe) -> int:
 
 
 def reading_of(recipe: Recipe) -> dict[str, Any]:
-    """Return the fields of `BiTransConfig` that say how a trained network is read, as the recipe has them."""
-    reading: dict[str, Any] = {"threshold": recipe.seeds.threshold}
+    """Return the fields of `BiTransConfig` that say how a trained network is read, as the recipe has them.
+
+    The threshold "auto" is not among them: it is found when seeds are made.
+    """
+    threshold = recipe.seeds.threshold
+    reading: dict[str, Any] = {} if threshold == "auto" else {"threshold": threshold}
     for name in TRANSFORMER_KEYS["seeds"]:
         from_model, default = getattr(recipe.model, name, None), getattr(BiTransConfig, name)
         values = (getattr(recipe.seeds, name), from_model, default)

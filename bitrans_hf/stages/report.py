@@ -60,6 +60,7 @@ def write_page(run: Run, page: Path) -> None:
     recipe, trained, seeds = run.recipe, run.metrics("train"), run.metrics("seeds")
     later = {stage: StepsRecord.from_json(run.metrics(stage)).splits for stage in ("pseudo_labels", "predictions")}
     rows = list(gallery(run))
+    chosen = "found in the seeds without any mask" if recipe.seeds.threshold == "auto" else "as the recipe says"
     shutil.rmtree(page.parent, ignore_errors=True)  # images of an earlier choice of images
     write_report(
         page,
@@ -76,7 +77,7 @@ def write_page(run: Run, page: Path) -> None:
         notes=[
             (
                 f"Label maps are cut from the variant {recipe.seeds.variant!r} at the background score "
-                f"{recipe.seeds.threshold}, as the recipe says. The tables show the best threshold of each "
+                f"{run.seed_threshold()}, {chosen}. The tables show the best threshold of each "
                 "variant, found with the ground truth of the same images, as the field reports seeds."
             ),
             (
@@ -117,6 +118,7 @@ def gallery(run: Run) -> Iterator[GalleryRow]:
     labels = images["labels"]
     several = [index for index in found if len(labels[index]) > 1]
     single = [index for index in found if len(labels[index]) == 1]
+    threshold = run.seed_threshold()
     half = min(len(several), recipe.report.num_images // 2)
     for index in spread(several, half) + spread(single, recipe.report.num_images - half):
         row = images[index]
@@ -128,7 +130,7 @@ def gallery(run: Run) -> Iterator[GalleryRow]:
             image=image,
             target=None if row["mask"] is None else resized_label_map(open_mask(row["mask"]), size),
             maps=maps,
-            label_map=seeds_to_label_map(maps[recipe.seeds.variant], recipe.seeds.threshold),
+            label_map=seeds_to_label_map(maps[recipe.seeds.variant], threshold),
             class_names=class_names(images),
             steps={
                 heading: resized_label_map(label_map, size)

@@ -24,6 +24,7 @@ from .. import progress as speech
 from ..commands import if_stopped
 from ..files import atomic_write, mark_output
 from ..hub.errors import InputError
+from ..metrics.scores import SeedsRecord
 from .build import load_images
 from .precision import SHOWN, bf16_slowdown, has_native_bf16, why
 from .recipe import CamRecipe, Recipe, RunOptions, TrainingRecipe, max_side_of, variants_of
@@ -150,6 +151,23 @@ class Run:
     def metrics(self, stage: str) -> Mapping[str, Any]:
         """Return the metrics of a stage; empty if it is not finished."""
         return read_json(self.stage_folder(stage) / "metrics.json") if self.is_done(stage) else {}
+
+    def seed_threshold(self) -> float:
+        """Return the background score that the seeds are cut at: the recipe's, or what "auto" found.
+
+        Raises:
+            StageError: it is "auto", and there are no seeds.
+        """
+        threshold = self.recipe.seeds.threshold
+        if threshold != "auto":
+            return threshold
+        found = SeedsRecord.from_json(self.metrics("seeds")).cut_at
+        if found is None:
+            raise StageError(
+                f'seeds.threshold "auto" is found when seeds are made, and there are none in '
+                f"{self.stage_folder('seeds')}; {how_to_run('seeds')}."
+            )
+        return found
 
     def trained_model(self) -> Path:
         """Return the folder of the trained model.

@@ -31,6 +31,7 @@ from ..metrics import SweepResult, ThresholdSweep
 from ..metrics.scores import ByName, SeedScores, SeedsRecord
 from ..progress import size_text
 from ..refine.pseudo_labels import seeds_to_label_map, write_label_png
+from ..refine.threshold import SeedHistogram
 from ..store import SeedStore
 from .parse import parse_recipe
 from .recipe import ALL_IMAGES, CamRecipe, Recipe, RunOptions, SeedsRecipe, reading_of
@@ -42,6 +43,9 @@ DEPENDS_ON = ("seed", "data", "model", "train", "seeds")
 Size: TypeAlias = tuple[int, int]
 """(height, width) in pixels."""
 
+HISTOGRAM_SIDE = 160
+"""Longest side in pixels that seeds are read at to find a threshold."""
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stage from command-line arguments."""
@@ -52,8 +56,9 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
     """Make the seeds and label maps of every split of the recipe; return the folder of the stage.
 
     `<split>/seeds/*.npz` holds the seeds, `<split>/masks/*.png` the label maps of `seeds.variant` cut at
-    `seeds.threshold`. `metrics.json` has the best threshold of every variant and its score, and for every further
-    split also the score at the first split's best threshold, which is the honest one where masks are only for testing.
+    `seeds.threshold`, which may be found here. `metrics.json` has the best threshold of every variant and its score,
+    and for every further split also the score at the first split's best threshold, which is the honest one where masks
+    are only for testing.
     """
     run = Run.start(recipe, options)
     stage = Stage(run, "seeds", DEPENDS_ON)
@@ -72,11 +77,15 @@ def make_seeds(recipe: Recipe, options: RunOptions) -> Path:
         check_classes(model, images)
         made = SplitSeeds(run, model, processor, images, stage.folder / name)
         made.make()
+        if not splits:
+            cut_at = threshold_of(run, made.store, images)
         first = next(iter(splits.values()), SeedScores()).threshold
-        splits[name] = replace(score_split(run, images, stage.folder / name, first), reduced=made.reduced)
+        splits[name] = replace(score_split(run, images, stage.folder / name, cut_at, first), reduced=made.reduced)
         unreadable |= made.unreadable
 
-    stage.finish({**SeedsRecord.of(splits, run.max_side).to_json(), "unreadable": sorted(unreadable)})
+    if run.accelerator.is_main_process and not isinstance(recipe.model, CamRecipe):
+        keep_reading(run.trained_model(), {**reading_of(recipe), "threshold": cut_at})
+    stage.finish({**SeedsRecord.of(splits, run.max_side, cut_at).to_json(), "unreadable": sorted(unreadable)})
     run.say_unreadable(unreadable)
     for name, scores in splits.items():
         run.say(f"seeds: {name}, {scores.shown_images()}, {scores.shown()}")
@@ -96,13 +105,31 @@ def load_model(run: Run) -> tuple[BiTransModel | CamModel, BiTransImageProcessor
     if isinstance(recipe.model, CamRecipe):
         model = load_trained(CamModel, folder)
     else:
-        reading = reading_of(recipe)
-        model = load_trained(BiTransModel, folder, **reading)
-        if run.accelerator.is_main_process and (saved := read_json(folder / "config.json")) != saved | reading:
-            write_json(folder / "config.json", saved | reading)  # the recipe's seeds have changed since the training
+        model = load_trained(BiTransModel, folder, **reading_of(recipe))
     processor = BiTransImageProcessor.from_pretrained(folder)
     processor.max_side = run.max_side
     return model.to(run.accelerator.device).eval(), processor
+
+
+def keep_reading(folder: Path, reading: Mapping[str, Any]) -> None:
+    """Write into a trained model how its seeds were read, for all who open it."""
+    saved = read_json(folder / "config.json")
+    if saved != saved | dict(reading):
+        write_json(folder / "config.json", saved | dict(reading))
+
+
+def threshold_of(run: Run, store: SeedStore, images: Dataset) -> float:
+    """Return the background score of the label maps: the recipe's, or for "auto" the one that fits these seeds."""
+    settings = run.recipe.seeds
+    if settings.threshold != "auto":
+        return settings.threshold
+    histogram = SeedHistogram()
+    for index in run.own(len(images)):
+        image_id = images[index]["image_id"]
+        if image_id in store:
+            histogram.add(store.read(image_id, settings.variant, max_side=HISTOGRAM_SIDE))
+    histogram.counts = np.sum(gather_object([histogram.counts]), axis=0)
+    return histogram.threshold()
 
 
 def check_classes(model: BiTransModel | CamModel, images: Dataset) -> None:
@@ -292,13 +319,14 @@ def memory_of_views(
     return float(4 * views * tokens * (5 * tokens + hidden))
 
 
-def score_split(run: Run, images: Dataset, folder: Path, given_thresholds: ByName) -> SeedScores:
+def score_split(run: Run, images: Dataset, folder: Path, cut_at: float, given_thresholds: ByName) -> SeedScores:
     """Write the label maps of a split and score its seeds at every threshold in one pass.
 
     Args:
         run: Each process works on its share.
         images: With masks where they are known.
         folder: Of the split.
+        cut_at: Background score of the label maps.
         given_thresholds: Seed variant -> best threshold of the first split; empty for the first split itself.
     """
     recipe = run.recipe
@@ -314,7 +342,7 @@ def score_split(run: Run, images: Dataset, folder: Path, given_thresholds: ByNam
         made += 1
         size = store.size(row["image_id"])
         seeds = store.read_variants(row["image_id"], run.variants, max_side=run.max_side)
-        label_map = seeds_to_label_map(seeds[recipe.seeds.variant], recipe.seeds.threshold, size)
+        label_map = seeds_to_label_map(seeds[recipe.seeds.variant], cut_at, size)
         write_label_png(label_path(folder / "masks", row["image_id"]), label_map, row["image_id"])
         if row["mask"] is None:
             continue
@@ -339,7 +367,7 @@ def score_split(run: Run, images: Dataset, folder: Path, given_thresholds: ByNam
             variant: dict(zip(classes, map(rounded, each.per_class_iou), strict=True))
             for variant, each in swept.items()
         },
-        miou_at_recipe_threshold=at_thresholds(swept, dict.fromkeys(run.variants, recipe.seeds.threshold)),
+        miou_at_recipe_threshold=at_thresholds(swept, dict.fromkeys(run.variants, cut_at)),
         miou_at_given_threshold=at_thresholds(swept, given_thresholds) if given_thresholds else {},
         several_classes=SeedScores(
             images=several.images, miou=best_mious(in_several), threshold=best_thresholds(in_several)
