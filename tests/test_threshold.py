@@ -15,15 +15,11 @@ def seeds_of(*maps: np.ndarray) -> Seeds:
 
 def exhaustive_otsu(values: np.ndarray) -> float:
     """The cut with the largest variance between both groups, by trying all."""
-    cuts = (np.arange(255) + 1) / 256
-    between = [
-        (values > cut).mean()
-        * (values <= cut).mean()
-        * (values[values > cut].mean() - values[values <= cut].mean()) ** 2
-        if 0 < (values > cut).mean() < 1
-        else 0.0
-        for cut in cuts
-    ]
+    cuts, between = (np.arange(255) + 1) / 256, []
+    for cut in cuts:
+        above = values > cut
+        apart = values[above].mean() - values[~above].mean() if 0 < above.mean() < 1 else 0.0
+        between.append(above.mean() * (1 - above.mean()) * apart**2)
     best = np.flatnonzero(np.isclose(between, max(between), rtol=1e-9))
     return float(cuts[best].mean())
 

@@ -9,6 +9,7 @@ from .maps import AFFINITIES, CAM_FUSIONS, THRESHOLD
 from .views import VIEWS
 
 PATCH_POOLINGS = ("mean", "ranked")
+CLASS_HEADS = ("mean", "patch_head")
 
 
 @strict
@@ -38,6 +39,9 @@ class BiTransConfig(PreTrainedConfig):
             consistency losses do not compare two different sub-networks.
         patch_pooling (`str`, defaults to `"mean"`): How the patch branch's map becomes one logit for each class:
             "mean" over patches (Eq. 7), or "ranked", MCTformer+'s mean weighted by 0.996^rank, highest score first.
+        class_head (`str`, defaults to `"mean"`): How a class token becomes its logit: "mean" of its entries (Eq. 4),
+            or "patch_head": what the patch branch's head would answer on a grid filled with the token. The head itself
+            learns from the patches alone.
         num_seed_layers (`int`, defaults to 3): K, how many of the last layers give the SC-CAM (Eq. 2).
         num_affinity_layers (`int`, *optional*): How many of the last layers give the affinity (Eq. 9). None is all of
             them, as in the paper and in MCTformer; the first layers attend to what lies near or looks alike.
@@ -88,6 +92,7 @@ class BiTransConfig(PreTrainedConfig):
     final_layer_norm: bool = False
     share_drop_path: bool = False
     patch_pooling: str = "mean"
+    class_head: str = "mean"
     num_seed_layers: int = 3
     num_affinity_layers: int | None = None
     affinity_source: str = "attention"
@@ -154,6 +159,8 @@ class BiTransConfig(PreTrainedConfig):
         for name in ("scc_weight", "pac_weight", "patch_weight", "class_contrast_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise InputError(f"{name} must be a finite number of at least 0, got {getattr(self, name)}.")
+        if self.class_head not in CLASS_HEADS:
+            raise InputError(f"class_head must be one of {', '.join(CLASS_HEADS)}, got {self.class_head!r}.")
         if self.patch_pooling not in PATCH_POOLINGS:
             raise InputError(f"patch_pooling must be one of {', '.join(PATCH_POOLINGS)}, got {self.patch_pooling!r}.")
 

@@ -186,10 +186,18 @@ class BiTransModel(ClassTokenEncoder):
         coarse_cam = self.seg_head(patch_grid).float()
         return Branches(
             tokens=tokens,
-            class_logits=tokens[:, :num_classes].float().mean(dim=-1),
+            class_logits=self.class_logits(tokens[:, :num_classes].float()),
             coarse_cam=coarse_cam,
             patch_logits=pooled(coarse_cam, self.config.patch_pooling),
         )
+
+    def class_logits(self, class_tokens: torch.Tensor) -> torch.Tensor:
+        """Read the logits (B, C) off the class tokens (B, C, D) as `config.class_head` says."""
+        if self.config.class_head == "mean":
+            return class_tokens.mean(dim=-1)
+        # On a grid filled with one token, the convolution is a linear layer of its summed taps.
+        weight, bias = self.seg_head.weight.detach().float(), cast(nn.Parameter, self.seg_head.bias).detach().float()
+        return (class_tokens * weight.sum(dim=(2, 3))).sum(dim=-1) + bias
 
     def loss_terms(
         self, encoded: Encoded, branches: Branches, labels: torch.Tensor, two_views: bool

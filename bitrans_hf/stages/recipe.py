@@ -118,6 +118,7 @@ class BiTransRecipe:
         share_drop_path: Drop the same branches in both views.
         final_layer_norm: Apply DeiT's final LayerNorm, which MCTformer leaves out.
         patch_pooling: Pooling of the patch branch's map, mean or ranked.
+        class_head: How a class token becomes its logit, "mean" or "patch_head".
         num_seed_layers: K, how many of the last layers give the SC-CAM.
         num_affinity_layers: How many of the last layers give the affinity.
         view: Second view: hflip, vflip, rot90, rot180 or none.
@@ -140,6 +141,7 @@ class BiTransRecipe:
     share_drop_path: bool | None = None
     final_layer_norm: bool | None = None
     patch_pooling: str | None = None
+    class_head: str | None = None
     num_seed_layers: int | None = None
     num_affinity_layers: int | None = None
     view: str | None = None
