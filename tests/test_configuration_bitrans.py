@@ -72,7 +72,7 @@ WRONG_VALUES: list[tuple[dict[str, Any], str]] = [
     ({"num_affinity_layers": 4}, r"num_affinity_layers must be in \[1, num_hidden_layers = 3\], got 4"),
     ({"num_seed_layers": 4}, r"num_seed_layers must be in \[1, num_hidden_layers = 3\], got 4"),
     ({"affinity_source": "keys"}, "affinity_source must be one of attention, similarity, joint, got 'keys'"),
-    ({"fusion": "sum"}, "fusion must be one of fused, fused_sqrt, gated, sc_cam, coarse_cam, got 'sum'"),
+    ({"fusion": "sum"}, "fusion must be one of fused, fused_sqrt, competing, sc_cam, coarse_cam, got 'sum'"),
     ({"refine_steps": 0}, "refine_steps must be at least 1, got 0"),
     ({"threshold": 1.5}, r"threshold must be in \[0, 1\], got 1.5"),
     ({"drop_path_rate": 1.0}, r"drop_path_rate must be in \[0, 1\), got 1.0"),

@@ -14,6 +14,7 @@ import torch
 from tiny_models import picture, pixels, tiny_model
 
 from bitrans_hf import BiTransImageProcessor, extract_seeds
+from bitrans_hf.hub.seeds import normalized_seeds, sum_over_views
 from bitrans_hf.publishing.export import (
     ExportError,
     SeedNetwork,
@@ -39,14 +40,19 @@ def test_one_formula_gives_the_position_embedding_of_every_size(height: int, wid
         assert torch.equal(actual, expected), "the training size is not resized"
 
 
-@pytest.mark.parametrize("reading", [{}, {"fusion": "gated", "affinity_source": "joint", "refine_steps": 3}])
+@pytest.mark.parametrize("reading", [{}, {"fusion": "competing", "affinity_source": "joint", "refine_steps": 3}])
 @pytest.mark.parametrize("flip", [True, False])
 def test_the_network_gives_the_seeds_of_extract_seeds_and_the_models_tags(flip: bool, reading: dict[str, Any]):
     model, processor = tiny_model(**reading), BiTransImageProcessor()
     image = picture(41, 58)
     (pixel_values,) = processor.scaled_views(image)
     logits, seeds, affinity = SeedNetwork(model, flip=flip)(pixel_values)
-    expected = extract_seeds(model, image, [1, 0, 1], processor=processor, flip=flip)
+    if reading:  # without labels, classes share patches as probably as they are there
+        variants = {"": (reading["fusion"], True)}
+        total = sum_over_views(model, [pixel_values], variants, flip=flip, refine_steps=reading["refine_steps"])[""]
+        expected = normalized_seeds(np.array([0, 2]), total[0, [0, 2]], (41, 58))
+    else:
+        expected = extract_seeds(model, image, [1, 0, 1], processor=processor, flip=flip)
     np.testing.assert_allclose(seeds[0, [0, 2]].numpy(), expected.maps, atol=2e-5)
     with torch.no_grad():
         image_alone, mirrored = model(pixel_values), model(pixel_values.flip(-1))
@@ -55,8 +61,9 @@ def test_the_network_gives_the_seeds_of_extract_seeds_and_the_models_tags(flip: 
     torch.testing.assert_close(logits, tags, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("affinity_source", ["attention", "joint"])
-def test_both_graphs_equal_torch_whatever_the_batch_and_the_size(affinity_source: str, tmp_path: Path):
+# One step: three leave the maps of an untrained network all but flat, and normalizing them magnifies rounding.
+@pytest.mark.parametrize("reading", [{}, {"affinity_source": "joint", "fusion": "competing"}])
+def test_both_graphs_equal_torch_whatever_the_batch_and_the_size(reading: dict[str, Any], tmp_path: Path):
     import onnx
 
     model = tiny_model(
@@ -64,7 +71,7 @@ def test_both_graphs_equal_torch_whatever_the_batch_and_the_size(affinity_source
         num_attention_heads=1,
         num_hidden_layers=1,
         num_seed_layers=1,
-        affinity_source=affinity_source,
+        **reading,
     )
     description = export_model(model, BiTransImageProcessor(), tmp_path, flip=False)
     assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "model.pt2", "export.json"}

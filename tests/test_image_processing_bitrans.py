@@ -399,7 +399,7 @@ def test_pseudo_masks_without_a_size_stay_on_the_token_grid():
     ("options", "words"),
     [
         ({"threshold": 2}, r"threshold must be in \[0, 1\], got 2"),
-        ({"mode": "cam"}, "mode must be one of fused, fused_sqrt, gated, sc_cam, coarse_cam, got 'cam'"),
+        ({"mode": "cam"}, "mode must be one of fused, fused_sqrt, competing, sc_cam, coarse_cam, got 'cam'"),
         ({"labels": torch.ones(2, 2)}, r"multi-hot of shape \(2, 3\), got \(2, 2\)"),
         ({"target_sizes": [(4, 4)]}, r"\(height, width\) for each of 2 images"),
     ],

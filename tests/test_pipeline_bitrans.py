@@ -81,9 +81,9 @@ def test_masks_are_the_cut_seeds(size: tuple[int, int], options: dict[str, Any])
 
 
 def test_what_is_not_given_is_as_the_models_configuration_says():
-    reading = {"fusion": "gated", "refine_steps": 3, "normalize_affinity": True}
+    reading = {"fusion": "competing", "refine_steps": 3, "normalize_affinity": True}
     image = picture(32, 44)
-    given = {"mode": "gated", "refine_steps": 3, "normalize_affinity": True}
+    given = {"mode": "competing", "refine_steps": 3, "normalize_affinity": True}
     told = pipe()(image, candidate_labels=["horse", "cat"], threshold=0.55, **given)
     model = tiny_model(**reading, threshold=0.55)
     its_own = PseudoMaskPipeline(model=model, image_processor=BiTransImageProcessor(), device="cpu")
@@ -477,7 +477,11 @@ def test_the_crf_without_the_package_says_what_to_install(monkeypatch: pytest.Mo
         ({"label_threshold": -1}, ValueError, r"label_threshold must be in \[0, 1\], got -1"),
         ({"scales": ()}, ValueError, "scales must be one or more factors above 0"),
         ({"scales": (1.0, 0.0)}, ValueError, "scales must be one or more factors above 0"),
-        ({"mode": "cam"}, ValueError, "mode must be one of fused, fused_sqrt, gated, sc_cam, coarse_cam, got 'cam'"),
+        (
+            {"mode": "cam"},
+            ValueError,
+            "mode must be one of fused, fused_sqrt, competing, sc_cam, coarse_cam, got 'cam'",
+        ),
         ({"refiner": "srf"}, ValueError, "refiner must be None, .*'crf' or a function, got 'srf'"),
         ({"refine_steps": 0}, ValueError, "refine_steps must be at least 1, got 0"),
         ({"max_side": 0}, ValueError, "max_side must be at least 1 pixel, got 0"),

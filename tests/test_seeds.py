@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_models import picture, pixels, tiny_model
 
 from bitrans_hf import BiTransImageProcessor, BiTransModel, Seeds, extract_seeds
-from bitrans_hf.hub.maps import CAM_FUSIONS, refine_with_affinity
+from bitrans_hf.hub.maps import CAM_FUSIONS, compete, refine_with_affinity
 from bitrans_hf.hub.seeds import SEED_VARIANTS, normalized_seeds, present_class_ids, seed_variants, sum_over_views
 
 MEAN, STD = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
@@ -237,12 +237,46 @@ def test_a_rule_of_fusion_stands_behind_the_fused_and_the_refined_variant():
     assert seed_variants() == SEED_VARIANTS
     root = sum_over_views(model, [images], seed_variants("fused_sqrt"), flip=False)
     torch.testing.assert_close(root["fused"], plain["fused"].sqrt())
-    gated = sum_over_views(model, [images], seed_variants("gated"), flip=False)
-    torch.testing.assert_close(gated["fused"], plain["sc_cam"] * model(images).coarse_cam.sigmoid())
     alone = sum_over_views(model, [images], seed_variants("sc_cam"), flip=False, refine_steps=2)
     assert torch.equal(alone["fused"], plain["sc_cam"])
     affinity = model(images).affinity
     torch.testing.assert_close(alone["refined"], refine_with_affinity(plain["sc_cam"], affinity, steps=2))
+
+
+def shared_by_hand(sc_cam: torch.Tensor, coarse_cam: torch.Tensor, class_ids: list[int]) -> torch.Tensor:
+    """The rule "competing" for one image (C, h, w), pixel by pixel, among these classes alone."""
+    shares = {index: torch.exp(2 * (coarse_cam[index] - coarse_cam[index].mean())) for index in class_ids}
+    total = sum(shares.values())
+    soft = {index: torch.log1p(torch.exp(coarse_cam[index])) for index in class_ids}
+    return torch.stack([sc_cam[index] * soft[index] * shares[index] / total for index in class_ids])
+
+
+def test_the_classes_of_an_image_share_its_patches():
+    model, images = tiny_model(), pixels(2, 3, 32, 32)
+    output = model(images)
+    present = torch.tensor([[1.0, 0, 1], [0, 1, 0]])
+    maps = sum_over_views(model, [images], seed_variants("competing"), flip=False, present=present)["fused"]
+    for image, class_ids in enumerate([[0, 2], [1]]):
+        wanted = shared_by_hand(output.sc_cam[image], output.coarse_cam[image], class_ids)
+        torch.testing.assert_close(maps[image, class_ids], wanted)
+    absent = [maps[0, 1], maps[1, 0], maps[1, 2]]
+    assert max(each.max() for each in absent) < 1e-20
+    # With one class, no class competes.
+    alone = output.sc_cam[1, 1] * torch.nn.functional.softplus(output.coarse_cam[1, 1])
+    torch.testing.assert_close(maps[1, 1], alone)
+    # Where nothing is known, classes share as probably as they are there.
+    guessed = sum_over_views(model, [images], seed_variants("competing"), flip=False)["fused"]
+    odds = compete(output.sc_cam, output.coarse_cam, output.logits.sigmoid())
+    torch.testing.assert_close(guessed, odds)
+    assert (guessed - maps).abs().max() > 1e-4
+
+
+def test_what_shares_patches_is_the_image_and_its_mirror_alike():
+    model, images = tiny_model(), pixels(2, 3, 32, 32)
+    present = torch.tensor([[1.0, 0, 1], [0, 1, 1]])
+    total = sum_over_views(model, [images], seed_variants("competing"), present=present)["refined"]
+    mirrored = sum_over_views(model, [images.flip(-1)], seed_variants("competing"), present=present)["refined"]
+    torch.testing.assert_close(total, mirrored.flip(-1))
 
 
 def test_disconnected_regions_do_not_exchange():
@@ -275,7 +309,7 @@ def test_a_flat_map_is_all_zero_and_not_nan():
         (
             ["cat"],
             {"mode": "attention"},
-            "mode must be one of fused, fused_sqrt, gated, sc_cam, coarse_cam, got 'attention'",
+            "mode must be one of fused, fused_sqrt, competing, sc_cam, coarse_cam, got 'attention'",
         ),
     ],
 )

@@ -342,7 +342,7 @@ def test_seeds_without_a_trained_model_say_what_to_run(tmp_path: Path):
 
 @pytest.mark.parametrize("changed_later", [False, True])
 def test_a_trained_model_is_read_as_its_recipe_says(tmp_path: Path, changed_later: bool):
-    reading = ["--seeds.fusion", "gated", "--seeds.affinity_source", "joint", "--seeds.refine_steps", "2",
+    reading = ["--seeds.fusion", "competing", "--seeds.affinity_source", "joint", "--seeds.refine_steps", "2",
                "--seeds.threshold", "0.55", "--seeds.num_affinity_layers", "1"]  # fmt: skip
     precise = ["--train.precision", "no"]  # as the pipeline
     train_main(arguments(tmp_path, *precise, *([] if changed_later else reading)))
@@ -352,7 +352,7 @@ def test_a_trained_model_is_read_as_its_recipe_says(tmp_path: Path, changed_late
         make_seeds_main(arguments(tmp_path, *precise, *reading))
     pipe = PseudoMaskPipeline.from_pretrained(folder / "train" / "model", "cpu")
     config = pipe.model.config
-    assert (config.fusion, config.affinity_source, config.refine_steps) == ("gated", "joint", 2)
+    assert (config.fusion, config.affinity_source, config.refine_steps) == ("competing", "joint", 2)
     assert (config.threshold, config.num_affinity_layers) == (0.55, 1)
     make_seeds_main(arguments(tmp_path, *precise, *reading))
     scenes = make_shapes(12, 1)

@@ -49,7 +49,7 @@ class BiTransConfig(PreTrainedConfig):
             (Eq. 9), "similarity" (softmax of queries with queries and keys with keys) or "joint", the mean of both,
             the attention's rows divided by their sums.
         fusion (`str`, defaults to `"fused"`): How the two branches' maps become one: "fused", the product (Eq. 8), its
-            root "fused_sqrt", "gated" (SC-CAM x sigmoid(Coarse-CAM)), or "sc_cam" or "coarse_cam" alone.
+            root "fused_sqrt", "competing" (the classes of an image share its patches), or "sc_cam" or "coarse_cam".
         refine_steps (`int`, defaults to 1): How often the maps are spread along the affinity (Eq. 10).
         normalize_affinity (`bool`, defaults to `False`): Divide each row of the affinity by its sum first.
         threshold (`float`, defaults to 0.4): Background score in [0, 1] that seeds are cut at.

@@ -22,7 +22,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .errors import InputError
 from .image_decoding import to_rgb
-from .maps import CAM_FUSIONS, THRESHOLD, min_max_normalized, refine_with_affinity, resized, strongest_row
+from .maps import CAM_FUSIONS, THRESHOLD, fusion_of, min_max_normalized, refine_with_affinity, resized, strongest_row
 
 MAX_SIDE = 640
 """Longest side in pixels that images are worked on at, unless set otherwise; VOC and COCO images pass as they are."""
@@ -228,8 +228,8 @@ class BiTransImageProcessor(TorchvisionBackend):
             labels: Multi-hot image-level labels (B, C), 0 or 1.
             target_sizes: (H, W) of each image; None leaves the masks on the token grid.
             threshold: Background score in [0, 1].
-            mode: "fused" (SC-CAM x ReLU(Coarse-CAM)), its root "fused_sqrt", "gated"
-                (SC-CAM x sigmoid(Coarse-CAM)), "sc_cam" or "coarse_cam".
+            mode: "fused" (SC-CAM x ReLU(Coarse-CAM)), its root "fused_sqrt", "competing"
+                (the classes of the image share its patches), "sc_cam" or "coarse_cam".
             refine: Spread the maps along the patch affinity once.
 
         Returns:
@@ -243,12 +243,10 @@ class BiTransImageProcessor(TorchvisionBackend):
             raise InputError(f"threshold must be in [0, 1], got {threshold}.")
         if mode not in CAM_FUSIONS:
             raise InputError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
-        maps = CAM_FUSIONS[mode](outputs)
-        multi_hot = torch.as_tensor(labels)
-        if multi_hot.shape != maps.shape[:2]:
-            raise InputError(
-                f"labels must be multi-hot of shape ({maps.shape[0]}, {maps.shape[1]}), got {tuple(multi_hot.shape)}."
-            )
+        multi_hot, shape = torch.as_tensor(labels), tuple(outputs.coarse_cam.shape[:2])
+        if multi_hot.shape != shape:
+            raise InputError(f"labels must be multi-hot of shape {shape}, got {tuple(multi_hot.shape)}.")
+        maps = fusion_of(outputs, mode, multi_hot)
         if refine:
             maps = refine_with_affinity(maps, outputs.affinity)
         label_maps = []

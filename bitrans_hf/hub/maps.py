@@ -53,14 +53,49 @@ def fuse(sc_cam: torch.Tensor, coarse_cam: torch.Tensor) -> torch.Tensor:
     return sc_cam * coarse_cam.relu()
 
 
-CAM_FUSIONS: Mapping[str, Any] = {
-    "fused": lambda output: output.pseudo_mask,
-    "fused_sqrt": lambda output: output.pseudo_mask.sqrt(),  # MCTformer+: less peaked
-    "gated": lambda output: output.sc_cam * output.coarse_cam.sigmoid(),  # where Coarse-CAM is unsure, SC-CAM decides
-    "sc_cam": lambda output: output.sc_cam,
-    "coarse_cam": lambda output: output.coarse_cam.relu(),
+def compete(sc_cam: torch.Tensor, coarse_cam: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Return SC-CAM * softplus(Coarse-CAM), of which each class gets its share among the classes of the image.
+
+    Attention finds the objects, but class tokens often look at each other's. The patch branch tells classes apart: the
+    shares are a softmax, over the classes that the image shows, of its map less the map's mean, for the maps of two
+    classes may lie at different levels. With one class the share is 1. Softplus keeps what attention finds where
+    Coarse-CAM is unsure; the ReLU of Eq. 8 would cut it off.
+
+    Args:
+        sc_cam: (B, C, h, w).
+        coarse_cam: (B, C, h, w) before the ReLU.
+        present: (B, C) in [0, 1]: whether an image shows a class, or how probably.
+    """
+    above_mean = coarse_cam - coarse_cam.mean(dim=(2, 3), keepdim=True)
+    odds = present.to(coarse_cam).clamp(min=1e-30).log()[:, :, None, None]
+    return sc_cam * F.softplus(coarse_cam) * (SHARPNESS * above_mean + odds).softmax(dim=1)
+
+
+SHARPNESS = 2.0
+"""Factor of Coarse-CAM in the softmax of `compete`, chosen on train images; 3 and 4 do as well."""
+
+CAM_FUSIONS: Mapping[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "fused": lambda output, present: output.pseudo_mask,
+    "fused_sqrt": lambda output, present: output.pseudo_mask.sqrt(),  # MCTformer+: less peaked
+    "competing": lambda output, present: compete(output.sc_cam, output.coarse_cam, present),
+    "sc_cam": lambda output, present: output.sc_cam,
+    "coarse_cam": lambda output, present: output.coarse_cam.relu(),
 }
-"""Names of `mode`: how the two branches' maps in a `BiTransOutput` become one (B, C, h, w)."""
+"""Names of `mode`: how the two branches' maps of an output become one (B, C, h, w); `present` as in `compete`."""
+
+
+def fusion_of(output: Any, mode: str, present: torch.Tensor | None) -> torch.Tensor:
+    """Fuse the maps of a forward pass by a name of `CAM_FUSIONS`.
+
+    Args:
+        output: A `BiTransOutput`, or `ClassMaps`, whose classes count as present.
+        mode: A name of `CAM_FUSIONS`.
+        present: (B, C) in [0, 1], the classes that the images show; None: as probably as the model tags them.
+    """
+    if present is None:
+        logits = getattr(output, "logits", None)
+        present = torch.ones(output.coarse_cam.shape[:2]) if logits is None else logits.float().sigmoid()
+    return CAM_FUSIONS[mode](output, present)
 
 
 def rows_to_one(affinity: torch.Tensor) -> torch.Tensor:
@@ -104,6 +139,7 @@ def fused_maps(
     flip: bool,
     refine_steps: int = 1,
     normalize_affinity: bool = False,
+    present: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Fuse, refine and un-flip the maps of one forward pass.
 
@@ -114,11 +150,12 @@ def fused_maps(
         flip: Add the mirrors' maps, turned back, to the images' maps.
         refine_steps: How often to spread them.
         normalize_affinity: Give every row of the affinity the sum 1 first.
+        present: (B, C) in [0, 1], the classes that the images show; None: as probably as the model tags them.
 
     Returns:
         (B, C, h, w), any range.
     """
-    maps: torch.Tensor = CAM_FUSIONS[mode](output)
+    maps = fusion_of(output, mode, present.repeat(2, 1) if flip and present is not None else present)
     if refine:
         maps = refine_with_affinity(maps, output.affinity, steps=refine_steps, normalize_rows=normalize_affinity)
     if flip:

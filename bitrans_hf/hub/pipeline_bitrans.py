@@ -24,7 +24,7 @@ from .image_processing_bitrans import BiTransImageProcessor, patch_problem
 from .maps import CAM_FUSIONS, fused_maps, min_max_normalized, resized, strongest_row, sum_over_scales
 from .modeling_bitrans import BiTransModel
 from .refiners import REFINERS, Refiner, refined_scores
-from .seeds import present_class_ids
+from .seeds import presence, present_class_ids
 from .weight_files import check_model_folder, load_trained
 
 if TYPE_CHECKING:
@@ -199,8 +199,8 @@ class PseudoMaskPipeline(Pipeline):
     - `label_threshold` (0.5): in [0, 1], used where no labels are given.
     - `scales` ((1.0,)): sizes to average over, relative to the image, for example (1.0, 0.75, 1.25).
     - `flip` (True): average over the horizontal flip too.
-    - `mode`: "fused", its root "fused_sqrt", "gated"
-      (SC-CAM x sigmoid(Coarse-CAM)), "sc_cam" or "coarse_cam".
+    - `mode`: "fused", its root "fused_sqrt", "competing"
+      (the classes of the image share its patches), "sc_cam" or "coarse_cam".
     - `refine` (True): spread the maps along the patch affinity (Eq. 10).
     - `refine_steps`: how often; `normalize_affinity`: give every row of the affinity the sum 1 first.
     - `refiner` (None): what sharpens the scores on the image's colors before they are cut: None, "par"
@@ -356,6 +356,7 @@ class PseudoMaskPipeline(Pipeline):
         localized = []
         for entry in inputs["images"]:  # a batch of several comes as a list of lists of one
             picture = entry[0] if isinstance(entry, list) else entry
+            present = None if picture.class_ids is None else presence(picture.class_ids, self.model.config)
             maps, probabilities = [], []
             for view in picture.views:
                 pixel_values = view.to(device=self.model.device, dtype=self.model.dtype)
@@ -367,6 +368,7 @@ class PseudoMaskPipeline(Pipeline):
                     flip=flip,
                     refine_steps=config.refine_steps if refine_steps is None else refine_steps,
                     normalize_affinity=config.normalize_affinity if normalize_affinity is None else normalize_affinity,
+                    present=present,
                 )
                 maps.append(fused[0].float().cpu())
                 probabilities.append(output.logits.float().sigmoid().mean(dim=0).cpu())

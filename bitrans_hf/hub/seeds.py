@@ -11,10 +11,12 @@ from typing import cast
 import numpy as np
 import torch
 from PIL import Image
+from transformers import PreTrainedConfig
 
 from .configuration_bitrans import BiTransConfig
 from .errors import InputError
 from .image_processing_bitrans import BiTransImageProcessor
+from .labels import class_ids_to_multi_hot
 from .maps import CAM_FUSIONS, enlarged_strips, fused_maps, min_max_normalized, resized, sum_over_scales
 from .modeling_bitrans import BiTransModel, BiTransOutput
 
@@ -55,6 +57,7 @@ def sum_over_views(
     size: tuple[int, int] | None = None,
     refine_steps: int = 1,
     normalize_affinity: bool = False,
+    present: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     """Sum the maps of every scale and its flip, before normalization.
 
@@ -67,6 +70,7 @@ def sum_over_views(
             single scale and loses nothing: resizing and flipping commute with the sum.
         refine_steps: How often refined maps are spread.
         normalize_affinity: Give every row of the affinity the sum 1 first.
+        present: (B, C) in [0, 1], the classes that the images show; None: as probably as the model tags them.
 
     Returns:
         name -> (B, C, H, W) or (B, C, h, w) float32, for all C classes.
@@ -76,7 +80,7 @@ def sum_over_views(
 
     def maps_of(pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
         output = model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
-        spread = {"refine_steps": refine_steps, "normalize_affinity": normalize_affinity}
+        spread = {"refine_steps": refine_steps, "normalize_affinity": normalize_affinity, "present": present}
         return {
             name: fused_maps(output, mode, refine=refine, flip=flip, **spread)  # type: ignore[arg-type]
             for name, (mode, refine) in variants.items()
@@ -128,8 +132,8 @@ def extract_seeds(
         processor: Resizes and normalizes; an image with a longer side than its `max_side` is worked on at that size.
         scales: Sizes to average over, relative to the image; the first must be 1.0.
         flip: Average over the horizontal flip of each size too.
-        mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), its root "fused_sqrt", "gated"
-            (SC-CAM x sigmoid(Coarse-CAM)), "sc_cam" or "coarse_cam"; None: the model's `config.fusion`.
+        mode: "fused" (SC-CAM x ReLU(Coarse-CAM), Eq. 8), its root "fused_sqrt", "competing"
+            (the classes of the image share its patches), "sc_cam" or "coarse_cam"; None: the model's `config.fusion`.
         refine: Spread the maps along the patch affinity (Eq. 10).
         refine_steps: How often; None: as the model's configuration says.
         normalize_affinity: Give every row of the affinity the sum 1 first; None: as the model's configuration says.
@@ -161,10 +165,16 @@ def extract_seeds(
             size=(bounded.height, bounded.width),
             refine_steps=config.refine_steps if refine_steps is None else refine_steps,
             normalize_affinity=config.normalize_affinity if normalize_affinity is None else normalize_affinity,
+            present=presence(class_ids, config),
         )[mode]
     finally:
         model.train(was_training)
     return normalized_seeds(class_ids, total[0, torch.from_numpy(class_ids)], (image.height, image.width))
+
+
+def presence(class_ids: np.ndarray, config: PreTrainedConfig) -> torch.Tensor:
+    """Turn the ids (K,) of an image's classes into a multi-hot (1, C) float32 for a model with this config."""
+    return torch.from_numpy(class_ids_to_multi_hot(class_ids.tolist(), cast(int, config.num_labels)))[None]
 
 
 def present_class_ids(

@@ -117,7 +117,8 @@ class SeedNetwork(nn.Module):
 
         Returns:
             logits (B, C), whose sigmoid is the tag score; seeds (B, C, H, W) in [0, 1], for class c what
-            `extract_seeds` gives at scale 1, meaningful where c is in the image; affinity (B, N, N) of the image
+            `extract_seeds` gives at scale 1, meaningful where c is in the image (by the fusion "competing", classes
+            share patches as probably as the model tags them); affinity (B, N, N) of the image
             itself (Eq. 9, or what `config.affinity_source` names).
         """
         views = torch.cat([pixel_values, pixel_values.flip(-1)]) if self.flip else pixel_values

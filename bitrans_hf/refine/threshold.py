@@ -8,7 +8,7 @@ from ..hub.seeds import Seeds
 
 NUM_BINS = 256
 
-OUTLINE = 1.25
+OUTLINE = 1.1
 """The background score as a multiple of Otsu's: maps that were spread along the affinity fade slowly beyond the
 outline, so that a cut midway between both groups keeps a rim of background. Chosen on train images: training/LOG.md"""
 

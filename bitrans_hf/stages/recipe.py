@@ -255,7 +255,7 @@ class SeedsRecipe:
             without any mask. The trained model carries it.
         batch_size: Images of one size in a forward pass.
         fusion: Rule behind the variants "fused" and "refined": "fused", the paper's product; "fused_sqrt", its
-            root; "gated", SC-CAM times the sigmoid of Coarse-CAM; "sc_cam" or "coarse_cam", one of the two alone.
+            root; "competing", in which the classes of an image share its patches; "sc_cam" or "coarse_cam" alone.
         num_seed_layers: K, how many of the last layers give the SC-CAM; null as the model was trained.
         num_affinity_layers: How many of the last layers give the affinity; null as the model was trained (all).
         affinity_source: "attention" (Eq. 9), "similarity" of queries and of keys, or "joint", the mean of both; null
@@ -273,7 +273,7 @@ class SeedsRecipe:
     variant: SeedVariant = "refined"
     threshold: float | Literal["auto"] = THRESHOLD
     batch_size: int = 8
-    fusion: Literal["fused", "fused_sqrt", "gated", "sc_cam", "coarse_cam"] = "fused"
+    fusion: Literal["fused", "fused_sqrt", "competing", "sc_cam", "coarse_cam"] = "fused"
     num_seed_layers: int | None = None
     num_affinity_layers: int | None = None
     affinity_source: Literal["attention", "similarity", "joint"] | None = None

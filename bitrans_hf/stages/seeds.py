@@ -25,7 +25,7 @@ from ..file_names import label_path
 from ..hub.image_processing_bitrans import MAX_SIDE, BiTransImageProcessor, bounded_size, patch_problem
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.modeling_cam import CamModel
-from ..hub.seeds import Seeds, seed_strips, sum_over_views
+from ..hub.seeds import Seeds, presence, seed_strips, sum_over_views
 from ..hub.weight_files import load_trained
 from ..metrics import SweepResult, ThresholdSweep
 from ..metrics.scores import ByName, SeedScores, SeedsRecord
@@ -189,7 +189,7 @@ class SplitSeeds:
             rows, views = self._opened(indices)
             if not rows:
                 continue
-            maps = self._maps(views, size)
+            maps = self._maps(rows, views, size)
             for position, row in enumerate(rows):
                 class_ids = np.array(row["labels"], dtype=np.int64)
                 own = {variant: total[position, row["labels"]].float().cpu() for variant, total in maps.items()}
@@ -270,8 +270,11 @@ class SplitSeeds:
             rows.append(row)
         return rows, views
 
-    def _maps(self, views: Sequence[Sequence[torch.Tensor]], size: Size) -> dict[str, torch.Tensor]:
+    def _maps(
+        self, rows: Sequence[ImageRow], views: Sequence[Sequence[torch.Tensor]], size: Size
+    ) -> dict[str, torch.Tensor]:
         """Return the maps (B, C, h, w) of every seed variant of B images of one size."""
+        present = [presence(np.array(row["labels"], dtype=np.int64), self.model.config) for row in rows]
         device = self.run.accelerator.device
         height, width = bounded_size(size, self.max_side)
 
@@ -288,6 +291,7 @@ class SplitSeeds:
             size=None if len(self.settings.scales) == 1 else (-(-height // 4), -(-width // 4)),
             refine_steps=self.settings.refine_steps,
             normalize_affinity=self.settings.normalize_affinity,
+            present=torch.cat(present).to(device),
         )
 
 
