@@ -25,7 +25,7 @@ from .files import OUTPUT_MARK, atomic_write, mark_output, refuse_overwriting, r
 from .hub.errors import InputError
 from .hub.pipeline_bitrans import LocalizedImage, PipelineItem, PseudoMaskPipeline
 from .progress import progress, say_progress, say_result, working
-from .refine.pseudo_labels import write_label_png
+from .refine.pseudo_labels import read_confidence, write_label_png
 
 
 def run_masks(options: argparse.Namespace) -> None:
@@ -52,6 +52,7 @@ def run_masks(options: argparse.Namespace) -> None:
     prepare_output(options, pictures, pipe.class_names)
     todo = [picture for picture in pictures if options.overwrite or not mask_path(options.out, picture).is_file()]
     refused = write_masks(options, pipe, todo, len(pictures))
+    record_confidence(options.out / "masks.json", {each.image_id: mask_path(options.out, each) for each in pictures})
     for reason in refused:
         say_progress(f"left out: {reason}")
     say_result(
@@ -118,7 +119,8 @@ def write_masks(
     refused: list[str] = []
     for picture, answer in answered:
         if not isinstance(answer, RefusedImage):
-            write_label_png(mask_path(options.out, picture), answer, picture.image_id)
+            label_map, confidence = answer
+            write_label_png(mask_path(options.out, picture), label_map, picture.image_id, confidence)
         elif options.strict:
             raise InputError(answer.reason)
         else:
@@ -156,7 +158,10 @@ class RefusedImage:
 
 
 class LabelMapPipeline(PseudoMaskPipeline):
-    """The pipeline with one label map (H, W) uint8 for each image, and a `RefusedImage` instead of an error."""
+    """The pipeline with one label map (H, W) uint8 and its confidence by class name for each image.
+
+    It answers with a `RefusedImage` instead of an error.
+    """
 
     @property
     def class_names(self) -> list[str]:
@@ -177,16 +182,19 @@ class LabelMapPipeline(PseudoMaskPipeline):
         localized: Iterator[LocalizedImage] = iter(super()._forward({"images": usable}, **options)["images"])
         return {"images": [entry if isinstance(entry, RefusedImage) else next(localized) for entry in entries]}
 
-    def postprocess(self, outputs: Mapping[str, Any], **options: Any) -> np.ndarray | RefusedImage:  # type: ignore[override]
+    def postprocess(  # type: ignore[override]
+        self, outputs: Mapping[str, Any], **options: Any
+    ) -> tuple[np.ndarray, dict[str, float]] | RefusedImage:
         """Merge an image's masks, which do not overlap, into one label map."""
         entry = outputs["images"]
         image: LocalizedImage | RefusedImage = entry[0] if isinstance(entry, list) else entry
         if isinstance(image, RefusedImage):
             return image
-        label_map = np.zeros(image.image.size, dtype=np.uint8)
+        label_map, confidence = np.zeros(image.image.size, dtype=np.uint8), {}
         for answer in super().postprocess({"images": [image]}, **options):
             label_map[np.asarray(answer["mask"]) > 0] = self.class_names.index(answer["label"]) + 1
-        return label_map
+            confidence[answer["label"]] = round(answer["confidence"], 3)
+        return label_map, confidence
 
 
 def pictures_with_labels(
@@ -230,6 +238,15 @@ def mask_path(folder: Path, picture: PictureFile) -> Path:
     return label_path(folder, picture.image_id)
 
 
+def record_confidence(path: Path, masks: Mapping[str, Path]) -> None:
+    """Write into the record of a folder how sure its masks are, least sure first: image id -> class -> confidence."""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    known = {image_id: read_confidence(mask) for image_id, mask in masks.items() if mask.is_file()}
+    order = sorted(known, key=lambda image_id: min(known[image_id].values(), default=1.0))
+    record["confidence"] = {image_id: known[image_id] for image_id in order}
+    write_record(path, record, overwrite=True)
+
+
 def write_record(path: Path, record: Mapping[str, Any], *, overwrite: bool) -> None:
     """Record how the masks of a folder are made, and refuse to mix masks made with different settings.
 
@@ -249,4 +266,5 @@ def write_record(path: Path, record: Mapping[str, Any], *, overwrite: bool) -> N
             )
         return
     with atomic_write(path) as temporary:
-        temporary.write_text(f"{text}\n", encoding="utf-8")
+        # Image ids may hold bytes that are no UTF-8; a backslash escape is one of JSON too.
+        temporary.write_bytes(f"{text}\n".encode("utf-8", "backslashreplace"))

@@ -11,6 +11,7 @@ from .file_names import ID_KEY, ascii_name, image_id_of
 from .files import atomic_write
 from .hub.errors import InputError, MissingFileError
 from .hub.image_processing_bitrans import bounded_size
+from .hub.maps import min_max_normalized
 from .hub.seeds import Seeds, normalized_seeds
 
 
@@ -68,7 +69,12 @@ class SeedStore(ImageStore):
     """
 
     def write(
-        self, image_id: str, class_ids: np.ndarray, maps: Mapping[str, torch.Tensor], size: tuple[int, int]
+        self,
+        image_id: str,
+        class_ids: np.ndarray,
+        maps: Mapping[str, torch.Tensor],
+        size: tuple[int, int],
+        others: torch.Tensor | None = None,
     ) -> None:
         """Write one image's seeds by atomic rename.
 
@@ -77,6 +83,7 @@ class SeedStore(ImageStore):
             class_ids: (K,) ids of the present classes.
             maps: Variant name -> (K, h, w) summed maps, any range, of the present classes.
             size: (H, W) of the image in pixels.
+            others: (V, K, h, w) the maps made in other ways, any range; see `hub.confidence`.
         """
         arrays: dict[str, np.ndarray] = {"class_ids": np.asarray(class_ids, dtype=np.int64)}
         arrays["size"] = np.array(size, dtype=np.int32)
@@ -87,6 +94,8 @@ class SeedStore(ImageStore):
                 raise InputError(f"{image_id}: the maps of {variant!r} hold NaN or infinity; the model is broken.")
             scaled = normalized_seeds(class_ids, values, (values.shape[1], values.shape[2])).maps
             arrays[f"maps_{variant}"] = scaled.astype(np.float16)
+        if others is not None:
+            arrays["others"] = min_max_normalized(others.float()).cpu().numpy().astype(np.float16)
         self._write(image_id, arrays)
 
     def size(self, image_id: str) -> tuple[int, int]:
@@ -94,6 +103,11 @@ class SeedStore(ImageStore):
         with np.load(self.path(image_id), allow_pickle=False) as arrays:
             height, width = (int(side) for side in arrays["size"])
             return height, width
+
+    def others(self, image_id: str) -> torch.Tensor | None:
+        """Return the maps (V, K, h, w) float32 that were made in other ways; None if there are none, as of a CNN."""
+        with np.load(self.path(image_id), allow_pickle=False) as arrays:
+            return torch.from_numpy(arrays["others"].astype(np.float32)) if "others" in arrays else None
 
     def read(self, image_id: str, variant: str, *, max_side: int | None = None) -> Seeds:
         """Read one variant of an image's seeds; arguments and errors as for `read_variants`."""

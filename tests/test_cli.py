@@ -94,6 +94,24 @@ def test_every_row_of_the_table_gets_the_pipelines_mask(
     }  # fmt: skip
     assert f"masks: 7 images, 7 written, 0 there before, 0 left out -> {out}" in capsys.readouterr().out
 
+    sure = json.loads((out / "masks.json").read_text())["confidence"]
+    assert {image_id: list(found) for image_id, found in sure.items()} == {
+        **{f"p{index}": names for index, names in enumerate(labels)},
+        "more/p9": ["horse"],
+    }
+    (dog, horse) = PseudoMaskPipeline.from_pretrained(model_folder, "cpu")(
+        str(photos / "p1.png"), candidate_labels=labels[1]
+    )
+    assert sure["p1"] == {"dog": round(dog["confidence"], 3), "horse": round(horse["confidence"], 3)}
+    least = [min(found.values(), default=1.0) for found in sure.values()]
+    assert least == sorted(least)
+    assert len(set(least)) > 3
+
+    # Masks that are there keep what was found of them.
+    (out / "p0.png").unlink()
+    main(masks_command(model_folder, photos, out, "--labels", "labels.csv"))
+    assert json.loads((out / "masks.json").read_text())["confidence"] == sure
+
 
 def test_without_a_table_the_model_decides_and_the_unused_table_is_named(
     model_folder: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

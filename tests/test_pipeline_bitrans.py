@@ -15,7 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from tiny_models import picture, tiny_model
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
@@ -100,12 +100,42 @@ def test_what_is_not_given_is_as_the_models_configuration_says():
 
 def test_an_answer_has_label_score_and_a_mask_of_0_and_255_at_the_pictures_size():
     masks = pipe()(picture(40, 56), candidate_labels=["dog", "cat"])
-    assert [set(entry) for entry in masks] == [{"label", "score", "mask"}] * 2
+    assert [set(entry) for entry in masks] == [{"label", "score", "confidence", "mask"}] * 2
     assert [entry["label"] for entry in masks] == ["cat", "dog"]
     for entry in masks:
         assert (entry["mask"].mode, entry["mask"].size) == ("L", (56, 40))
         assert set(np.unique(np.asarray(entry["mask"]))) == {0, 255}
     assert not np.logical_and(*(np.asarray(entry["mask"]) for entry in masks)).any()
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_the_confidence_is_the_agreement_with_masks_made_in_other_ways(flip: bool):
+    image, names = picture(40, 48), ["cat", "dog"]
+    options: dict[str, Any] = {"candidate_labels": names, "flip": flip}
+    masks = pipe()(image, **options)
+    ways = [
+        pipe()(image, **options, mode="sc_cam"),
+        pipe()(image, **options, refine_steps=2),
+        pipe()(image, **options, threshold=0.3),
+        pipe()(image, **options, threshold=0.5),
+    ]
+    if flip:
+        ways.append(pipe()(image, candidate_labels=names, flip=False))
+        mirrored = pipe()(ImageOps.mirror(image), candidate_labels=names, flip=False)
+        ways.append([{**entry, "mask": ImageOps.mirror(entry["mask"])} for entry in mirrored])
+    for position, entry in enumerate(masks):
+        own, ious = np.asarray(entry["mask"]) > 0, []
+        for way in ways:
+            other = np.asarray(way[position]["mask"]) > 0
+            ious.append((own & other).sum() / (own | other).sum())
+        assert entry["confidence"] == pytest.approx(np.prod(ious) ** (1 / len(ious)), abs=0.01)
+        assert 0.05 < entry["confidence"] < 0.99
+    assert masks[0]["confidence"] != masks[1]["confidence"]
+
+
+def test_an_empty_mask_has_no_confidence():
+    masks = pipe()(picture(40, 48), candidate_labels=["dog", "cat"], threshold=1.0)
+    assert [entry["confidence"] for entry in masks] == [0.0, 0.0]
 
 
 def test_the_score_is_the_probability_of_the_class_over_scales_and_flips():

@@ -73,7 +73,8 @@ def test_a_folder_opens_without_the_package(folders: dict[str, Path], expected: 
 def test_the_folder_holds_what_its_code_needs_and_no_more(folders: dict[str, Path]):
     code = {name: {path.stem for path in folder.glob("*.py")} for name, folder in folders.items()}
     assert code["bitrans"] == {
-        "configuration_bitrans", "encoder", "errors", "image_decoding", "image_processing_bitrans", "labels", "losses",
+        "confidence", "configuration_bitrans", "encoder", "errors", "image_decoding",
+        "image_processing_bitrans", "labels", "losses",
         "maps", "modeling_bitrans", "par", "pipeline_bitrans", "refiners", "seeds", "views", "weight_files",
     }  # fmt: skip
     assert "pipeline_bitrans" not in code["deeplab_resnet38"]

@@ -37,7 +37,7 @@ RUN = RunScores(
 
 @pytest.mark.parametrize(
     "record",
-    [SEEDS, STEPS, SeedsRecord.of({"train": SEEDS}, 640), StepsRecord(miou=65.0, splits={"train": STEPS}), RUN],
+    [SEEDS, STEPS, SeedsRecord.of({"train": SEEDS}, 640, 0.4), StepsRecord(miou=65.0, splits={"train": STEPS}), RUN],
 )
 def test_a_record_is_read_as_it_was_written(tmp_path: Path, record: Record):
     write_json(tmp_path / "metrics.json", record)

@@ -17,12 +17,15 @@ from accelerate import Accelerator
 from accelerate.state import PartialState
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.stats import spearmanr
 from stage_processes import kill_everything, launch
 from stopping import stop
 from timm.scheduler import CosineLRScheduler
 
 from bitrans_hf import BiTransModel, PseudoMaskPipeline
 from bitrans_hf.data import UnreadableImageError, class_names, make_shapes
+from bitrans_hf.hub.confidence import mask_confidence
+from bitrans_hf.metrics.confidence import lift
 from bitrans_hf.recipes import FOLDER as RECIPES
 from bitrans_hf.refine.pseudo_labels import seeds_to_label_map
 from bitrans_hf.refine.threshold import SeedHistogram
@@ -387,6 +390,35 @@ def test_the_threshold_auto_is_found_without_masks_and_used_from_there_on(tmp_pa
     assert json.loads((folder / "train" / "model" / "config.json").read_text())["threshold"] == found
     assert json.loads((folder / "pseudo_labels" / "metrics.json").read_text())["threshold"] == found
     assert f"background score {found}, found in the seeds" in (folder / "report" / "index.html").read_text()
+
+
+def test_seeds_say_how_sure_their_masks_are_and_how_well_that_fits(tmp_path: Path):
+    more = ["--seeds.splits", "[val]", "--train.precision", "no", "--seeds.scales", "[1.0, 1.5]"]
+    train_main(arguments(tmp_path, *more))
+    make_seeds_main(arguments(tmp_path, *more))
+    folder, scenes = tmp_path / "tiny" / "seeds", make_shapes(12, 1)
+    said = json.loads((folder / "val" / "confidence.json").read_text())
+    assert list(said) == sorted(row["image_id"] for row in scenes)
+    store, names = SeedStore(folder / "val" / "seeds"), class_names(scenes)
+    values: list[float] = []
+    ious: list[float] = []
+    for row in scenes:
+        others = store.others(row["image_id"])
+        assert others is not None
+        assert others.shape[:2] == (4, len(row["labels"]))
+        seeds = store.read(row["image_id"], "refined")
+        sure = mask_confidence(torch.from_numpy(seeds.maps), others, 0.4).tolist()
+        assert list(said[row["image_id"]]) == [names[index] for index in row["labels"]]
+        assert list(said[row["image_id"]].values()) == pytest.approx(sure, abs=0.0051)
+        label_map, target = seeds_to_label_map(seeds, 0.4), np.asarray(row["mask"])
+        for index in row["labels"]:
+            ours, true = label_map == index + 1, target == index + 1
+            ious.append((ours & true).sum() / (ours | true).sum())
+        values += sure
+    assert len(set(values)) > 6
+    found = json.loads((folder / "metrics.json").read_text())["splits"]["val"]["confidence"]
+    assert found["spearman"] == pytest.approx(spearmanr(values, ious).statistic, abs=0.006)
+    assert found["lift"] == pytest.approx(lift(np.array(values), np.array(ious)), abs=0.006)
 
 
 def test_a_missing_image_folder_is_named(tmp_path: Path):

@@ -18,6 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from transformers import Pipeline, PreTrainedConfig
 
+from .confidence import mask_confidence, other_maps
 from .errors import InputError, MissingFileError
 from .image_decoding import DECODING_ERRORS, TOO_LARGE, opened, to_rgb
 from .image_processing_bitrans import BiTransImageProcessor, patch_problem
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     # What the imports above import: transformers before 5.23 copies only the files that this text names.
     from .configuration_bitrans import BiTransConfig as BiTransConfig
     from .encoder import ClassTokenEncoder as ClassTokenEncoder
+    from .labels import class_ids_to_multi_hot as class_ids_to_multi_hot
     from .losses import classification_loss as classification_loss
     from .par import pixel_adaptive_refinement as pixel_adaptive_refinement
     from .views import VIEWS as VIEWS
@@ -46,10 +48,11 @@ class PipelineItem(TypedDict, total=False):
 
 
 class PseudoMask(TypedDict):
-    """One class of an image: its name, its probability, and its mask (mode "L", 0 or 255) at the image's size."""
+    """One class of an image: see `PseudoMaskPipeline`; the mask has mode "L", 0 or 255, and the image's size."""
 
     label: str
     score: float
+    confidence: float
     mask: Image.Image
 
 
@@ -154,11 +157,13 @@ class LocalizedImage:
     Attributes:
         image: Without its views.
         maps: (C, h_s, w_s) for each scale, fused, refined, summed over the flip; on the CPU, any range.
+        others: (V, C, h, w) of the first scale, made in other ways: see `confidence.other_maps`.
         probabilities: (C,) probability of each class' presence in [0, 1], averaged over scales and flips.
     """
 
     image: PreparedImage
     maps: list[torch.Tensor]
+    others: torch.Tensor
     probabilities: torch.Tensor
 
 
@@ -167,7 +172,7 @@ class PseudoMaskPipeline(Pipeline):
 
     ```python
     pipe = pipeline(model=folder_or_repo, trust_remote_code=True)
-    pipe("photo.jpg", candidate_labels=["dog"])            # -> [{"label": "dog", "score": 0.98, "mask": <PIL image>}]
+    pipe("photo.jpg", candidate_labels=["dog"])            # -> [{"label": "dog", "score": 0.98, ...}]
     pipe({"image": "photo.jpg", "candidate_labels": ["dog", "person"]}, threshold=0.5)
     pipe(["a.jpg", "b.jpg"], batch_size=8, num_workers=2)  # without labels: the classes that the model predicts
     pipe(load_folder("photos"))                            # a data set with `image` and `labels`; answers one by one
@@ -184,6 +189,8 @@ class PseudoMaskPipeline(Pipeline):
     - `label`: name of the class;
     - `score`: the model's probability, in [0, 1], that the image shows the class (the sigmoid of `logits`, averaged
       over scales and flips). It judges the label, not the outline;
+    - `confidence`: how sure the mask is, in [0, 1]: whether maps made in other ways give the same one (see
+      `hub/confidence.py`). Low values are worth a look. It judges the mask before the refiner;
     - `mask`: PIL image of mode "L", 255 where the class is and 0 elsewhere. Masks of an image do not overlap; a
       candidate label that no pixel prefers has an empty mask.
 
@@ -357,23 +364,25 @@ class PseudoMaskPipeline(Pipeline):
         for entry in inputs["images"]:  # a batch of several comes as a list of lists of one
             picture = entry[0] if isinstance(entry, list) else entry
             present = None if picture.class_ids is None else presence(picture.class_ids, self.model.config)
+            reading: dict[str, Any] = {
+                "mode": config.fusion if mode is None else mode,
+                "refine_steps": config.refine_steps if refine_steps is None else refine_steps,
+                "normalize_affinity": config.normalize_affinity if normalize_affinity is None else normalize_affinity,
+                "present": present,
+                "flip": flip,
+            }
             maps, probabilities = [], []
+            others: torch.Tensor | None = None
             for view in picture.views:
                 pixel_values = view.to(device=self.model.device, dtype=self.model.dtype)
                 output = self.model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
-                fused = fused_maps(
-                    output,
-                    config.fusion if mode is None else mode,
-                    refine=refine,
-                    flip=flip,
-                    refine_steps=config.refine_steps if refine_steps is None else refine_steps,
-                    normalize_affinity=config.normalize_affinity if normalize_affinity is None else normalize_affinity,
-                    present=present,
-                )
-                maps.append(fused[0].float().cpu())
+                maps.append(fused_maps(output, refine=refine, **reading)[0].float().cpu())
+                if others is None:
+                    others = other_maps(output, **reading)[:, 0].float().cpu()
                 probabilities.append(output.logits.float().sigmoid().mean(dim=0).cpu())
             kept = PreparedImage(picture.size, picture.pixels, [], picture.class_ids)
-            localized.append(LocalizedImage(kept, maps, torch.stack(probabilities).mean(dim=0)))
+            assert others is not None  # there is at least one scale
+            localized.append(LocalizedImage(kept, maps, others, torch.stack(probabilities).mean(dim=0)))
         return {"images": localized}
 
     def postprocess(  # type: ignore[override]
@@ -398,7 +407,9 @@ class PseudoMaskPipeline(Pipeline):
         if threshold is None:
             threshold = cast("BiTransConfig", self.model.config).threshold
         background = torch.full((1, *working_size), threshold, dtype=torch.float32)
-        scores = torch.cat([background, min_max_normalized(total)])
+        seeds = min_max_normalized(total)
+        confidence = mask_confidence(seeds, localized.others[:, present], threshold)
+        scores = torch.cat([background, seeds])
         if refiner is not None:
             scores = refined_scores(refiner, picture.pixels, scores)
         label_ids = [0, *(int(class_id) + 1 for class_id in class_ids)]
@@ -408,9 +419,10 @@ class PseudoMaskPipeline(Pipeline):
             {
                 "label": id2label[int(class_id)],
                 "score": float(probabilities[class_id]),
+                "confidence": float(sure),
                 "mask": Image.fromarray(np.where(label_map == class_id + 1, 255, 0).astype(np.uint8)),
             }
-            for class_id in class_ids
+            for class_id, sure in zip(class_ids, confidence, strict=True)
         ]
 
     def class_ids_of(self, candidate_labels: Any) -> np.ndarray:

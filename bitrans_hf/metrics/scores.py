@@ -78,6 +78,8 @@ class SeedScores(SplitScores):
         per_class: Class -> IoU there.
         miou_at_recipe_threshold: mIoU at the recipe's threshold, the one that "auto" found among them.
         miou_at_given_threshold: mIoU at the best threshold of the first split; empty for that one.
+        confidence: How well the confidence of masks fits their IoU: "spearman", rank correlation, and "lift", how many
+            times as many of the least sure tenth have an IoU below 30 % as of all. Empty for a CNN.
         several_classes: The scores over images with two or more classes alone.
         reduced: Images that were larger than `seeds.max_side`.
     """
@@ -87,6 +89,7 @@ class SeedScores(SplitScores):
     per_class: dict[str, ByName] = field(default_factory=dict)
     miou_at_recipe_threshold: ByName = field(default_factory=dict)
     miou_at_given_threshold: ByName = field(default_factory=dict)
+    confidence: ByName = field(default_factory=dict)
     several_classes: "SeedScores | None" = None
     reduced: int = 0
 

@@ -1,5 +1,7 @@
 """From scores to label maps: background score, ignore bands, palette PNGs."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,9 @@ from ..hub.errors import InputError
 from ..hub.labels import BACKGROUND, IGNORE_INDEX, palette
 from ..hub.maps import enlarged_strips
 from ..hub.seeds import Seeds
+
+CONFIDENCE_KEY = "confidence"
+"""Key in a PNG's text of how sure its masks are, as JSON."""
 
 NO_SCORE = 1e-5
 """A pixel whose scores are all below this counts as not scored (PSA: the zero padding of a crop)."""
@@ -163,13 +168,16 @@ def _check_threshold(name: str, value: float) -> None:
 # ---- Files.
 
 
-def write_label_png(path: Path, label_map: np.ndarray, image_id: str | None = None) -> None:
+def write_label_png(
+    path: Path, label_map: np.ndarray, image_id: str | None = None, confidence: Mapping[str, float] | None = None
+) -> None:
     """Write a label map (H, W) uint8 as a PNG with the VOC palette, by atomic rename.
 
     Args:
         path: See `file_names.label_path`.
         label_map: (H, W) uint8.
         image_id: Stored in the file if its name is too long, for `file_names.label_files`.
+        confidence: Class name -> how sure its mask is, in [0, 1]; stored in the file, for `read_confidence`.
 
     Raises:
         ValueError: the map is not (H, W) uint8.
@@ -179,9 +187,16 @@ def write_label_png(path: Path, label_map: np.ndarray, image_id: str | None = No
         raise InputError(f"a label map is (H, W) uint8, got {label_map.shape} {label_map.dtype}.")
     image = Image.fromarray(label_map)
     image.putpalette(palette())
-    text = None
+    text = PngInfo()
     if image_id is not None and any(SHORTENED in part for part in path.parts):
-        text = PngInfo()
         text.add_itxt(ID_KEY, image_id)
+    if confidence is not None:
+        text.add_itxt(CONFIDENCE_KEY, json.dumps(dict(confidence), ensure_ascii=False))
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
+
+
+def read_confidence(path: Path) -> dict[str, float]:
+    """Return what `write_label_png` was told of how sure the masks of a file are; empty if nothing."""
+    with Image.open(path) as image:
+        return dict(json.loads(image.info.get(CONFIDENCE_KEY, "{}")))

@@ -22,12 +22,15 @@ from datasets import Dataset
 from ..data import UnreadableImageError, class_names, image_size, mask_rule, open_image, open_mask
 from ..data.common import ImageRow
 from ..file_names import label_path
+from ..hub.confidence import mask_confidence, other_maps
 from ..hub.image_processing_bitrans import MAX_SIDE, BiTransImageProcessor, bounded_size, patch_problem
+from ..hub.labels import IGNORE_INDEX
 from ..hub.modeling_bitrans import BiTransModel
 from ..hub.modeling_cam import CamModel
 from ..hub.seeds import Seeds, presence, seed_strips, sum_over_views
 from ..hub.weight_files import load_trained
 from ..metrics import SweepResult, ThresholdSweep
+from ..metrics.confidence import lift, spearman
 from ..metrics.scores import ByName, SeedScores, SeedsRecord
 from ..progress import size_text
 from ..refine.pseudo_labels import seeds_to_label_map, write_label_png
@@ -189,11 +192,12 @@ class SplitSeeds:
             rows, views = self._opened(indices)
             if not rows:
                 continue
-            maps = self._maps(rows, views, size)
+            maps, others = self._maps(rows, views, size)
             for position, row in enumerate(rows):
                 class_ids = np.array(row["labels"], dtype=np.int64)
                 own = {variant: total[position, row["labels"]].float().cpu() for variant, total in maps.items()}
-                self.store.write(row["image_id"], class_ids, own, size)
+                its_others = None if others is None else others[:, position, row["labels"]]
+                self.store.write(row["image_id"], class_ids, own, size, its_others)
         self.run.wait()
         self.unreadable = self.run.union(self.unreadable)
 
@@ -272,27 +276,38 @@ class SplitSeeds:
 
     def _maps(
         self, rows: Sequence[ImageRow], views: Sequence[Sequence[torch.Tensor]], size: Size
-    ) -> dict[str, torch.Tensor]:
-        """Return the maps (B, C, h, w) of every seed variant of B images of one size."""
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
+        """Return the maps (B, C, h, w) of every seed variant of B images of one size, and (V, B, C, h', w') others.
+
+        The others are refined maps of scale 1 made in other ways (`hub.confidence`); None for a CNN.
+        """
         present = [presence(np.array(row["labels"], dtype=np.int64), self.model.config) for row in rows]
         device = self.run.accelerator.device
+        reading: dict[str, Any] = {
+            "flip": self.settings.flip,
+            "refine_steps": self.settings.refine_steps,
+            "normalize_affinity": self.settings.normalize_affinity,
+            "present": torch.cat(present).to(device),
+        }
+        others: list[torch.Tensor] = []
         height, width = bounded_size(size, self.max_side)
 
         def network(pixel_values: torch.Tensor) -> Any:
             # Its maps are float32 and stay so: refining them in bfloat16 would round them.
             with self.run.accelerator.autocast():
-                return self.model(pixel_values)
+                output = self.model(pixel_values)
+            if isinstance(self.model, BiTransModel) and not others:
+                others.append(other_maps(output, self.settings.fusion, **reading))
+            return output
 
-        return sum_over_views(
+        maps = sum_over_views(
             network,
             [torch.cat(scale).to(device) for scale in zip(*views, strict=True)],
             self.run.variants,
-            flip=self.settings.flip,
             size=None if len(self.settings.scales) == 1 else (-(-height // 4), -(-width // 4)),
-            refine_steps=self.settings.refine_steps,
-            normalize_affinity=self.settings.normalize_affinity,
-            present=torch.cat(present).to(device),
+            **reading,
         )
+        return maps, (others[0] if others else None)
 
 
 def images_at_once(size: tuple[int, int], batch_size: int) -> int:
@@ -336,6 +351,7 @@ def score_split(run: Run, images: Dataset, folder: Path, cut_at: float, given_th
     recipe = run.recipe
     store = SeedStore(folder / "seeds")
     num_classes = len(class_names(images))
+    sure = Confidences(class_names(images))
     every, several = VariantSweeps(run.variants, num_classes), VariantSweeps(run.variants, num_classes)
     made = 0
     own = run.own(len(images))
@@ -348,12 +364,21 @@ def score_split(run: Run, images: Dataset, folder: Path, cut_at: float, given_th
         seeds = store.read_variants(row["image_id"], run.variants, max_side=run.max_side)
         label_map = seeds_to_label_map(seeds[recipe.seeds.variant], cut_at, size)
         write_label_png(label_path(folder / "masks", row["image_id"]), label_map, row["image_id"])
-        if row["mask"] is None:
+        target = None
+        if row["mask"] is not None:
+            target = open_mask(row["mask"], image_size=size, num_classes=num_classes)
+        if (others := store.others(row["image_id"])) is not None:
+            maps = seeds["refined"]
+            values = mask_confidence(torch.from_numpy(maps.maps), others, cut_at)
+            sure.add(row["image_id"], maps.class_ids, values.numpy(), label_map, target)
+        if target is None:
             continue
-        target = open_mask(row["mask"], image_size=size, num_classes=num_classes)
         for sweeps in (every, several) if len(row["labels"]) > 1 else (every,):
             sweeps.add(seeds, target)
     images_made = sum(gather_object([made]))
+    sure.gather()
+    if sure.of_image and run.accelerator.is_main_process:
+        write_json(folder / "confidence.json", sure.of_image)
     every.gather()
     several.gather()
     if not every.images:
@@ -372,6 +397,7 @@ def score_split(run: Run, images: Dataset, folder: Path, cut_at: float, given_th
             for variant, each in swept.items()
         },
         miou_at_recipe_threshold=at_thresholds(swept, dict.fromkeys(run.variants, cut_at)),
+        confidence=sure.scores(),
         miou_at_given_threshold=at_thresholds(swept, given_thresholds) if given_thresholds else {},
         several_classes=SeedScores(
             images=several.images, miou=best_mious(in_several), threshold=best_thresholds(in_several)
@@ -379,6 +405,54 @@ def score_split(run: Run, images: Dataset, folder: Path, cut_at: float, given_th
         if in_several
         else None,
     )
+
+
+class Confidences:
+    """How sure the masks of a split are, and how well that tells good ones from bad ones.
+
+    Args:
+        names: Of the object classes.
+
+    Attributes:
+        of_image: Image id -> class name -> confidence in [0, 1].
+        pairs: (confidence, IoU) of every image and class whose mask is known.
+    """
+
+    def __init__(self, names: Sequence[str]):
+        self.names = names
+        self.of_image: dict[str, ByName] = {}
+        self.pairs: list[tuple[float, float]] = []
+
+    def add(
+        self,
+        image_id: str,
+        class_ids: npt.NDArray[np.int64],
+        values: npt.NDArray[np.float32],
+        label_map: npt.NDArray[np.uint8],
+        target: npt.NDArray[np.uint8] | None,
+    ) -> None:
+        """Count an image: the confidence (K,) of its classes, its label map (H, W), and the true one if known."""
+        self.of_image[image_id] = {
+            self.names[class_id]: rounded(value) for class_id, value in zip(class_ids, values, strict=True)
+        }
+        if target is None:
+            return
+        for class_id, value in zip(class_ids, values, strict=True):
+            counted = target != IGNORE_INDEX
+            ours, true = (label_map == class_id + 1) & counted, target == class_id + 1
+            self.pairs.append((float(value), float((ours & true).sum() / max(1, (ours | true).sum()))))
+
+    def gather(self) -> None:
+        """Join the images of all processes."""
+        self.of_image = dict(sorted(item for part in gather_object([self.of_image]) for item in part.items()))
+        self.pairs = [pair for part in gather_object([self.pairs]) for pair in part]
+
+    def scores(self) -> ByName:
+        """Return the rank correlation with the IoU, and how much more often the least sure tenth is bad."""
+        if not self.pairs:
+            return {}
+        confidence, iou = np.array(self.pairs).T
+        return {"spearman": rounded(spearman(confidence, iou)), "lift": rounded(lift(confidence, iou))}
 
 
 class VariantSweeps:
