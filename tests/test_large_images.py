@@ -58,6 +58,7 @@ def arguments(tmp_path: Path, photos: Path, name: str, max_side: int = MAX_SIDE)
         "--name", name, "--data.source", "folder", "--data.root", str(photos), "--data.train_split", "null",
         "--data.val_split", "null", "--seeds.splits", "[null]", "--report.split", "null",
         "--seeds.max_side", str(max_side), "--seeds.batch_size", "2", "--train.precision", "no",
+        "--model.num_seed_layers", "2",
     ]  # fmt: skip
 
 
