@@ -318,9 +318,10 @@ def test_the_affinity_may_come_from_the_last_layers_alone(tmp_path: Path):
     assert torch.equal(last_two(images).sc_cam, model(images).sc_cam)
 
 
-def test_self_similarity_is_the_mean_softmax_of_queries_and_of_keys_with_themselves():
-    query, key, _ = attention_inputs()
-    wanted = sum(torch.softmax(torch.einsum("bhid,bhjd->bhij", x, x) / 2.0, dim=-1).mean(1) for x in (query, key)) / 2
+def test_self_similarity_is_the_softmax_of_the_mean_score_of_patches_with_themselves():
+    query, key = pixels(2, 3, 10, 8), pixels(2, 3, 10, 8, seed=1)
+    scores = [features @ features.transpose(2, 3) / 8**0.5 for features in (query, key)]
+    wanted = torch.softmax(torch.cat(scores, dim=1).mean(dim=1), dim=-1)
     torch.testing.assert_close(self_similarity(query, key), wanted)
 
 
@@ -336,10 +337,10 @@ def test_the_affinity_may_come_from_self_similarity_or_from_both(num_layers: int
     maps = []
     for layer, tokens in list(zip(model.layers, output.hidden_states, strict=False))[-num_layers:]:
         query, key, _ = layer.attention.qkv(layer.norm1(tokens)).unflatten(2, (3, 3, 8)).permute(2, 0, 3, 1, 4)
-        for features in (query[:, :, 3:], key[:, :, 3:]):
-            maps.append(torch.softmax(features @ features.transpose(2, 3) / 8**0.5, dim=-1).mean(1))
+        scores = [features @ features.transpose(2, 3) / 8**0.5 for features in (query[:, :, 3:], key[:, :, 3:])]
+        maps.append(torch.softmax(torch.cat(scores, dim=1).mean(dim=1), dim=-1))
     assert similarity.affinity.shape == (2, 12, 12)
-    torch.testing.assert_close(similarity.affinity, sum(maps) / (2 * num_layers))
+    torch.testing.assert_close(similarity.affinity, sum(maps) / num_layers)
     rows = attention.affinity / attention.affinity.sum(2, keepdim=True)
     torch.testing.assert_close(joint.affinity, (rows + similarity.affinity) / 2)
     torch.testing.assert_close(joint.affinity.sum(2), torch.ones(2, 12))

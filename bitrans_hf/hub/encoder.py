@@ -73,10 +73,11 @@ def attention_with_map(
 
 
 def self_similarity(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Return how alike patches are: softmax of queries with queries and of keys with keys, mean over both and heads.
+    """Return how alike patches are: softmax of the mean score of queries with queries and keys with keys, over heads.
 
-    ExCEL (CVPR 2025) and SCLIP read affinities of CLIP so, with values as a third; here they add nothing. Attention
-    says what a patch asks for, which may be elsewhere; self-similarity says what belongs together.
+    ExCEL (CVPR 2025) and SCLIP read affinities of CLIP so, head by head and with values as a third. Here values add
+    nothing, and one softmax of the mean does as well as the mean of softmaxes, of which there would be six of DeiT-Tiny.
+    Attention says what a patch asks for, which may be elsewhere; self-similarity says what belongs together.
 
     Args:
         query: (B, heads, N, d) of the patches, any float type.
@@ -86,14 +87,8 @@ def self_similarity(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         (B, N, N) whose rows sum to 1, in float32 (float64 for float64).
     """
     num_heads, scale = query.shape[1], query.shape[3] ** -0.5
-    total: torch.Tensor | None = None
-    for features in (query, key):
-        for head in range(num_heads):  # one map beside the running sum, as in `attention_with_map`
-            each = features[:, head]
-            weights = softmax_over_keys((each * scale) @ each.transpose(1, 2))
-            total = weights if total is None else total + weights
-    assert total is not None  # a layer has at least one head
-    return total / (2 * num_heads)
+    features = torch.cat([query, key], dim=1).transpose(1, 2).flatten(2)  # (B, N, 2 heads d)
+    return softmax_over_keys((features * (scale / (2 * num_heads))) @ features.transpose(1, 2))
 
 
 class RecomputedAttention(torch.autograd.Function):
