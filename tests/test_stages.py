@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
@@ -371,6 +372,15 @@ def test_a_trained_model_is_read_as_its_recipe_says(tmp_path: Path, changed_late
             shares.append((made != written).mean())
     assert np.mean(differing) < 0.03  # seeds are kept in float16
     assert np.mean(otherwise) > 0.1
+
+
+def test_seeds_that_the_network_cannot_give_are_refused_before_it_is_trained(tmp_path: Path):
+    with pytest.raises(
+        StrictDataclassClassValidationError,
+        match=r"num_affinity_layers must be in \[1, num_hidden_layers = 2\], got 6",
+    ):
+        train_main(arguments(tmp_path, "--seeds.num_affinity_layers", "6"))
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_the_threshold_auto_is_found_without_masks_and_used_from_there_on(tmp_path: Path):

@@ -75,9 +75,9 @@ def attention_with_map(
 def self_similarity(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
     """Return how alike patches are: softmax of the mean score of queries with queries and of keys with keys.
 
-    ExCEL (CVPR 2025) and SCLIP read affinities of CLIP so, head by head and with values as a third. Here values add
-    nothing, and one softmax of the mean does as well as the mean of softmaxes, of which there would be six of DeiT-Tiny.
-    Attention says what a patch asks for, which may be elsewhere; self-similarity says what belongs together.
+    The mean is over heads too. ExCEL (CVPR 2025) and SCLIP read affinities of CLIP so, head by head and with values
+    as a third. Here values add nothing, and one softmax does as well as the mean of one for each head. Attention says
+    what a patch asks for, which may be elsewhere; self-similarity says what belongs together.
 
     Args:
         query: (B, heads, N, d) of the patches, any float type.

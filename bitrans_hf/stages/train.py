@@ -63,6 +63,8 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     # ---- Model and optimizer
     with run.working("train: building the network"):
         model: PreTrainedModel = build_network(recipe.model, id2label, recipe.seed)
+    reading = reading_of(recipe) if isinstance(recipe.model, BiTransRecipe) else {}
+    type(model.config).from_dict(model.config.to_dict() | reading)  # refused now, not after hours of training
     if recipe.train.activation_checkpointing:
         keep_only_layer_inputs(model)
     image_size = model.config.image_size
@@ -83,8 +85,7 @@ def train(recipe: Recipe, options: RunOptions) -> Path:
     more = {"more_inputs": functools.partial(consistency_warmup, warmup, run.accelerator.device)} if warmup else {}
     loop = TrainingLoop(recipe.train, stage, model, optimizer, dataset, rate, **more)
     trained = loop.run(lambda: validate(run, loop.model, processor, validation))
-    if isinstance(recipe.model, BiTransRecipe):
-        model.config.update(reading_of(recipe))  # whoever opens the model gets the recipe's seeds
+    model.config.update(reading)  # whoever opens the model gets the recipe's seeds
     loop.finish(trained, processor)
     scores = trained.scores
     tags = ", ".join(f"{scores[key]:.1f} {title}" for key, title in TAG_TITLES.items() if key in scores)
