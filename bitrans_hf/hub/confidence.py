@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .maps import fused_maps, min_max_normalized, resized
+from .maps import fused_maps, min_max_normalized, refine_with_affinity, resized
 
 SIDE = 160
 """Longest side in pixels at which masks are compared."""
@@ -32,25 +32,15 @@ def other_maps(
         (V, B, C, h, w), any range: from SC-CAM alone, spread once more, and, with `flip`, of the image alone and of
         its mirror alone.
     """
-
-    def maps_of(mode: str, steps: int) -> torch.Tensor:
-        return fused_maps(
-            output,
-            mode,
-            refine=True,
-            flip=False,
-            refine_steps=steps,
-            normalize_affinity=normalize_affinity,
-            present=present.repeat(2, 1) if flip and present is not None else present,
-        )
-
-    fused = maps_of(mode, refine_steps)
-    ways = [maps_of("sc_cam", refine_steps), maps_of(mode, refine_steps + 1)]
+    both = present.repeat(2, 1) if flip and present is not None else present
+    spread: dict[str, Any] = {"refine": True, "flip": False, "refine_steps": refine_steps, "present": both}
+    fused = fused_maps(output, mode, normalize_affinity=normalize_affinity, **spread)
+    attention = fused_maps(output, "sc_cam", normalize_affinity=normalize_affinity, **spread)
+    once_more = refine_with_affinity(fused, output.affinity, normalize_rows=normalize_affinity)
     if not flip:
-        return torch.stack(ways)
-    image, mirror = fused.chunk(2)
-    joined = [first + second.flip(-1) for first, second in (way.chunk(2) for way in ways)]
-    return torch.stack([*joined, image, mirror.flip(-1)])
+        return torch.stack([attention, once_more])
+    (image, mirror), ways = fused.chunk(2), [way.chunk(2) for way in (attention, once_more)]
+    return torch.stack([*(first + second.flip(-1) for first, second in ways), image, mirror.flip(-1)])
 
 
 def mask_confidence(maps: torch.Tensor, others: torch.Tensor, threshold: float) -> torch.Tensor:

@@ -25,7 +25,7 @@ from .image_processing_bitrans import BiTransImageProcessor, patch_problem
 from .maps import CAM_FUSIONS, fused_maps, min_max_normalized, resized, strongest_row, sum_over_scales
 from .modeling_bitrans import BiTransModel
 from .refiners import REFINERS, Refiner, refined_scores
-from .seeds import presence, present_class_ids
+from .seeds import presence, present_class_ids, reading_of
 from .weight_files import check_model_folder, load_trained
 
 if TYPE_CHECKING:
@@ -360,25 +360,20 @@ class PseudoMaskPipeline(Pipeline):
         normalize_affinity: bool | None = None,
     ) -> dict[str, list[LocalizedImage]]:
         config = cast("BiTransConfig", self.model.config)
+        mode, reading = reading_of(config, mode, refine_steps, normalize_affinity)
         localized = []
         for entry in inputs["images"]:  # a batch of several comes as a list of lists of one
             picture = entry[0] if isinstance(entry, list) else entry
-            present = None if picture.class_ids is None else presence(picture.class_ids, self.model.config)
-            reading: dict[str, Any] = {
-                "mode": config.fusion if mode is None else mode,
-                "refine_steps": config.refine_steps if refine_steps is None else refine_steps,
-                "normalize_affinity": config.normalize_affinity if normalize_affinity is None else normalize_affinity,
-                "present": present,
-                "flip": flip,
-            }
+            present = None if picture.class_ids is None else presence(picture.class_ids, config)
+            options: dict[str, Any] = {"mode": mode, "flip": flip, "present": present, **reading}
             maps, probabilities = [], []
             others: torch.Tensor | None = None
             for view in picture.views:
                 pixel_values = view.to(device=self.model.device, dtype=self.model.dtype)
                 output = self.model(torch.cat([pixel_values, pixel_values.flip(-1)]) if flip else pixel_values)
-                maps.append(fused_maps(output, refine=refine, **reading)[0].float().cpu())
+                maps.append(fused_maps(output, refine=refine, **options)[0].float().cpu())
                 if others is None:
-                    others = other_maps(output, **reading)[:, 0].float().cpu()
+                    others = other_maps(output, **options)[:, 0].float().cpu()
                 probabilities.append(output.logits.float().sigmoid().mean(dim=0).cpu())
             kept = PreparedImage(picture.size, picture.pixels, [], picture.class_ids)
             assert others is not None  # there is at least one scale

@@ -6,7 +6,7 @@ fused, refined and resized to the image, summed, and min-max normalized for each
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -146,7 +146,7 @@ def extract_seeds(
             patch.
     """
     config = cast(BiTransConfig, model.config)
-    mode = config.fusion if mode is None else mode
+    mode, reading = reading_of(config, mode, refine_steps, normalize_affinity)
     if mode not in CAM_FUSIONS:
         raise InputError(f"mode must be one of {', '.join(CAM_FUSIONS)}, got {mode!r}.")
     if len(scales) == 0 or scales[0] != 1.0:
@@ -163,13 +163,22 @@ def extract_seeds(
             {mode: (mode, refine)},
             flip=flip,
             size=(bounded.height, bounded.width),
-            refine_steps=config.refine_steps if refine_steps is None else refine_steps,
-            normalize_affinity=config.normalize_affinity if normalize_affinity is None else normalize_affinity,
+            **reading,
             present=presence(class_ids, config),
         )[mode]
     finally:
         model.train(was_training)
     return normalized_seeds(class_ids, total[0, torch.from_numpy(class_ids)], (image.height, image.width))
+
+
+def reading_of(
+    config: BiTransConfig, mode: str | None, refine_steps: int | None, normalize_affinity: bool | None
+) -> tuple[str, dict[str, Any]]:
+    """Return the mode, and the other two options by name; None: as the model's configuration says."""
+    return config.fusion if mode is None else mode, {
+        "refine_steps": config.refine_steps if refine_steps is None else refine_steps,
+        "normalize_affinity": config.normalize_affinity if normalize_affinity is None else normalize_affinity,
+    }
 
 
 def presence(class_ids: np.ndarray, config: PreTrainedConfig) -> torch.Tensor:

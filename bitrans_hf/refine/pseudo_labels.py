@@ -191,7 +191,7 @@ def write_label_png(
     if image_id is not None and any(SHORTENED in part for part in path.parts):
         text.add_itxt(ID_KEY, image_id)
     if confidence is not None:
-        text.add_itxt(CONFIDENCE_KEY, json.dumps(dict(confidence), ensure_ascii=False))
+        text.add_itxt(CONFIDENCE_KEY, json.dumps(dict(confidence)))
     with atomic_write(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=text)
 

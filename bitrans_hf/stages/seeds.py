@@ -368,7 +368,7 @@ def score_split(run: Run, images: Dataset, folder: Path, cut_at: float, given_th
         if row["mask"] is not None:
             target = open_mask(row["mask"], image_size=size, num_classes=num_classes)
         if (others := store.others(row["image_id"])) is not None:
-            maps = seeds["refined"]
+            maps = seeds[recipe.seeds.variant]
             values = mask_confidence(torch.from_numpy(maps.maps), others, cut_at)
             sure.add(row["image_id"], maps.class_ids, values.numpy(), label_map, target)
         if target is None:
